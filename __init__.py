@@ -1,0 +1,1 @@
+"""AutoMegaKernel: a decoder model compiled into one persistent CUDA megakernel."""

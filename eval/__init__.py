@@ -1,0 +1,1 @@
+"""From outputs to a verdict; never edited by a search."""

@@ -1,0 +1,1 @@
+"""What an instruction is: its words, meaning, footprint and device code."""

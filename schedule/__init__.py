@@ -1,0 +1,1 @@
+"""From a model description to a proven program."""

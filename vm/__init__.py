@@ -1,0 +1,1 @@
+"""What runs a proven program: the CPU reference machine and the CUDA machine."""
