@@ -1,0 +1,159 @@
+"""The machine that a program runs on: sizes that instructions, the validator and the device code all read from one place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TILE_ROWS = 16  # rows of a weight tile: the M of mma.m16n8k16
+FRAGMENT_BYTES = 512  # one A fragment of a warp: 32 lanes of 16 bytes
+KV_BLOCK_ROWS = 16  # KV rows that are stored together, and the unit in which old rows are streamed
+KV_TAIL_BLOCKS = 2  # the newest blocks, which the tail task reads itself and nobody streams
+KV_STREAM_LAG = 17  # a streamed row is at least this many tokens old (see Machine.kv_lag)
+ELEMENT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One block a SM with four kinds of actor; all sizes are compile-time constants of the binary.
+
+    Actors of a SM: one feeder, `consumer_warps` consumer warps, one storer, one watcher. The ring has `stages` slots of
+    `stage_bytes`; at most `inflight` of them are being copied at any time. `reduction_slots` tiles may be reduced ahead of the
+    storer. Before the feeder streams KV rows of token t it waits for the end of token t - `kv_lag` on every SM.
+    `head_dim` and the rest describe the model as the attention and the norm see it; `tags` is the number of tags a token uses.
+    """
+
+    sms: int
+    consumer_warps: int
+    stages: int
+    stage_bytes: int
+    inflight: int
+    reduction_slots: int
+    kv_lag: int
+    dtype: str
+    hidden: int
+    vocab: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rms_eps: float
+    context: int
+    tags: int
+    qk_norm: bool = False
+
+    @property
+    def element_bytes(self) -> int:
+        return ELEMENT_BYTES[self.dtype]
+
+    @property
+    def fragment_columns(self) -> int:
+        """K columns that one fragment of 16 rows holds: 16 for 16-bit weights, 8 for fp32."""
+        return FRAGMENT_BYTES // TILE_ROWS // self.element_bytes
+
+    @property
+    def narrow(self) -> int:
+        """Elements in one packet of a narrow buffer: two 16-bit elements, or one fp32."""
+        return 4 // self.element_bytes
+
+    @property
+    def padded_head_dim(self) -> int:
+        return self.head_dim + -self.head_dim % 16
+
+    @property
+    def kv_block_bytes(self) -> int:
+        """Bytes of KV_BLOCK_ROWS rows of K and of V of one KV head."""
+        return 2 * KV_BLOCK_ROWS * self.padded_head_dim * self.element_bytes
+
+    @property
+    def kv_blocks(self) -> int:
+        """KV blocks that hold `context` rows of one head of one layer."""
+        return -(-self.context // KV_BLOCK_ROWS)
+
+    @property
+    def kv_blocks_per_chunk(self) -> int:
+        return self.stage_bytes // self.kv_block_bytes
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """How one tile of 16 rows by `columns` is cut into ring chunks and shared among the consumer warps.
+
+    Warp w owns `high` fragments if w < `high_warps`, else `low`; every chunk but the last gives each warp `per_chunk`
+    fragments, the last gives it what is left. Fragment f of warp w is K fragment `first(w) + f` of the row.
+    """
+
+    columns: int
+    warps: int
+    low: int
+    high: int
+    high_warps: int
+    per_chunk: int
+    chunks: int
+
+    def fragments(self, warp: int) -> int:
+        return self.high if warp < self.high_warps else self.low
+
+    def first(self, warp: int) -> int:
+        return warp * self.low + min(warp, self.high_warps)
+
+    def fragments_in_chunk(self, chunk: int, warp: int) -> int:
+        return min(self.per_chunk, self.fragments(warp) - chunk * self.per_chunk)
+
+    def chunk_bytes(self, chunk: int) -> int:
+        return FRAGMENT_BYTES * sum(self.fragments_in_chunk(chunk, w) for w in range(self.warps))
+
+    @property
+    def tile_bytes(self) -> int:
+        return FRAGMENT_BYTES * (self.low * self.warps + self.high_warps)
+
+    def stream_order(self) -> list[int]:
+        """K fragment indices in the order in which a tile's bytes lie in the stream: by chunk, warp, fragment."""
+        return [
+            self.first(w) + c * self.per_chunk + f
+            for c in range(self.chunks)
+            for w in range(self.warps)
+            for f in range(self.fragments_in_chunk(c, w))
+        ]
+
+
+def chunk_plan(machine: Machine, columns: int) -> ChunkPlan:
+    """The plan for a matrix of `columns` columns; ValueError if a stage cannot hold one fragment a warp."""
+    fragments = -(-columns // machine.fragment_columns)
+    low, high_warps = divmod(fragments, machine.consumer_warps)
+    high = low + (1 if high_warps else 0)
+    fit = machine.stage_bytes // (FRAGMENT_BYTES * machine.consumer_warps)
+    if fit < 1:
+        need = FRAGMENT_BYTES * machine.consumer_warps
+        raise ValueError(f"stage_bytes: must hold one fragment a consumer warp ({need} bytes), but got {machine.stage_bytes}")
+    per_chunk = -(-high // -(-high // fit))
+    return ChunkPlan(columns, machine.consumer_warps, low, high, high_warps, per_chunk, -(-high // per_chunk))
+
+
+@dataclass(frozen=True)
+class KvSpan:
+    """What an attention task touches in the KV cache when its query is at one position.
+
+    Streamed blocks are [first, old); the tail reads blocks [old, newest] up to the query's own row; `units` is the number of
+    streamed pieces of `unit_rows` rows, dealt to the splits in turn: split s streams units s, s + splits, ...
+    """
+
+    first: int
+    old: int
+    newest: int
+    units: int
+    active_splits: int
+
+
+def kv_span(position: int, window: int, unit_rows: int, splits: int) -> KvSpan:
+    """The span at `position` (0-based row of the query) with a sliding window of `window` rows (0 = none)."""
+    newest = position // KV_BLOCK_ROWS
+    old = max(0, newest - (KV_TAIL_BLOCKS - 1))
+    first = min(old, max(0, position - window + 1) // KV_BLOCK_ROWS) if window else 0
+    units = -(-(old - first) * KV_BLOCK_ROWS // unit_rows)
+    return KvSpan(first, old, newest, units, max(1, min(splits, units)))
+
+
+def split_blocks(span: KvSpan, split: int, unit_rows: int, splits: int) -> list[tuple[int, int]]:
+    """Block ranges [start, stop) that `split` streams, one a unit, in order."""
+    per_unit = unit_rows // KV_BLOCK_ROWS
+    starts = (span.first + unit * per_unit for unit in range(split, span.units, splits))
+    return [(start, min(start + per_unit, span.old)) for start in starts]

@@ -1,0 +1,89 @@
+"""What the three streamed matrix-vector instructions share: the words, the read of x, and the product."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from amk.isa.abi import I32, NONE, U16
+from amk.isa.instruction import F32, Access, Instruction, Memory
+from amk.isa.machine import TILE_ROWS, Machine, chunk_plan
+from amk.isa.rounding import round_to
+
+X_NARROW = 1  # x comes as narrow packets, not fp32 packets
+X_NORM = 2  # x is RMS-normalised: gain applied when read, scale after the product
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatVec(Instruction):
+    """Rows [16 tile0, 16 (tile0 + tiles)) of matrix `weight` ([rows, cols], rows past the end are padding) times x.
+
+    x is `cols` elements from packet `x_start` of `x_buf`. `shape` names the compiled (cols, flags) variant. `gain` and `bias`
+    are element offsets in the constants, -1 for none.
+    """
+
+    shape: U16
+    flags: U16
+    weight: U16
+    x_buf: U16
+    x_tag: U16
+    out_buf: U16
+    out_tag: U16
+    tile0: I32
+    tiles: I32
+    cols: I32
+    rows: I32
+    x_start: I32 = 0
+    out_start: I32 = 0
+    gain: I32 = -1
+    bias: I32 = -1
+    res_buf: U16 = NONE
+    res_tag: U16 = 0
+
+    streamed: ClassVar[bool] = True
+    stored: ClassVar[bool] = True
+
+    def tile_rows(self, tile: int) -> int:
+        """Rows of the task's tile number `tile` that exist in the matrix."""
+        return max(0, min(TILE_ROWS, self.rows - (self.tile0 + tile) * TILE_ROWS))
+
+    def x_read(self, machine: Machine) -> Access:
+        narrow = bool(self.flags & X_NARROW)
+        packets = -(-self.cols // machine.narrow) if narrow else self.cols
+        return Access(self.x_buf, self.x_start, self.x_start + packets, self.x_tag, "narrow" if narrow else "f32")
+
+    def reads(self, machine: Machine, position: int) -> list[Access]:
+        return [self.x_read(machine)]
+
+    def chunk_bytes(self, machine: Machine, position: int) -> list[int]:
+        plan = chunk_plan(machine, self.cols)
+        return [plan.chunk_bytes(c) for c in range(plan.chunks)] * self.tiles
+
+    def shared_bytes(self, machine: Machine) -> int:
+        """x as elements, each consumer warp its own K slice."""
+        plan = chunk_plan(machine, self.cols)
+        return plan.warps * plan.high * machine.fragment_columns * machine.element_bytes
+
+    def flops(self, machine: Machine, position: int) -> int:
+        return 2 * TILE_ROWS * self.tiles * self.cols
+
+    def product(self, memory: Memory) -> F32:
+        """fp32 rows of the task (padding rows left out): W x, scaled and biased."""
+        machine = memory.machine
+        x = memory.read(self.x_read(machine))[: self.cols]
+        first = self.tile0 * TILE_ROWS
+        w = memory.matrix(self.weight)[first : min(self.rows, first + self.tiles * TILE_ROWS)]
+        scale = 1.0
+        if self.flags & X_NORM:
+            scale = float(1.0 / (float((x * x).mean()) + machine.rms_eps) ** 0.5)
+            x = x * memory.constant(self.gain, self.cols)
+        y = (w @ round_to(x, machine.dtype)) * np.float32(scale)
+        return y if self.bias < 0 else y + memory.constant(self.bias + first, len(y))
+
+    def tile_slices(self) -> list[slice]:
+        """Rows of `product` that belong to each tile."""
+        starts = range(0, self.tiles * TILE_ROWS, TILE_ROWS)
+        return [slice(s, s + self.tile_rows(s // TILE_ROWS)) for s in starts]
+

@@ -1,0 +1,22 @@
+"""Rounding fp32 arrays to the machine's 16-bit element types."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+F32 = npt.NDArray[np.float32]
+
+
+def round_to(values: npt.NDArray[Any], dtype: str) -> F32:
+    """`values` as fp32, rounded to the nearest value that `dtype` ("bf16", "fp16", "fp32") can hold; ties to even."""
+    x = np.ascontiguousarray(values, dtype=np.float32)
+    if dtype == "fp32":
+        return x
+    if dtype == "fp16":
+        return x.astype(np.float16).astype(np.float32)
+    bits = x.view(np.uint32)
+    rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) & np.uint32(0xFFFF0000)
+    return np.where(np.isfinite(x), rounded.view(np.float32), x)

@@ -1,0 +1,42 @@
+"""sample: picks the next token from the head tasks' candidates (greedy: largest logit, lowest token on ties)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from amk.isa.abi import I32, U16
+from amk.isa.instruction import Access, Instruction, Memory, Publishes
+from amk.isa.machine import Machine
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(Instruction):
+    """Reads `count` (value, row) pairs from the start of `in_buf`, publishes the token in packet 0 of `out_buf` and hands it to the host."""
+
+    in_buf: U16
+    in_tag: U16
+    out_buf: U16
+    out_tag: U16
+    count: I32
+
+    stem: ClassVar[str] = "sample"
+
+    def reads(self, machine: Machine, position: int) -> list[Access]:
+        return [Access(self.in_buf, 0, 2 * self.count, self.in_tag, "u32")]
+
+    def writes(self, machine: Machine, position: int) -> list[Access]:
+        return [Access(self.out_buf, 0, 1, self.out_tag, "u32")]
+
+    def run(self, memory: Memory, position: int) -> Publishes:
+        pairs = np.asarray(memory.read(self.reads(memory.machine, position)[0])).astype(np.int64).reshape(-1, 2)
+        values = pairs[:, 0].astype(np.uint32).view(np.float32)
+        rows = pairs[:, 1]
+        token = int(rows[values == values.max()].min())
+        memory.emit_token(token)
+        return [(self.writes(memory.machine, position)[0], np.asarray([token], dtype=np.int64))]
+
+    def flops(self, machine: Machine, position: int) -> int:
+        return self.count
