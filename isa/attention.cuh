@@ -1,1 +1,507 @@
-// attention
+// attention: one KV head's query group over its share of the KV cache.
+//
+// KV rows are stored in blocks of 16: K as the fragments of a product with q, V as the fragments of a product with the probabilities
+// (fp32: plain rows). A warp takes whole blocks; its running maximum, sum and output stay in registers and meet the other warps' in
+// scratch at the end. See isa/attention.py for the meaning and isa.machine.kv_span for which rows are whose.
+#pragma once
+#include "isa/device/block.cuh"
+
+constexpr int HD = HEAD_DIM_PADDED;
+constexpr int KV_BLOCK_ROWS = 16;
+constexpr int KV_HALF_BYTES = KV_BLOCK_ROWS * HD * ELEMENT_BYTES;  // K or V of one block
+constexpr int KV_BLOCK_BYTES = 2 * KV_HALF_BYTES;
+constexpr int KV_BLOCKS_PER_CHUNK = STAGE_BYTES / KV_BLOCK_BYTES;
+constexpr int PARTIAL_HEAD = 2;  // maximum (base 2) and sum before a partial's values
+constexpr int PARTIAL_ROW = HD + PARTIAL_HEAD;
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float NEG_INF = -1e30f;  // finite, so that differences of masked maxima are 0, not NaN
+
+struct KvSpan {
+  int first, old, newest, units, active;
+};
+__device__ __forceinline__ KvSpan kv_span(const AttentionTask& t, int position) {
+  KvSpan s;
+  s.newest = position / KV_BLOCK_ROWS;
+  s.old = max(0, s.newest - 1);
+  s.first = t.window ? min(s.old, max(0, position - t.window + 1) / KV_BLOCK_ROWS) : 0;
+  s.units = ((s.old - s.first) * KV_BLOCK_ROWS + t.unit_rows - 1) / t.unit_rows;
+  s.active = max(1, min((int)t.splits, s.units));
+  return s;
+}
+
+__device__ __forceinline__ uint8_t* kv_block(const Params& p, int layer, int head, int block) {
+  const uint64_t index = ((uint64_t)layer * KV_HEADS + head) * KV_BLOCKS + block;
+  return reinterpret_cast<uint8_t*>(p.kv) + index * KV_BLOCK_BYTES;
+}
+
+// Calls visit(first block, blocks) for every chunk the task streams, in order, until it returns false.
+template <class Visit>
+__device__ __forceinline__ bool for_each_kv_chunk(const AttentionTask& t, const KvSpan& s, Visit visit) {
+  const int per_unit = t.unit_rows / KV_BLOCK_ROWS;
+  for (int unit = t.split; unit < s.units; unit += t.splits) {
+    const int start = s.first + unit * per_unit, stop = min(start + per_unit, s.old);
+    for (int at = start; at < stop; at += KV_BLOCKS_PER_CHUNK)
+      if (!visit(at, min(KV_BLOCKS_PER_CHUNK, stop - at))) return false;
+  }
+  return true;
+}
+
+__device__ __forceinline__ bool stream_attention(Feeder& f, const AttentionTask& task, const uint8_t*&, const Token& token) {
+  const KvSpan span = kv_span(task, (int)token.position);
+  if ((int)task.split >= span.active) return true;
+  return for_each_kv_chunk(task, span, [&](int block, int blocks) {
+    return f.stream(kv_block(f.b.p, task.layer, task.kv_head, block), blocks * KV_BLOCK_BYTES);
+  });
+}
+
+// Scratch of one attention task.
+struct AttentionScratch {
+  float* base;
+  __device__ uint8_t* q(int head) const { return reinterpret_cast<uint8_t*>(base) + head * HD * ELEMENT_BYTES; }
+  __device__ float* new_k() const { return base + GROUP * HD; }
+  __device__ float* new_v() const { return base + (GROUP + 1) * HD; }
+  __device__ float* partial(int part, int head) const { return base + (GROUP + 2) * HD + (part * GROUP + head) * PARTIAL_ROW; }
+};
+
+// One head row of q, k or v: lane l holds dims l + 32 i and the partners half a head above.
+struct HeadRow {
+  static constexpr int HALF = HEAD_DIM / 2;
+  static constexpr int PAIRS = ceil_div(HALF, 32);
+  float low[PAIRS], high[PAIRS];
+
+  __device__ __forceinline__ void read(Consumer& c, const uint64_t* from, Expected want) {
+    uint2 a[PAIRS], b[PAIRS];
+#pragma unroll
+    for (int i = 0; i < PAIRS; ++i) {
+      const int d = c.lane + 32 * i;
+      if (d < HALF) { a[i] = load_packet(from + d); b[i] = load_packet(from + HALF + d); }
+    }
+#pragma unroll
+    for (int i = 0; i < PAIRS; ++i) {
+      const int d = c.lane + 32 * i;
+      low[i] = high[i] = 0.f;
+      if (d < HALF) {
+        if (!want.match(a[i].y)) a[i] = c.read(from + d, want);
+        if (!want.match(b[i].y)) b[i] = c.read(from + HALF + d, want);
+        low[i] = as_float(a[i].x);
+        high[i] = as_float(b[i].x);
+      }
+    }
+    __syncwarp();
+  }
+  __device__ __forceinline__ void normalise(const float* gain, int lane) {
+    float ss = 0.f;
+#pragma unroll
+    for (int i = 0; i < PAIRS; ++i) ss += low[i] * low[i] + high[i] * high[i];
+    const float scale = rsqrtf(warp_sum(ss) / (float)HEAD_DIM + RMS_EPS);
+#pragma unroll
+    for (int i = 0; i < PAIRS; ++i) {
+      const int d = lane + 32 * i;
+      if (d < HALF) { low[i] *= scale * __ldg(gain + d); high[i] *= scale * __ldg(gain + HALF + d); }
+    }
+  }
+  __device__ __forceinline__ void rotate(const float2 (&angle)[PAIRS]) {
+#pragma unroll
+    for (int i = 0; i < PAIRS; ++i) {
+      const float l = low[i], h = high[i];
+      low[i] = l * angle[i].x - h * angle[i].y;
+      high[i] = h * angle[i].x + l * angle[i].y;
+    }
+  }
+  // put(dim, value) for every dim of the head that this lane holds.
+  template <class Put>
+  __device__ __forceinline__ void each(int lane, Put put) const {
+#pragma unroll
+    for (int i = 0; i < PAIRS; ++i) {
+      const int d = lane + 32 * i;
+      if (d < HALF) { put(d, low[i]); put(HALF + d, high[i]); }
+    }
+  }
+};
+
+__device__ __forceinline__ void store_element(uint8_t* to, int index, float v) {
+  if constexpr (WIDE) reinterpret_cast<float*>(to)[index] = v;
+  else reinterpret_cast<uint16_t*>(to)[index] = (uint16_t)pack2(v, 0.f);
+}
+
+// Where element (row, dim) of K and of V lies in a block's half, in elements.
+__device__ __forceinline__ int k_index(int row, int dim) {
+  if constexpr (WIDE) return row * HD + dim;
+  const int lane = (row & 7) * 4 + ((dim & 15) >> 2);
+  return (dim >> 4) * 256 + lane * 8 + ((dim & 2) << 1) + (row >> 3) * 2 + (dim & 1);
+}
+__device__ __forceinline__ int v_index(int row, int dim) {
+  if constexpr (WIDE) return row * HD + dim;
+  const int lane = (dim & 7) * 4 + ((row & 7) >> 1);
+  return (dim >> 4) * 256 + lane * 8 + (row >> 3) * 4 + ((dim & 15) >> 3) * 2 + (row & 1);
+}
+
+// q heads, and on the tail the new k and v rows: one warp a row.
+__device__ __forceinline__ void prepare_rows(Consumer& c, const AttentionTask& task, const Token& token, AttentionScratch s) {
+  const Block& b = c.b;
+  float2 angle[HeadRow::PAIRS];
+  const float2* table = reinterpret_cast<const float2*>(b.p.rope) + (uint64_t)token.position * HeadRow::HALF;
+#pragma unroll
+  for (int i = 0; i < HeadRow::PAIRS; ++i)
+    angle[i] = c.lane + 32 * i < HeadRow::HALF ? __ldg(table + c.lane + 32 * i) : make_float2(0.f, 0.f);
+  const int rows = task.nq + (task.split == 0 ? 2 : 0);
+  c.wait_released();
+#pragma unroll 1
+  for (int r = c.warp; r < rows; r += CONSUMER_WARPS) {
+    HeadRow row;
+    if (r < task.nq) {
+      row.read(c, b.buffer(task.q_buf) + (task.q0 + r) * HEAD_DIM, token.expect(task.q_tag));
+      if constexpr (QK_NORM) row.normalise(b.constant(task.q_gain), c.lane);
+      row.rotate(angle);
+      const float scale = LOG2E * rsqrtf((float)HEAD_DIM);
+      row.each(c.lane, [&](int d, float v) { store_element(s.q(r), d, v * scale); });
+      for (int d = HEAD_DIM + c.lane; d < HD; d += 32) store_element(s.q(r), d, 0.f);
+    } else {
+      const bool is_k = r == task.nq;
+      if (is_k) row.read(c, b.buffer(task.k_buf) + task.k_start, token.expect(task.k_tag));
+      else row.read(c, b.buffer(task.v_buf) + task.v_start, token.expect(task.v_tag));
+      if (is_k) {
+        if constexpr (QK_NORM) row.normalise(b.constant(task.k_gain), c.lane);
+        row.rotate(angle);
+      }
+      uint8_t* block = kv_block(b.p, task.layer, task.kv_head, token.position / KV_BLOCK_ROWS) + (is_k ? 0 : KV_HALF_BYTES);
+      float* kept = is_k ? s.new_k() : s.new_v();
+      const int at = token.position % KV_BLOCK_ROWS;
+      row.each(c.lane, [&](int d, float v) {
+        kept[d] = round_element(v);
+        store_element(block, is_k ? k_index(at, d) : v_index(at, d), v);
+      });
+      for (int d = HEAD_DIM + c.lane; d < HD; d += 32) kept[d] = 0.f;
+    }
+  }
+}
+
+// Running softmax of one warp over blocks of 16 rows, 16-bit elements: products on the tensor cores, heads in the 8 columns.
+struct BlockSoftmax {
+  static constexpr int STEPS = HD / 16;
+  uint2 q[STEPS];
+  float m[2], l[2], o[STEPS][4];
+  bool any = false;
+
+  __device__ __forceinline__ void begin(const AttentionScratch& s, int nq, int lane) {
+    const int head = lane >> 2, t = lane & 3;
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) {
+      q[i] = head < nq ? *reinterpret_cast<const uint2*>(s.q(head) + (i * 16 + t * 4) * 2) : make_uint2(0, 0);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) o[i][j] = 0.f;
+    }
+    m[0] = m[1] = NEG_INF;
+    l[0] = l[1] = 0.f;
+  }
+  // Rows of the block in [from, to) count.
+  __device__ __forceinline__ void add(const uint4 (&k)[STEPS], const uint4 (&v)[STEPS], int from, int to, int lane) {
+    any = true;
+    const int g = lane >> 2, t = lane & 3;
+    float d[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) multiply(d, k[i], q[i].x, q[i].y);
+    const bool low = g >= from && g < to, high = g + 8 >= from && g + 8 < to;
+    if (!low) d[0] = d[1] = NEG_INF;
+    if (!high) d[2] = d[3] = NEG_INF;
+    float p[4];
+#pragma unroll
+    for (int col = 0; col < 2; ++col) {
+      float top = fmaxf(d[col], d[col + 2]);
+#pragma unroll
+      for (int x = 4; x < 32; x <<= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, x));
+      const float old = m[col];
+      m[col] = fmaxf(old, top);
+      const float scale = fast_exp2(old - m[col]);
+      p[col] = low ? fast_exp2(d[col] - m[col]) : 0.f;
+      p[col + 2] = high ? fast_exp2(d[col + 2] - m[col]) : 0.f;
+      l[col] = l[col] * scale + round_element(p[col]) + round_element(p[col + 2]);
+#pragma unroll
+      for (int i = 0; i < STEPS; ++i) { o[i][col] *= scale; o[i][col + 2] *= scale; }
+    }
+    const uint32_t b0 = transpose8(pack2(p[0], p[1])), b1 = transpose8(pack2(p[2], p[3]));
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) multiply(o[i], v[i], b0, b1);
+    (void)t;
+  }
+  __device__ __forceinline__ void finish(const AttentionScratch& s, int part, int nq, int lane) {
+    const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+    for (int col = 0; col < 2; ++col) {
+      float sum = l[col];
+#pragma unroll
+      for (int x = 4; x < 32; x <<= 1) sum += __shfl_xor_sync(~0u, sum, x);
+      const int head = 2 * t + col;
+      if (head >= nq) continue;
+      float* to = s.partial(part, head);
+      if (g == 0) { to[0] = m[col]; to[1] = sum; }
+#pragma unroll
+      for (int i = 0; i < STEPS; ++i) {
+        to[PARTIAL_HEAD + i * 16 + g] = o[i][col];
+        to[PARTIAL_HEAD + i * 16 + g + 8] = o[i][col + 2];
+      }
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ uint32_t transpose8(uint32_t v) {
+    uint32_t r;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
+    return r;
+  }
+};
+
+// The same with fp32 elements by FMA: scores with half a row a lane, output with lane l holding dims l + 32 i.
+struct BlockSoftmaxWide {
+  static constexpr int DIMS = ceil_div(HD, 32);
+  float m[GROUP], l[GROUP], o[GROUP][DIMS];
+  bool any = false;
+
+  __device__ __forceinline__ void begin() {
+#pragma unroll
+    for (int h = 0; h < GROUP; ++h) {
+      m[h] = NEG_INF;
+      l[h] = 0.f;
+#pragma unroll
+      for (int i = 0; i < DIMS; ++i) o[h][i] = 0.f;
+    }
+  }
+  __device__ __forceinline__ void add(const AttentionScratch& s, const float* k, const float* v, int from, int to, int nq, int lane) {
+    any = true;
+    const int row = lane >> 1;
+    const bool counts = row >= from && row < to;
+#pragma unroll
+    for (int h = 0; h < GROUP; ++h) {
+      if (h >= nq) continue;
+      const float* q = reinterpret_cast<const float*>(s.q(h));
+      float score = 0.f;
+      for (int d = (lane & 1) * (HD / 2); d < (lane & 1) * (HD / 2) + HD / 2; ++d) score = fmaf(q[d], k[row * HD + d], score);
+      score += __shfl_xor_sync(~0u, score, 1);
+      if (!counts) score = NEG_INF;
+      const float top = fmaxf(m[h], warp_max(score)), scale = fast_exp2(m[h] - top);
+      const float p = counts ? fast_exp2(score - top) : 0.f;
+      m[h] = top;
+      l[h] = l[h] * scale + 0.5f * warp_sum(p);
+#pragma unroll
+      for (int i = 0; i < DIMS; ++i) o[h][i] *= scale;
+      for (int r = from; r < to; ++r) {
+        const float weight = __shfl_sync(~0u, p, 2 * r);
+#pragma unroll
+        for (int i = 0; i < DIMS; ++i)
+          if (lane + 32 * i < HD) o[h][i] = fmaf(weight, v[r * HD + lane + 32 * i], o[h][i]);
+      }
+    }
+  }
+  __device__ __forceinline__ void finish(const AttentionScratch& s, int part, int nq, int lane) {
+#pragma unroll
+    for (int h = 0; h < GROUP; ++h) {
+      if (h >= nq) continue;
+      float* to = s.partial(part, h);
+      if (lane == 0) { to[0] = m[h]; to[1] = l[h]; }
+#pragma unroll
+      for (int i = 0; i < DIMS; ++i)
+        if (lane + 32 * i < HD) to[PARTIAL_HEAD + lane + 32 * i] = o[h][i];
+    }
+  }
+};
+
+// One block's fragments of this lane, from shared or global memory.
+template <int STEPS>
+__device__ __forceinline__ void load_fragments(uint4 (&to)[STEPS], const uint8_t* from, int lane) {
+#pragma unroll
+  for (int i = 0; i < STEPS; ++i) to[i] = *reinterpret_cast<const uint4*>(from + i * FRAGMENT_BYTES + lane * 16);
+}
+// V rows from `to` on hold whatever an earlier sequence left there: zeroed, so that 0 * NaN cannot arise.
+template <int STEPS>
+__device__ __forceinline__ void clear_rows(uint4 (&v)[STEPS], int to, int lane) {
+  const int row = (lane & 3) * 2;
+  const uint32_t low = (row < to ? 0xFFFFu : 0u) | (row + 1 < to ? 0xFFFF0000u : 0u);
+  const uint32_t high = (row + 8 < to ? 0xFFFFu : 0u) | (row + 9 < to ? 0xFFFF0000u : 0u);
+#pragma unroll
+  for (int i = 0; i < STEPS; ++i) {
+    v[i].x &= low;
+    v[i].y &= low;
+    v[i].z &= high;
+    v[i].w &= high;
+  }
+}
+
+// The new row alone: one score a head; its values are the output.
+__device__ __forceinline__ void attend_new_row(const AttentionScratch& s, int nq, int lane) {
+  for (int h = 0; h < nq; ++h) {
+    float score = 0.f;
+    for (int d = lane; d < HEAD_DIM; d += 32) {
+      float q;
+      if constexpr (WIDE) q = reinterpret_cast<const float*>(s.q(h))[d];
+      else q = unpack_low(reinterpret_cast<const uint16_t*>(s.q(h))[d]);
+      score = fmaf(q, s.new_k()[d], score);
+    }
+    score = warp_sum(score);
+    float* to = s.partial(CONSUMER_WARPS, h);
+    if (lane == 0) { to[0] = score; to[1] = 1.f; }
+    for (int d = lane; d < HD; d += 32) to[PARTIAL_HEAD + d] = s.new_v()[d];
+  }
+}
+
+// Merge of partials of one (head, dim): maximum, sum and value.
+struct Merge {
+  float m = NEG_INF, l = 0.f, o[NARROW] = {};
+  __device__ __forceinline__ void add(float part_m, float part_l, const float (&part_o)[NARROW]) {
+    const float top = fmaxf(m, part_m), a = fast_exp2(m - top), b = fast_exp2(part_m - top);
+    m = top;
+    l = l * a + part_l * b;
+#pragma unroll
+    for (int i = 0; i < NARROW; ++i) o[i] = o[i] * a + part_o[i] * b;
+  }
+};
+
+// The warps' partials of elements [d, d + NARROW) of a head, in warp order.
+__device__ __forceinline__ Merge merge_warps(const AttentionScratch& s, uint32_t used, int head, int d) {
+  Merge merged;
+  for (int w = 0; w <= CONSUMER_WARPS; ++w) {
+    if (!(used >> w & 1)) continue;
+    const float* part = s.partial(w, head);
+    float o[NARROW];
+#pragma unroll
+    for (int i = 0; i < NARROW; ++i) o[i] = part[PARTIAL_HEAD + d + i];
+    merged.add(part[0], part[1], o);
+  }
+  return merged;
+}
+
+// Adds the other splits' published partials, in split order, four at a time in flight.
+__device__ __forceinline__ void merge_splits(Consumer& c, Merge& merged, const uint64_t* part, int stride, int count, int d, Expected want) {
+  constexpr int BATCH = 4;
+  for (int base = 0; base < count; base += BATCH) {
+    uint2 m[BATCH], l[BATCH], o[BATCH][NARROW];
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) {
+      const uint64_t* from = part + (base + i) * stride;
+      if (base + i >= count) continue;
+      m[i] = load_packet(from);
+      l[i] = load_packet(from + 1);
+#pragma unroll
+      for (int e = 0; e < NARROW; ++e) o[i][e] = load_packet(from + PARTIAL_HEAD + d + e);
+    }
+#pragma unroll
+    for (int i = 0; i < BATCH; ++i) {
+      const uint64_t* from = part + (base + i) * stride;
+      if (base + i >= count) continue;
+      if (!want.match(m[i].y)) m[i] = c.read(from, want);
+      if (!want.match(l[i].y)) l[i] = c.read(from + 1, want);
+      float value[NARROW];
+#pragma unroll
+      for (int e = 0; e < NARROW; ++e) {
+        if (!want.match(o[i][e].y)) o[i][e] = c.read(from + PARTIAL_HEAD + d + e, want);
+        value[e] = as_float(o[i][e].x);
+      }
+      merged.add(as_float(m[i].x), as_float(l[i].x), value);
+    }
+  }
+}
+
+__device__ __forceinline__ void publish_partial(const Consumer& c, const AttentionTask& task, const AttentionScratch& s, uint32_t used,
+                                                uint64_t* out, uint32_t tag) {
+  const int size = HEAD_DIM + PARTIAL_HEAD, thread = c.warp * 32 + c.lane;
+  for (int i = thread; i < task.nq * (HEAD_DIM / NARROW); i += CONSUMER_THREADS) {
+    const int head = i / (HEAD_DIM / NARROW), d = i % (HEAD_DIM / NARROW) * NARROW;
+    const Merge merged = merge_warps(s, used, head, d);
+    if (d == 0) {
+      publish(out + head * size, as_bits(merged.m), tag);
+      publish(out + head * size + 1, as_bits(merged.l), tag);
+    }
+#pragma unroll
+    for (int e = 0; e < NARROW; ++e) publish(out + head * size + PARTIAL_HEAD + d + e, as_bits(merged.o[e]), tag);
+  }
+}
+
+__device__ __forceinline__ void publish_output(Consumer& c, const AttentionTask& task, const AttentionScratch& s, uint32_t used,
+                                               const uint64_t* partials, int others, const Token& token) {
+  const int size = HEAD_DIM + PARTIAL_HEAD, thread = c.warp * 32 + c.lane;
+  constexpr int PER_HEAD = HEAD_DIM / NARROW;
+  uint64_t* out = c.b.buffer(task.out_buf) + task.q0 * PER_HEAD;
+  constexpr int ROUNDS = ceil_div(GROUP * PER_HEAD, CONSUMER_THREADS);
+  Merge merged[ROUNDS];
+#pragma unroll
+  for (int round = 0; round < ROUNDS; ++round) {
+    const int i = thread + round * CONSUMER_THREADS, head = i / PER_HEAD, d = i % PER_HEAD * NARROW;
+    if (i >= task.nq * PER_HEAD) continue;
+    merged[round] = merge_warps(s, used, head, d);
+    merge_splits(c, merged[round], partials + head * size, task.nq * size, others, d, token.expect(task.part_tag));
+  }
+  if (others) c.meet();  // every read of the task comes before its first publish
+#pragma unroll
+  for (int round = 0; round < ROUNDS; ++round) {
+    const int i = thread + round * CONSUMER_THREADS;
+    if (i >= task.nq * PER_HEAD) continue;
+    const float inverse = 1.f / merged[round].l;
+    if constexpr (WIDE) publish(out + i, as_bits(merged[round].o[0] * inverse), token.tag(task.out_tag));
+    else publish(out + i, pack2(merged[round].o[0] * inverse, merged[round].o[NARROW - 1] * inverse), token.tag(task.out_tag));
+  }
+}
+
+// Blocks of a task, streamed ones first, then the tail's two, are dealt to the warps in turn. `used` marks the partials that exist.
+__device__ __forceinline__ uint32_t used_partials(int blocks, bool tail) {
+  const uint32_t warps = blocks >= CONSUMER_WARPS ? (1u << CONSUMER_WARPS) - 1 : (1u << blocks) - 1;
+  return warps | (tail ? 1u << CONSUMER_WARPS : 0u);
+}
+
+__device__ __forceinline__ void consume_attention(Consumer& c, const AttentionTask& task, const Token& token) {
+  const Block& b = c.b;
+  const int position = (int)token.position;
+  const KvSpan span = kv_span(task, position);
+  if ((int)task.split >= span.active) {
+    c.arrive_done(task.done_counter);
+    return;
+  }
+  const bool tail = task.split == 0;
+  const int window_start = task.window ? max(0, position - task.window + 1) : 0;
+  const AttentionScratch s{b.scratch()};
+  prepare_rows(c, task, token, s);
+  c.meet();
+
+  int seen = 0;  // blocks of the task so far
+#if ELEMENT == 2
+  BlockSoftmaxWide softmax;
+  softmax.begin();
+  auto add = [&](const uint8_t* block, int index, int to) {
+    const int from = max(0, window_start - index * KV_BLOCK_ROWS);
+    const float* k = reinterpret_cast<const float*>(block);
+    softmax.add(s, k, k + KV_BLOCK_ROWS * HD, from, to, task.nq, c.lane);
+  };
+#else
+  BlockSoftmax softmax;
+  softmax.begin(s, task.nq, c.lane);
+  auto add = [&](const uint8_t* block, int index, int to) {
+    const int from = max(0, window_start - index * KV_BLOCK_ROWS);
+    uint4 k[BlockSoftmax::STEPS], v[BlockSoftmax::STEPS];
+    load_fragments(k, block, c.lane);
+    load_fragments(v, block + KV_HALF_BYTES, c.lane);
+    if (to < KV_BLOCK_ROWS) clear_rows(v, to, c.lane);
+    softmax.add(k, v, from, to, c.lane);
+  };
+#endif
+  for_each_kv_chunk(task, span, [&](int block, int blocks) {
+    const uint8_t* chunk = c.wait_chunk();
+    for (int i = 0; i < blocks; ++i, ++seen)
+      if (seen % CONSUMER_WARPS == c.warp) add(chunk + i * KV_BLOCK_BYTES, block + i, KV_BLOCK_ROWS);
+    c.release_chunk();
+    return true;
+  });
+  if (tail) {
+    for (int block = span.old; block <= span.newest; ++block, ++seen)
+      if (seen % CONSUMER_WARPS == c.warp)
+        add(kv_block(b.p, task.layer, task.kv_head, block), block, min(KV_BLOCK_ROWS, position - block * KV_BLOCK_ROWS));
+    if (seen % CONSUMER_WARPS == c.warp) attend_new_row(s, task.nq, c.lane);
+  }
+  if (softmax.any) softmax.finish(s, c.warp, task.nq, c.lane);
+  c.meet();
+
+  const uint32_t used = used_partials(seen, tail);
+  const int size = task.nq * (HEAD_DIM + PARTIAL_HEAD);
+  uint64_t* partials = b.buffer(task.part_buf) + task.q0 * (task.splits - 1) * (HEAD_DIM + PARTIAL_HEAD);
+  if (tail) publish_output(c, task, s, used, partials, span.active - 1, token);
+  else publish_partial(c, task, s, used, partials + (task.split - 1) * size, token.tag(task.part_tag));
+  c.arrive_done(task.done_counter);
+  c.meet();  // scratch may be reused
+}

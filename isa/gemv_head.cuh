@@ -1,1 +1,44 @@
-// gemv_head
+// gemv_head, storer side: logits go to the host's buffer; the task's best one is published as two packets (value, row).
+#pragma once
+#include "isa/device/matvec.cuh"
+
+// The better of two candidates: larger value, lower row on ties.
+__device__ __forceinline__ void keep_best(float& value, int& row, float other_value, int other_row) {
+  if (other_value > value || (other_value == value && other_row < row)) {
+    value = other_value;
+    row = other_row;
+  }
+}
+__device__ __forceinline__ void warp_best(float& value, int& row) {
+#pragma unroll
+  for (int d = 16; d; d >>= 1) keep_best(value, row, __shfl_xor_sync(~0u, value, d), __shfl_xor_sync(~0u, row, d));
+}
+
+__device__ __forceinline__ void store_gemv_head(Storer& s, const GemvHeadTask& task, const Token& token) {
+  const Block& b = s.b;
+  float* logits = reinterpret_cast<float*>(b.p.logits) + (uint64_t)(token.step % b.p.logit_rows) * VOCAB;
+  const uint32_t tag = token.tag(task.out_tag);
+  float best = -__int_as_float(0x7f800000);
+  int best_row = 0x7fffffff;
+  for (int tile = 0; tile < task.tiles; ++tile) {
+    const int r = (task.tile0 + tile) * TILE_ROWS + (s.lane & 15);
+    const float bias = task.bias >= 0 && r < task.rows ? __ldg(b.constant(task.bias + r)) : 0.f;
+    float squares;
+    const float sum = s.reduce(squares);
+    const float y = fmaf(sum, norm_scale(task.flags, task.cols, squares), bias);
+    if (s.lane < 16 && r < task.rows) {
+      logits[r] = y;
+      keep_best(best, best_row, y, r);
+    }
+  }
+  warp_best(best, best_row);
+  if (s.lane == 0) publish(b.buffer(task.out_buf) + task.out_start, as_bits(best), tag);
+  if (s.lane == 1) publish(b.buffer(task.out_buf) + task.out_start + 1, (uint32_t)best_row, tag);
+}
+
+__device__ __forceinline__ void consume_gemv_head(Consumer& c, const GemvHeadTask& task, const Token& token) {
+  consume_matvec(c, reinterpret_cast<const MatVecTask&>(task), token);
+}
+__device__ __forceinline__ bool stream_gemv_head(Feeder& f, const GemvHeadTask& task, const uint8_t*& at, const Token&) {
+  return stream_matvec(f, reinterpret_cast<const MatVecTask&>(task), at);
+}

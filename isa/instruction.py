@@ -60,6 +60,13 @@ class Memory(Protocol):
         """K and V rows [start, stop) of a head, each [rows, head_dim], as the cache holds them."""
         ...
 
+    def reduced_sums(self) -> tuple[F32, float] | None:
+        """Row sums that the consumer warps have made for the running matrix-vector task, and the sum of squares of its x.
+
+        None where nobody has: the task then makes them in one go.
+        """
+        ...
+
     def write_kv(self, layer: int, head: int, row: int, k: F32, v: F32) -> None: ...
 
     def write_logits(self, start: int, values: F32) -> None: ...

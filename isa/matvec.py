@@ -69,18 +69,25 @@ class MatVec(Instruction):
     def flops(self, machine: Machine, position: int) -> int:
         return 2 * TILE_ROWS * self.tiles * self.cols
 
+    def slice_sums(self, memory: Memory, x: F32, columns: slice) -> tuple[F32, float]:
+        """One K slice of the product: W[:, columns] times x (its elements), neither scaled nor biased, and the sum of squares of x."""
+        first, squares = self.tile0 * TILE_ROWS, 0.0
+        if self.flags & X_NORM:
+            squares = float((x * x).sum())
+            x = x * memory.constant(self.gain, self.cols)[columns]
+        w = memory.matrix(self.weight)[first : min(self.rows, first + self.tiles * TILE_ROWS), columns]
+        return w @ round_to(x, memory.machine.dtype), squares
+
     def product(self, memory: Memory) -> F32:
         """fp32 rows of the task (padding rows left out): W x, scaled and biased."""
         machine = memory.machine
-        x = memory.read(self.x_read(machine))[: self.cols]
-        first = self.tile0 * TILE_ROWS
-        w = memory.matrix(self.weight)[first : min(self.rows, first + self.tiles * TILE_ROWS)]
-        scale = 1.0
+        reduced = memory.reduced_sums()
+        if reduced is None:
+            reduced = self.slice_sums(memory, memory.read(self.x_read(machine))[: self.cols], slice(0, self.cols))
+        y, squares = reduced
         if self.flags & X_NORM:
-            scale = float(1.0 / (float((x * x).mean()) + machine.rms_eps) ** 0.5)
-            x = x * memory.constant(self.gain, self.cols)
-        y = (w @ round_to(x, machine.dtype)) * np.float32(scale)
-        return y if self.bias < 0 else y + memory.constant(self.bias + first, len(y))
+            y = y * np.float32((squares / self.cols + machine.rms_eps) ** -0.5)
+        return y if self.bias < 0 else y + memory.constant(self.bias + self.tile0 * TILE_ROWS, len(y))
 
     def tile_slices(self) -> list[slice]:
         """Rows of `product` that belong to each tile."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from amk.isa.abi import TASK_BYTES, Field, record_dtype, record_fields, record_header
 from amk.isa.instruction import Instruction
+from amk.isa.matvec import MatVec
 
 FOLDER = Path(__file__).parent
 HEADER = (Field("op", "u16"),)
@@ -67,8 +68,8 @@ def decode(record: bytes) -> Instruction:
 
 
 def headers() -> str:
-    """C structs of every instruction's record and its opcode."""
-    parts = []
+    """C structs of every instruction's record and its opcode, and the words that all matrix-vector products begin with."""
+    parts = [record_header("MatVecTask", word_fields(MatVec), task_dtype(MatVec))]
     for cls in instructions().values():
         parts.append(record_header(f"{cls.__name__}Task", word_fields(cls), task_dtype(cls)))
         parts.append(f"constexpr uint16_t OP_{cls.stem.upper()} = {opcodes()[cls]};")

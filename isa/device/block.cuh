@@ -1,0 +1,224 @@
+// What the actors of one SM share: launch parameters, the layout of shared memory, and each actor's place in the token.
+#pragma once
+#include "isa/device/element.cuh"
+#include "isa/device/sync.cuh"
+
+constexpr int CONSUMER_THREADS = CONSUMER_WARPS * 32;
+constexpr int BLOCK_THREADS = CONSUMER_THREADS + 96;  // and a feeder, a storer and a watcher warp
+constexpr int TILE_ROWS = 16;
+constexpr int FRAGMENT_BYTES = 512;
+constexpr int SLOT_ROW = 20;  // floats of one warp's partial tile: 16 rows, the sum of squares, padding against bank conflicts
+constexpr uint16_t NONE = 0xFFFF;
+
+struct Barriers {
+  uint64_t full[STAGES], empty[STAGES];                  // ring: copied / released by all consumers
+  uint64_t slot_full[REDUCTION_SLOTS], slot_free[REDUCTION_SLOTS];  // reduction: written by all consumers / read by the storer
+  uint64_t consumers;                                    // the consumers meet
+  uint32_t released;                                     // tasks the watcher has released since the launch began
+  uint32_t finished;                                     // consumers that have finished a token, summed over tokens
+};
+static_assert(sizeof(Barriers) <= BARRIER_BYTES, "the barriers must fit the space the host reserves for them");
+
+struct Block {
+  const Params& p;
+  uint8_t* shared;
+  uint32_t sm;  // the stream this SM eats
+  uint32_t tasks, entries;
+  uint64_t weights;  // byte offset of the SM's stream
+  bool appends_rows;  // has tail tasks: it tells the feeders when its token has ended
+
+  __device__ Barriers& barriers() const { return *reinterpret_cast<Barriers*>(shared + BARRIER_OFFSET); }
+  __device__ uint8_t* stage(int slot) const { return shared + slot * STAGE_BYTES; }
+  __device__ float* scratch() const { return reinterpret_cast<float*>(shared + SCRATCH_OFFSET); }
+  __device__ float* partial(int slot, int warp) const {
+    return reinterpret_cast<float*>(shared + REDUCTION_OFFSET) + (slot * CONSUMER_WARPS + warp) * SLOT_ROW;
+  }
+  __device__ const uint8_t* task(int index) const { return shared + TASKS_OFFSET + index * TASK_BYTES; }
+  __device__ int entry(int index) const { return reinterpret_cast<const uint16_t*>(shared + STREAM_OFFSET)[index]; }
+  __device__ uint64_t* buffer(int id) const {
+    return reinterpret_cast<uint64_t*>(p.arena) + reinterpret_cast<const uint32_t*>(shared + BUFFERS_OFFSET)[id];
+  }
+  __device__ const float* constant(int start) const { return reinterpret_cast<const float*>(p.constants) + start; }
+  __device__ uint32_t* counter(int id) const { return reinterpret_cast<uint32_t*>(p.counters) + id; }
+};
+
+// Where a launch is: token `step` of the launch, at `position`, in `epoch` (tokens since the arena was zeroed, from 1).
+struct Token {
+  uint32_t step, position, epoch;
+  __device__ Token(const Params& p, uint32_t step) : step(step), position(p.position + step), epoch(p.epoch + step + 1) {}
+  __device__ uint32_t tag(uint32_t local) const { return epoch * TAGS + local; }
+  __device__ Expected expect(uint32_t local) const { return {epoch * TAGS + local, local ? ~0u : 0u}; }
+  __device__ Expected expect_carried(uint32_t local) const { return {(epoch - 1) * TAGS + local, local && step ? ~0u : 0u}; }
+};
+
+// The consumers' common fields of a task record.
+struct TaskHead {
+  uint16_t op, wait_counter, wait_count, done_counter;
+};
+
+// A consumer warp's place: the ring slot it takes next, the reduction slot it fills next, the tasks it has begun.
+struct Consumer {
+  const Block& b;
+  Abort abort;
+  int warp, lane;
+  uint32_t slot = 0, slot_parity = 0;
+  uint32_t red = 0, red_parity = 1;
+  uint32_t meet_parity = 0;
+  uint32_t sequence = 0;
+
+  __device__ Consumer(const Block& b, int warp, int lane)
+      : b(b), abort{reinterpret_cast<uint32_t*>(b.p.abort), b.p.spin_limit, CONSUMER, b.sm, 0, 0}, warp(warp), lane(lane) {}
+
+  // The watcher has released the task this consumer is at.
+  __device__ __forceinline__ void wait_released() {
+    const uint32_t* released = &b.barriers().released;
+    const uint32_t mine = sequence;
+    wait_until(abort, WAIT_TASK, [=] { return reached(load_shared_acquire(released), mine); });
+  }
+  __device__ __forceinline__ const uint8_t* wait_chunk() {
+    uint64_t* bar = &b.barriers().full[slot];
+    const uint32_t parity = slot_parity;
+    wait_until(abort, WAIT_FULL, [=] { return barrier_passed(bar, parity); });
+    return b.stage(slot);
+  }
+  // Every lane has read what it needs of the chunk.
+  __device__ __forceinline__ void release_chunk() {
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&b.barriers().empty[slot]);
+    if (++slot == STAGES) { slot = 0; slot_parity ^= 1; }
+  }
+  __device__ __forceinline__ float* wait_reduction_slot() {
+    uint64_t* bar = &b.barriers().slot_free[red];
+    const uint32_t parity = red_parity;
+    wait_until(abort, WAIT_SLOT, [=] { return barrier_passed(bar, parity); });
+    return b.partial(red, warp);
+  }
+  __device__ __forceinline__ void fill_reduction_slot() {
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&b.barriers().slot_full[red]);
+    if (++red == REDUCTION_SLOTS) { red = 0; red_parity ^= 1; }
+  }
+  // All consumers of the SM have arrived; what each wrote to shared memory before is visible to all.
+  __device__ __forceinline__ void meet() {
+    __syncwarp();
+    uint64_t* bar = &b.barriers().consumers;
+    const uint32_t parity = meet_parity;
+    if (lane == 0) barrier_arrive(bar);
+    wait_until(abort, WAIT_BARRIER, [=] { return barrier_passed(bar, parity); });
+    meet_parity ^= 1;
+  }
+  // This warp's publishes of the task are out: a hint to watchers.
+  __device__ __forceinline__ void arrive_done(uint32_t counter) {
+    __syncwarp();
+    if (lane == 0 && counter != NONE) add_relaxed(b.counter(counter), 1);
+  }
+  __device__ __forceinline__ uint2 read(const uint64_t* packet, Expected want) {
+    uint2 v = load_packet(packet);
+    if (!want.match(v.y)) wait_until(abort, WAIT_TAG, [&] { v = load_packet(packet); return want.match(v.y); });
+    return v;
+  }
+  // Waits until both packets of `v`, last loaded from `packets`, carry the tag.
+  __device__ __forceinline__ void settle(uint4& v, const uint64_t* packets, Expected want) {
+    if (!want.match(v.y) || !want.match(v.w))
+      wait_until(abort, WAIT_TAG, [&] { v = load_packets(packets); return want.match(v.y) && want.match(v.w); });
+  }
+};
+
+// The storer's place: the reduction slot it empties next.
+struct Storer {
+  const Block& b;
+  Abort abort;
+  int lane;
+  uint32_t red = 0, red_parity = 0;
+
+  __device__ Storer(const Block& b, int lane)
+      : b(b), abort{reinterpret_cast<uint32_t*>(b.p.abort), b.p.spin_limit, STORER, b.sm, 0, 0}, lane(lane) {}
+
+  __device__ __forceinline__ float read(const uint64_t* packet, Expected want) {
+    uint2 v = load_packet(packet);
+    if (!want.match(v.y)) wait_until(abort, WAIT_TAG, [&] { v = load_packet(packet); return want.match(v.y); });
+    return as_float(v.x);
+  }
+  // Sum over the consumer warps, in warp order within each half: lane r and lane r + 16 get row r; `squares` gets the sum of x squared.
+  __device__ __forceinline__ float reduce(float& squares) {
+    uint64_t* bar = &b.barriers().slot_full[red];
+    const uint32_t parity = red_parity;
+    wait_until(abort, WAIT_SLOT, [=] { return barrier_passed(bar, parity); });
+    const int row = lane & 15, half = lane >> 4;
+    float sum = 0.f, ss = 0.f;
+#pragma unroll
+    for (int w = 0; w < CONSUMER_WARPS / 2; ++w) {
+      const float* part = b.partial(red, half * (CONSUMER_WARPS / 2) + w);
+      sum += part[row];
+      ss += part[TILE_ROWS];
+    }
+    sum += __shfl_xor_sync(~0u, sum, 16);
+    ss += __shfl_xor_sync(~0u, ss, 16);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&b.barriers().slot_free[red]);
+    if (++red == REDUCTION_SLOTS) { red = 0; red_parity ^= 1; }
+    squares = ss;
+    return sum;
+  }
+};
+
+// The feeder's place in the ring. Copies fill slot after slot; at most INFLIGHT are under way.
+struct Feeder {
+  const Block& b;
+  Abort abort;
+  uint32_t slot = 0, empty_parity = 1;
+  uint32_t oldest = 0, oldest_parity = 0;
+  uint32_t under_way = 0;
+
+  __device__ Feeder(const Block& b)
+      : b(b), abort{reinterpret_cast<uint32_t*>(b.p.abort), b.p.spin_limit, FEEDER, b.sm, 0, 0} {}
+
+  __device__ __forceinline__ bool wait_landed() {
+    uint64_t* bar = &b.barriers().full[oldest];
+    const uint32_t parity = oldest_parity;
+    if (!poll_until(abort, WAIT_FULL, [=] { return barrier_passed(bar, parity); })) return false;
+    if (++oldest == STAGES) { oldest = 0; oldest_parity ^= 1; }
+    --under_way;
+    return true;
+  }
+  // Streams one chunk into the next slot; false when the launch is being aborted.
+  __device__ __forceinline__ bool stream(const uint8_t* source, uint32_t bytes) {
+    if (under_way == INFLIGHT && !wait_landed()) return false;
+    Barriers& bars = b.barriers();
+    uint64_t* empty = &bars.empty[slot];
+    const uint32_t parity = empty_parity;
+    if (!poll_until(abort, WAIT_EMPTY, [=] { return barrier_passed(empty, parity); })) return false;
+    copy(bars.full[slot], b.stage(slot), source, bytes);
+    ++under_way;
+    if (++slot == STAGES) { slot = 0; empty_parity ^= 1; }
+    return true;
+  }
+  // Copies that have been started must land before the block may end, aborted or not.
+  __device__ void drain() {
+    while (under_way) {
+      while (!barrier_passed(&b.barriers().full[oldest], oldest_parity)) {}
+      if (++oldest == STAGES) { oldest = 0; oldest_parity ^= 1; }
+      --under_way;
+    }
+  }
+
+ private:
+  static __device__ __forceinline__ void copy(uint64_t& full, uint8_t* to, const uint8_t* from, uint32_t bytes) {
+#if DRY_FEED
+    barrier_arrive(&full);
+#else
+    barrier_expect(&full, bytes);
+#if EVICT_FIRST
+    uint64_t policy;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+                     shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(&full)), "l"(policy)
+                 : "memory");
+#else
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(&full))
+                 : "memory");
+#endif
+#endif
+  }
+};

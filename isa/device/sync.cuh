@@ -1,0 +1,153 @@
+// Every fence, atomic and spin of the machine, each with the order it makes.
+#pragma once
+#include "isa/device/types.cuh"
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+// ---- giving up -------------------------------------------------------------------------------------------------------------------
+// A wait that does not end reports itself in the launch's abort record and every other wait follows it out.
+
+enum AbortCode : uint32_t { ABORT_NONE = 0, ABORT_TIMEOUT = 1, ABORT_HOST = 2, ABORT_PLACEMENT = 3, ABORT_MISMATCH = 4 };
+enum Actor : uint32_t { FEEDER = 1, CONSUMER = 2, STORER = 3, WATCHER = 4, LAUNCH_END = 5 };
+enum WaitKind : uint32_t { WAIT_TASK = 1, WAIT_TAG = 2, WAIT_FULL = 3, WAIT_EMPTY = 4, WAIT_SLOT = 5, WAIT_COUNTER = 6, WAIT_TOKEN_END = 7, WAIT_BARRIER = 8 };
+
+struct Abort {
+  uint32_t* record;  // global: code, actor << 8 | wait kind, SM, task, token, value seen
+  uint32_t limit;    // polls after which a wait gives up
+  uint32_t actor, sm, task, token;
+};
+
+__device__ __forceinline__ uint32_t load_relaxed(const uint32_t* p) {
+  uint32_t v;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+
+// Writes the abort record unless another thread was first.
+__device__ __noinline__ void raise_abort(const Abort& a, uint32_t code, uint32_t kind) {
+  if (atomicCAS(a.record, 0u, code) == 0u) {
+    a.record[1] = a.actor << 8 | kind;
+    a.record[2] = a.sm;
+    a.record[3] = a.task;
+    a.record[4] = a.token;
+  }
+}
+
+// True when the wait must end: its polls ran out, or somebody aborted the launch. Looked at every 256 polls.
+__device__ __forceinline__ bool must_give_up(const Abort& a, uint32_t polls, uint32_t kind) {
+  if ((polls & 255u) != 0u) return false;
+  if (load_relaxed(a.record) != 0u) return true;
+  if (polls < a.limit) return false;
+  raise_abort(a, ABORT_TIMEOUT, kind);
+  return true;
+}
+
+__device__ __forceinline__ void leave() { asm volatile("exit;"); }
+
+#if STRESS
+// A build for tests: each wait may be late by up to 4 us, differently for each actor, task and run.
+__device__ __forceinline__ void stress_delay(const Abort& a) {
+  uint32_t h = (uint32_t)clock64() ^ (a.sm * 0x9E3779B1u) ^ (a.task * 0x85EBCA77u) ^ (a.actor << 13);
+  h ^= h >> 15;
+  h *= 0x2C1B3C6Du;
+  h ^= h >> 12;
+  if ((h & 7u) == 0u) __nanosleep(h >> 20);
+}
+#endif
+
+// Polls `ready` until it holds; false if the launch is being aborted.
+template <class Ready>
+__device__ __forceinline__ bool poll_until(const Abort& a, uint32_t kind, Ready ready) {
+#if STRESS
+  stress_delay(a);
+#endif
+  uint32_t polls = 0;
+  while (!ready())
+    if (must_give_up(a, ++polls, kind)) return false;
+  return true;
+}
+
+// The same for actors that own nothing in flight: the thread exits when the launch is aborted.
+template <class Ready>
+__device__ __forceinline__ void wait_until(const Abort& a, uint32_t kind, Ready ready) {
+  if (!poll_until(a, kind, ready)) leave();
+}
+
+// ---- mbarriers: order shared memory of one block (release on arrive, acquire on wait, CTA scope) -------------------------------------
+
+__device__ __forceinline__ void barrier_init(uint64_t* bar, uint32_t count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count));
+}
+__device__ __forceinline__ void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void barrier_arrive(uint64_t* bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
+}
+__device__ __forceinline__ void barrier_expect(uint64_t* bar, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ bool barrier_passed(uint64_t* bar, uint32_t parity) {
+  uint32_t ok;
+  asm volatile(
+      "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+      : "=r"(ok)
+      : "r"(shared_address(bar)), "r"(parity)
+      : "memory");
+  return ok != 0;
+}
+
+// ---- words in shared memory that only grow -----------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t load_shared_acquire(const uint32_t* p) {
+  uint32_t v;
+  asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];" : "=r"(v) : "r"(shared_address(p)) : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_shared_release(uint32_t* p, uint32_t v) {
+  asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(shared_address(p)), "r"(v) : "memory");
+}
+__device__ __forceinline__ void add_shared_release(uint32_t* p, uint32_t v) {
+  asm volatile("red.release.cta.shared::cta.add.u32 [%0], %1;" ::"r"(shared_address(p)), "r"(v) : "memory");
+}
+
+// ---- packets: {32-bit value, 32-bit tag} in one relaxed 64-bit access; the tag orders the value, nothing else -------------------------
+
+__device__ __forceinline__ uint2 load_packet(const uint64_t* p) {
+  uint64_t v;
+  asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(v) : "l"(p) : "memory");
+  return make_uint2((uint32_t)v, (uint32_t)(v >> 32));
+}
+// Two neighbouring packets; each is one access of its own.
+__device__ __forceinline__ uint4 load_packets(const uint64_t* p) {
+  uint64_t a, b;
+  asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];" : "=l"(a), "=l"(b) : "l"(p) : "memory");
+  return make_uint4((uint32_t)a, (uint32_t)(a >> 32), (uint32_t)b, (uint32_t)(b >> 32));
+}
+__device__ __forceinline__ void publish(uint64_t* p, uint32_t value, uint32_t tag) {
+  asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(p), "l"((uint64_t)tag << 32 | value) : "memory");
+}
+
+// What a read expects: tags must equal `tag` under `mask` (mask 0: not checked).
+struct Expected {
+  uint32_t tag, mask;
+  __device__ __forceinline__ bool match(uint32_t seen) const { return ((seen ^ tag) & mask) == 0; }
+};
+
+// ---- counters: relaxed hints that only grow; compared modulo 2^32 ---------------------------------------------------------------------
+
+__device__ __forceinline__ void add_relaxed(uint32_t* p, uint32_t v) {
+  asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+__device__ __forceinline__ bool reached(uint32_t value, uint32_t threshold) { return (int32_t)(value - threshold) >= 0; }
+
+// ---- end of token: everything the SM wrote is visible to who acquires it -----------------------------------------------------------------
+
+__device__ __forceinline__ void add_release(uint32_t* p, uint32_t v) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
+  uint32_t v;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+// Ordinary writes acquired by this thread are visible to the bulk copies it starts next.
+__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }

@@ -1,0 +1,14 @@
+// Integer types and compile-time arithmetic. No header of the toolkit is needed, so NVRTC builds from this text alone.
+#pragma once
+
+using uint8_t = unsigned char;
+using uint16_t = unsigned short;
+using int32_t = int;
+using uint32_t = unsigned int;
+using int64_t = long long;
+using uint64_t = unsigned long long;
+#define offsetof(type, member) __builtin_offsetof(type, member)
+
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+constexpr int min_of(int a, int b) { return a < b ? a : b; }
+constexpr int max_of(int a, int b) { return a > b ? a : b; }
