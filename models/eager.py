@@ -1,0 +1,63 @@
+"""The source model: the transformers class itself, eager, with the same weights as the compiled one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from amk.models.names import checkpoint_name
+from amk.schedule.model import DType, ModelSpec, WeightSource, weight_shapes
+
+if TYPE_CHECKING:
+    import torch
+
+
+def load_eager(folder: Path, dtype: DType, device: str) -> Any:
+    """The model that transformers itself loads from a checkpoint folder, in eval mode and without gradients."""
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype(dtype), attn_implementation="eager", local_files_only=True)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def build_eager(config: Mapping[str, Any], spec: ModelSpec, weights: WeightSource, dtype: DType, device: str) -> Any:
+    """The transformers model of `config` holding `weights` cast to `dtype`.
+
+    It is laid out without memory first and given its tensors one by one, so the peak is the model plus one tensor.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    auto_model: Any = AutoModelForCausalLM
+    source_config: Any = CONFIG_MAPPING[config["model_type"]](**copy.deepcopy(dict(config)))
+    with torch.device("meta"):
+        model = auto_model.from_config(source_config, dtype=torch_dtype(dtype), attn_implementation="eager")
+    for name in weight_shapes(spec):
+        if not (spec.tied_head and name == "head"):
+            _assign(model, checkpoint_name(name), weights.tensor(name, device).to(torch_dtype(dtype)))
+    model.tie_weights()
+    # Its frequencies are computed, not loaded, and on the CPU, so that every device gets the same bits.
+    rotary = type(model.model.rotary_emb)
+    model.model.rotary_emb = rotary(config=source_config).to(device)
+    return model.eval().requires_grad_(False)
+
+
+def _assign(model: Any, name: str, tensor: torch.Tensor) -> None:
+    import torch
+
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    expected = module.get_parameter(leaf).shape
+    if expected != tensor.shape:
+        raise ValueError(f"{name} must have shape {tuple(expected)} in the transformers model, but got {tuple(tensor.shape)}")
+    setattr(module, leaf, torch.nn.Parameter(tensor, requires_grad=False))
+
+
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """The torch dtype of ours."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]

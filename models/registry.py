@@ -1,0 +1,70 @@
+"""From the name a user types to a model: a built-in, a folder, a GGUF file or a HuggingFace id."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from amk.models.builtin import NAMES, RANDOM, SMOLLM2, SMOLLM2_CONFIG
+from amk.models.checkpoint import describe_folder, read_checkpoint
+from amk.models.config import spec_from_config
+from amk.models.errors import UnknownModel
+from amk.models.fetch import converted_gguf, describe_hub, fetch_hub, fetch_smollm2
+from amk.models.model import Model, checkpoint_model, random_model
+from amk.schedule.model import ModelSpec
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def resolve(name: str, *, cache_dir: Path | None = None, progress: Callable[[str], None] | None = None) -> Model:
+    """The model called `name`, ready to hand out weights; fetched and converted the first time where it must be.
+
+    Raises `UnknownModel`, `Unsupported`, `DamagedCheckpoint` or `Unavailable`, each one sentence with its exit code.
+    """
+    if name in RANDOM:
+        return random_model(name, RANDOM[name])
+    if name == SMOLLM2:
+        return checkpoint_model(read_checkpoint(fetch_smollm2(cache_dir, progress), name))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return checkpoint_model(read_checkpoint(path, path.resolve().name))
+    if _is_gguf(path):
+        return checkpoint_model(read_checkpoint(converted_gguf(path, cache_dir, progress), path.stem))
+    _require_hub_id(name, path)
+    return checkpoint_model(read_checkpoint(fetch_hub(name, progress), name))
+
+
+def describe(name: str, *, cache_dir: Path | None = None, progress: Callable[[str], None] | None = None) -> ModelSpec:
+    """The description of the model called `name`, without torch for built-ins and folders, and without its weights.
+
+    A GGUF file is converted, a HuggingFace id has its config fetched. Raises as `resolve` does.
+    """
+    if name in RANDOM:
+        return spec_from_config(RANDOM[name], name)
+    if name == SMOLLM2:
+        return spec_from_config(SMOLLM2_CONFIG, name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return describe_folder(path, path.resolve().name)
+    if _is_gguf(path):
+        return describe_folder(converted_gguf(path, cache_dir, progress), path.stem)
+    _require_hub_id(name, path)
+    return describe_hub(name)
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.is_file() and path.suffix == ".gguf"
+
+
+def _require_hub_id(name: str, path: Path) -> None:
+    if path.is_file():
+        raise UnknownModel(f"{name} is a file, but a model is a folder with config.json and safetensors, or a .gguf file")
+    looks_local = name.startswith((".", "/", "~")) or name.endswith(".gguf")
+    if looks_local or not _HUB_ID.fullmatch(name):
+        close = difflib.get_close_matches(name, NAMES, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UnknownModel(
+            f"unknown model {name!r}: must be one of {', '.join(NAMES)}, a checkpoint folder, a .gguf file or a HuggingFace id{hint}"
+        )
