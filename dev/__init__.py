@@ -1,0 +1,1 @@
+"""Checks and measurements of a checkout; not part of the wheel."""

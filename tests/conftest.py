@@ -1,0 +1,56 @@
+"""What every test run has in common: one torch thread a worker, the card's tests only where there is a card, results files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from amk.dev.card import card_count
+from amk.dev.provenance import write_results
+
+ROOT = Path(__file__).resolve().parents[1]
+# Each worker of pytest-xdist has one core, and so has what it starts.
+ONE_THREAD = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--results", metavar="DIR", default=None, help="write what the card's tests found and recorded into DIR")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Before any test module loads torch or numpy.
+    for variable in ONE_THREAD:
+        os.environ.setdefault(variable, "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # `pythonpath` of pyproject.toml serves this process; the processes that tests start inherit this.
+    inherited = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "dev" / "checkout"), inherited]))
+    if folder := config.getoption("--results"):
+        config.pluginmanager.register(ResultsFile(config.rootpath / folder / "gpu-tests.json"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a card its tests are deselected, not skipped: on a card none of them may hide behind a skip."""
+    if card_count():
+        return
+    without = [item for item in items if item.get_closest_marker("cuda")]
+    items[:] = [item for item in items if not item.get_closest_marker("cuda")]
+    config.hook.pytest_deselected(items=without)
+
+
+class ResultsFile:
+    """Collects each test's outcome, seconds and what it gave to pytest's `record_property`, and writes them with their provenance."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tests: dict[str, dict[str, object]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            recorded = dict(report.user_properties)
+            self.tests[report.nodeid] = {"outcome": report.outcome, "seconds": round(report.duration, 3), **recorded}
+
+    def pytest_sessionfinish(self) -> None:
+        write_results(self.path, {"tests": self.tests})
