@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -149,6 +148,7 @@ class CheckpointWeights:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._names = frozenset(weight_shapes(checkpoint.spec))
+        self._open_files: dict[Path, Any] = {}
         if checkpoint.spec.tied_head and "lm_head.weight" in checkpoint.stored:
             self._require_equal_heads()
 
@@ -165,8 +165,10 @@ class CheckpointWeights:
 
     def _stored(self, name: str) -> torch.Tensor:
         stored_name = checkpoint_name(name)
-        handle = _open(self._checkpoint.stored[stored_name].file)
-        tensor: torch.Tensor = handle.get_tensor(stored_name)
+        file = self._checkpoint.stored[stored_name].file
+        if file not in self._open_files:
+            self._open_files[file] = _open(file)
+        tensor: torch.Tensor = self._open_files[file].get_tensor(stored_name)
         return tensor
 
     def _require_equal_heads(self) -> None:
@@ -177,7 +179,6 @@ class CheckpointWeights:
             raise Unsupported(spec.name, ["weight lm_head.weight differs from the embedding though tie_word_embeddings is true"])
 
 
-@functools.lru_cache(maxsize=64)
 def _open(path: Path) -> Any:
     try:
         from safetensors import SafetensorError, safe_open

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +28,8 @@ def resolve(name: str, *, cache_dir: Path | None = None, progress: Callable[[str
         return random_model(name, RANDOM[name])
     if name == SMOLLM2:
         return checkpoint_model(read_checkpoint(fetch_smollm2(cache_dir, progress), name))
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))
+    if name and os.path.isdir(path):
         return checkpoint_model(read_checkpoint(path, path.resolve().name))
     if _is_gguf(path):
         return checkpoint_model(read_checkpoint(converted_gguf(path, cache_dir, progress), path.stem))
@@ -45,8 +46,8 @@ def describe(name: str, *, cache_dir: Path | None = None, progress: Callable[[st
         return spec_from_config(RANDOM[name], name)
     if name == SMOLLM2:
         return spec_from_config(SMOLLM2_CONFIG, name)
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))
+    if name and os.path.isdir(path):
         return describe_folder(path, path.resolve().name)
     if _is_gguf(path):
         return describe_folder(converted_gguf(path, cache_dir, progress), path.stem)
@@ -55,11 +56,11 @@ def describe(name: str, *, cache_dir: Path | None = None, progress: Callable[[st
 
 
 def _is_gguf(path: Path) -> bool:
-    return path.is_file() and path.suffix == ".gguf"
+    return os.path.isfile(path) and path.suffix == ".gguf"
 
 
 def _require_hub_id(name: str, path: Path) -> None:
-    if path.is_file():
+    if os.path.isfile(path):
         raise UnknownModel(f"{name} is a file, but a model is a folder with config.json and safetensors, or a .gguf file")
     looks_local = name.startswith((".", "/", "~")) or name.endswith(".gguf")
     if looks_local or not _HUB_ID.fullmatch(name):
