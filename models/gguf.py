@@ -32,8 +32,9 @@ def convert_gguf(file: Path, folder: Path, name: str, progress: Callable[[str], 
     Matrices stored as F32 or F16 keep their dtype; quantised ones become bf16, which then is the model. Raises
     `Unsupported` for metadata or tensors that transformers would ignore, `DamagedCheckpoint` for a broken file.
     """
-    _require_packages()
+    _require_packages("gguf")
     dtype = _inspect(file, name)
+    _require_packages("transformers", "accelerate")
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
@@ -49,8 +50,8 @@ def convert_gguf(file: Path, folder: Path, name: str, progress: Callable[[str], 
     return checkpoint
 
 
-def _require_packages() -> None:
-    missing = [package for package in ("gguf", "accelerate", "transformers", "torch") if importlib.util.find_spec(package) is None]
+def _require_packages(*packages: str) -> None:
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise Unavailable(f"converting a GGUF file needs the packages {', '.join(missing)}; install them with pip")
 
