@@ -1,0 +1,180 @@
+"""The compiler: a model, a config and a card in, one program out. Each line of `compile_program` is a pass."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from amk.isa.instruction import Instruction
+from amk.isa.machine import KV_STREAM_LAG, Machine
+from amk.schedule.config import config_dict
+from amk.schedule.emit import Queues, emit, matvec_shapes, resolve_names
+from amk.schedule.fuse import fuse
+from amk.schedule.graph import Graph
+from amk.schedule.knobs import Config
+from amk.schedule.memory import Arena, allocate
+from amk.schedule.model import ModelSpec
+from amk.schedule.place import assignment_problems, place, sized_candidates
+from amk.schedule.program import Buffer, DeviceKnobs, KvCache, Program
+from amk.schedule.rejection import Rejection, reject
+from amk.schedule.resources import SharedNeeds, shared_layout
+from amk.schedule.settings import Settings, resolve
+from amk.schedule.synchronise import Sync, synchronise
+from amk.schedule.targets import Target
+from amk.schedule.tile import tile
+
+
+class ConfigRejected(ValueError):
+    """`lower` was given a config that does not go with the model and the card; `rejections` says why."""
+
+    def __init__(self, rejections: list[Rejection]) -> None:
+        super().__init__("; ".join(map(str, rejections)))
+        self.rejections = rejections
+
+
+def lower(spec: ModelSpec, config: Config, target: Target, *, context: int | None = None) -> Program:
+    """`compile_program` for callers that know the config to be good; ConfigRejected if it is not."""
+    result = compile_program(spec, config, target, context=context)
+    if isinstance(result, Program):
+        return result
+    raise ConfigRejected(result)
+
+
+def compile_program(spec: ModelSpec, config: Config, target: Target, *, context: int | None = None) -> Program | list[Rejection]:
+    """The program, or every reason why there is none. `context` KV rows (rounded up to 16); None: the model's, up to 16384."""
+    settings = resolve(spec, config, target, context)
+    if isinstance(settings, list):
+        return settings
+    graph = fuse(spec, settings)
+    tilings = tile(spec, graph, settings)
+    problems = list(assignment_problems(graph, tilings, config.sm_assignment, target.sms))
+    if problems:
+        return problems
+    placement = place(graph, tilings, config.sm_assignment, target.sms)
+    graph = sized_candidates(graph, placement)
+    arena = allocate(graph, config.page_allocation)
+    sync = synchronise(graph, placement, settings.consumer_warps, config.sync)
+    queues = emit(graph, placement, resolve_names(graph, sync, config.kv_block), target.sms)
+    machine = _machine(spec, settings, graph, sync, queues)
+    return machine if isinstance(machine, list) else _assemble(spec, settings, graph, arena, sync, queues, machine)
+
+
+def _assemble(spec: ModelSpec, settings: Settings, graph: Graph, arena: Arena, sync: Sync, queues: Queues, machine: Machine) -> Program:
+    config = settings.config
+    return Program(
+        machine=machine,
+        device=DeviceKnobs(config.cache_hint, config.sync, config.poll_sleep_ns, config.unroll),
+        buffers=tuple(Buffer(v.name, v.kind, arena.offsets[v.name], v.packets) for v in graph.values),
+        arena_packets=arena.packets,
+        matrices=graph.matrices,
+        shapes=matvec_shapes(graph),
+        constants=graph.constants,
+        kv=KvCache(spec.layers, spec.kv_heads, settings.context),
+        counters=sync.counters,
+        queues=queues.queues,
+        streams=_streams(queues.queues),
+        scratch_bytes=_scratch_bytes(queues, machine),
+    )
+
+
+def _machine(spec: ModelSpec, settings: Settings, graph: Graph, sync: Sync, queues: Queues) -> Machine | list[Rejection]:
+    """The machine with as many ring stages as fit beside everything else, of the first stage size of which two (or else one) do."""
+    drafts = [_draft(spec, settings, sync, stage_bytes) for stage_bytes in settings.stage_sizes]
+    fitted = [replace(draft, stages=_stages(draft, settings, graph, queues)) for draft in drafts]
+    chosen = next((m for least in (2, 1) for m in fitted if m.stages >= least), None)
+    if chosen is None:
+        return [_no_ring(drafts[-1], settings, graph, queues)]
+    return replace(chosen, inflight=min(settings.config.pipelining_depth, chosen.stages))
+
+
+def _draft(spec: ModelSpec, settings: Settings, sync: Sync, stage_bytes: int) -> Machine:
+    """The machine before its ring is sized."""
+    return Machine(
+        sms=settings.target.sms,
+        consumer_warps=settings.consumer_warps,
+        stages=0,
+        stage_bytes=stage_bytes,
+        inflight=0,
+        reduction_slots=settings.config.reduction_slots,
+        kv_lag=KV_STREAM_LAG,
+        dtype=spec.dtype,
+        hidden=spec.hidden,
+        vocab=spec.vocab,
+        heads=spec.heads,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        rms_eps=spec.rms_eps,
+        context=settings.context,
+        tags=len(sync.tags),
+        qk_norm=spec.qk_norm,
+    )
+
+
+def _stages(draft: Machine, settings: Settings, graph: Graph, queues: Queues) -> int:
+    """Stages that fit, or that were asked for; 0 if what was asked for does not fit."""
+    fit = max(0, _ring_room(draft, settings, graph, queues) // draft.stage_bytes)
+    asked = settings.config.smem_bytes_per_block // draft.stage_bytes
+    if settings.config.smem_bytes_per_block == 0:
+        return fit
+    return asked if asked <= fit else 0
+
+
+def _ring_room(draft: Machine, settings: Settings, graph: Graph, queues: Queues) -> int:
+    """Bytes of shared memory that everything but the ring leaves; negative if even that does not fit."""
+    needs = SharedNeeds(
+        stages=0,
+        stage_bytes=draft.stage_bytes,
+        scratch_bytes=_scratch_bytes(queues, draft),
+        consumer_warps=draft.consumer_warps,
+        reduction_slots=draft.reduction_slots,
+        tasks=max(map(len, queues.queues)),
+        stream_entries=max(map(len, _streams(queues.queues))),
+        buffers=len(graph.values),
+    )
+    return settings.target.shared_bytes - shared_layout(needs).total
+
+
+def _no_ring(draft: Machine, settings: Settings, graph: Graph, queues: Queues) -> Rejection:
+    room, target, asked = _ring_room(draft, settings, graph, queues), settings.target, settings.config.smem_bytes_per_block
+    tasks = max(map(len, queues.queues))
+    taken = f"{target.shared_bytes - room} of the {target.shared_bytes} bytes on {target.name}"
+    rest = f"{tasks} tasks, scratch and reduction slots take {taken}"
+    if room < draft.stage_bytes:
+        allowed = f"such that one stage of {draft.stage_bytes} bytes fits ({rest}; a larger N_tile makes fewer tasks)"
+    else:
+        allowed = f"at least one stage of {draft.stage_bytes} bytes and at most {room // draft.stage_bytes * draft.stage_bytes} ({rest})"
+    return reject("smem_bytes_per_block", asked, allowed)
+
+
+def _scratch_bytes(queues: Queues, machine: Machine) -> int:
+    """Scratch is shared by all tasks of an SM in turn; all tasks of an op need the same."""
+    return max(task.shared_bytes(machine) for task in queues.samples)
+
+
+def _streams(queues: tuple[tuple[Instruction, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(i for i, task in enumerate(queue) if task.streamed) for queue in queues)
+
+
+def effective_config(config: Config, program: Program) -> dict[str, Any]:
+    """The config in its JSON form with every automatic or clipped value as the program realises it."""
+    result, m = config_dict(config), program.machine
+    splits = max((getattr(task, "splits", 1) for queue in program.queues for task in queue), default=1)
+    result["pipelining_depth"] = m.inflight
+    result["smem_bytes_per_block"] = m.stages * m.stage_bytes
+    result["kernel_knobs"] |= {"stage_bytes": m.stage_bytes, "kv_splits": splits}
+    return result
+
+
+def notes(config: Config, program: Program) -> list[str]:
+    """Where the program does less than the config asked for, one sentence each."""
+    found, asked, realised = [], config_dict(config), effective_config(config, program)
+    depth, inflight = asked["pipelining_depth"], realised["pipelining_depth"]
+    if depth > inflight:
+        found.append(f"pipelining_depth: {depth} stages asked for, {inflight} used: the ring has no more")
+    splits, used = asked["kernel_knobs"]["kv_splits"], realised["kernel_knobs"]["kv_splits"]
+    if splits > used:
+        found.append(f"kv_splits: {splits} asked for, {used} used: the context has no more blocks of {config.kv_block} rows")
+    ring = asked["smem_bytes_per_block"]
+    if ring > realised["smem_bytes_per_block"]:
+        found.append(f"smem_bytes_per_block: {ring} asked for, {realised['smem_bytes_per_block']} used: the ring is whole stages")
+    return found

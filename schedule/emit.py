@@ -1,0 +1,240 @@
+"""Pass 6: the tasks of every queue, with names resolved to buffers, tags, counters, matrices and constants."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import singledispatch
+from typing import TypedDict
+
+from amk.isa.abi import NONE
+from amk.isa.attention import Attention
+from amk.isa.embed import Embed
+from amk.isa.gemv import Gemv
+from amk.isa.gemv_glu import GemvGlu
+from amk.isa.gemv_head import GemvHead
+from amk.isa.instruction import Instruction
+from amk.isa.matvec import MatVec
+from amk.isa.rmsnorm import RmsNorm
+from amk.isa.sample import Sample
+from amk.isa.swiglu import SwiGlu
+from amk.schedule.fuse import CANDIDATES
+from amk.schedule.graph import AttentionOp, EmbedOp, Graph, MatVecOp, NormOp, Op, SampleOp, SwiGluOp
+from amk.schedule.place import Placement, Run
+from amk.schedule.program import MatVecShape
+from amk.schedule.synchronise import Sync, Wait, arrives
+
+MATVEC: dict[str, type[MatVec]] = {cls.stem: cls for cls in (Gemv, GemvGlu, GemvHead)}
+
+
+class Hints(TypedDict):
+    wait_counter: int
+    wait_count: int
+    done_counter: int
+
+
+@dataclass(frozen=True)
+class Names:
+    """Where every name of the graph went."""
+
+    buffers: Mapping[str, int]
+    constants: Mapping[str, int]
+    matrices: Mapping[str, int]
+    shapes: tuple[MatVecShape, ...]
+    sync: Sync
+    unit_rows: int
+    packets: Mapping[str, int]
+
+    def constant(self, name: str | None) -> int:
+        return -1 if name is None else self.constants[name]
+
+    def hints(self, op: Op, unit: int) -> Hints:
+        wait = self.sync.waits.get(op.name, Wait())
+        done = self.sync.done.get(op.name, NONE) if arrives(op, unit) else NONE
+        return {"wait_counter": wait.counter, "wait_count": wait.count, "done_counter": done}
+
+
+@dataclass(frozen=True)
+class Queues:
+    """Tasks of every SM in order, and of every op one task, which needs as much scratch as the others of its op."""
+
+    queues: tuple[tuple[Instruction, ...], ...]
+    samples: tuple[Instruction, ...]
+
+
+def matvec_shapes(graph: Graph) -> tuple[MatVecShape, ...]:
+    """The compiled variants that the program needs, each once."""
+    return tuple(dict.fromkeys(MatVecShape(op.cols, op.flags) for op in graph.ops if isinstance(op, MatVecOp)))
+
+
+def resolve_names(graph: Graph, sync: Sync, unit_rows: int) -> Names:
+    return Names(
+        buffers={value.name: i for i, value in enumerate(graph.values)},
+        constants={constant.name: constant.start for constant in graph.constants},
+        matrices={matrix.name: i for i, matrix in enumerate(graph.matrices)},
+        shapes=matvec_shapes(graph),
+        sync=sync,
+        unit_rows=unit_rows,
+        packets={value.name: value.packets for value in graph.values},
+    )
+
+
+def emit(graph: Graph, placement: Placement, names: Names, sms: int) -> Queues:
+    """Queues in op order. Within attention the splits come before the tails on every SM: a tail waits for splits, never the other way."""
+    queues: list[list[Instruction]] = [[] for _ in range(sms)]
+    samples = []
+    for op in graph.ops:
+        runs = placement[op.name]
+        tasks = list(zip(runs, _tasks(op, runs, names), strict=True))
+        if isinstance(op, AttentionOp):
+            tasks.sort(key=lambda pair: arrives(op, pair[0].start))
+        for run, task in tasks:
+            queues[run.sm].append(task)
+        samples.append(tasks[0][1])
+    return Queues(tuple(map(tuple, queues)), tuple(samples))
+
+
+@singledispatch
+def _tasks(op: Op, runs: tuple[Run, ...], names: Names) -> list[Instruction]:
+    raise TypeError(f"{op.name}: no pass turns a {type(op).__name__} into tasks; add one to emit.py")
+
+
+@_tasks.register
+def _embed(op: EmbedOp, runs: tuple[Run, ...], names: Names) -> list[Instruction]:
+    token, out = op.reads[0].value, op.writes[0]
+    return [
+        Embed(
+            token_buf=names.buffers[token],
+            token_tag=names.sync.tags[token],
+            out_buf=names.buffers[out],
+            out_tag=names.sync.tags[out],
+            col0=run.start,
+            cols=run.stop - run.start,
+            **names.hints(op, run.start),
+        )
+        for run in runs
+    ]
+
+
+@_tasks.register
+def _norm(op: NormOp, runs: tuple[Run, ...], names: Names) -> list[Instruction]:
+    x, out = op.reads[0].value, op.writes[0]
+    return [
+        RmsNorm(
+            x_buf=names.buffers[x],
+            x_tag=names.sync.tags[x],
+            out_buf=names.buffers[out],
+            out_tag=names.sync.tags[out],
+            cols=op.cols,
+            col0=run.start,
+            count=run.stop - run.start,
+            gain=names.constants[op.gain],
+            **names.hints(op, run.start),
+        )
+        for run in runs
+    ]
+
+
+@_tasks.register
+def _matvec(op: MatVecOp, runs: tuple[Run, ...], names: Names) -> list[Instruction]:
+    x, out = op.reads[0].value, op.writes[0]
+    residual = op.reads[1].value if len(op.reads) > 1 else None
+    shape, cls, hints = names.shapes.index(MatVecShape(op.cols, op.flags)), MATVEC[op.stem], names.hints(op, 0)
+    x_buf, x_tag, out_buf, out_tag = names.buffers[x], names.sync.tags[x], names.buffers[out], names.sync.tags[out]
+    res_buf, res_tag = (NONE, 0) if residual is None else (names.buffers[residual], names.sync.tags[residual])
+    weight, gain, bias = names.matrices[op.name], names.constant(op.gain), names.constant(op.bias)
+    return [
+        cls(
+            shape=shape,
+            flags=op.flags,
+            weight=weight,
+            x_buf=x_buf,
+            x_tag=x_tag,
+            out_buf=out_buf,
+            out_tag=out_tag,
+            tile0=run.start,
+            tiles=run.stop - run.start,
+            cols=op.cols,
+            rows=op.rows,
+            out_start=2 * number if out == CANDIDATES else 0,
+            gain=gain,
+            bias=bias,
+            res_buf=res_buf,
+            res_tag=res_tag,
+            **hints,
+        )
+        for number, run in enumerate(runs)
+    ]
+
+
+@_tasks.register
+def _attention(op: AttentionOp, runs: tuple[Run, ...], names: Names) -> list[Instruction]:
+    q, k, v = (read.value for read in op.reads[:3])
+    out, partials = op.writes[-1], op.writes[0] if op.splits > 1 else None
+    tags, buffers = names.sync.tags, names.buffers
+    part_buf, part_tag = (NONE, 0) if partials is None else (buffers[partials], tags[partials])
+
+    def task(unit: int) -> Attention:
+        head, split = divmod(unit, op.splits)
+        return Attention(
+            q_buf=buffers[q],
+            q_tag=tags[q],
+            k_buf=buffers[k],
+            k_tag=tags[k],
+            v_buf=buffers[v],
+            v_tag=tags[v],
+            part_buf=part_buf,
+            part_tag=part_tag,
+            out_buf=buffers[out],
+            out_tag=tags[out],
+            layer=op.layer,
+            q0=head * op.group,
+            nq=op.group,
+            kv_head=head,
+            split=split,
+            splits=op.splits,
+            unit_rows=names.unit_rows,
+            k_start=op.k_offset + head * op.head_dim,
+            v_start=op.v_offset + head * op.head_dim,
+            window=op.window,
+            q_gain=names.constant(op.q_gain),
+            k_gain=names.constant(op.k_gain),
+            **names.hints(op, unit),
+        )
+
+    return [task(run.start) for run in runs]
+
+
+@_tasks.register
+def _swiglu(op: SwiGluOp, runs: tuple[Run, ...], names: Names) -> list[Instruction]:
+    (gate, up), out = (read.value for read in op.reads), op.writes[0]
+    return [
+        SwiGlu(
+            gate_buf=names.buffers[gate],
+            gate_tag=names.sync.tags[gate],
+            up_buf=names.buffers[up],
+            up_tag=names.sync.tags[up],
+            out_buf=names.buffers[out],
+            out_tag=names.sync.tags[out],
+            col0=run.start,
+            count=run.stop - run.start,
+            **names.hints(op, run.start),
+        )
+        for run in runs
+    ]
+
+
+@_tasks.register
+def _sample(op: SampleOp, runs: tuple[Run, ...], names: Names) -> list[Instruction]:
+    candidates, out = op.reads[0].value, op.writes[0]
+    return [
+        Sample(
+            in_buf=names.buffers[candidates],
+            in_tag=names.sync.tags[candidates],
+            out_buf=names.buffers[out],
+            out_tag=names.sync.tags[out],
+            count=names.packets[candidates] // 2,
+            **names.hints(op, run.start),
+        )
+        for run in runs
+    ]

@@ -1,0 +1,175 @@
+"""Pass 1: the model as a graph of ops, with norms, q/k/v and gate/up fused as the config says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from amk.isa.attention import PARTIAL_HEAD
+from amk.isa.gemv_glu import HALF
+from amk.isa.instruction import Kind
+from amk.isa.machine import ELEMENT_BYTES
+from amk.isa.matvec import X_NARROW, X_NORM
+from amk.schedule.graph import AttentionOp, EmbedOp, Graph, MatVecOp, NormOp, Op, Read, SampleOp, SwiGluOp, Value
+from amk.schedule.model import ModelSpec
+from amk.schedule.program import Constant, Matrix
+from amk.schedule.settings import Settings
+
+CONSTANT_ALIGNMENT = 4  # elements: 16 bytes, one vector load
+TOKEN, CANDIDATES = "token", "candidates"
+Layout = Literal["stack", "interleave8"]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A vector as a product reads it: the value, how it comes (isa.matvec flags), and the gain of the norm folded into the reader."""
+
+    value: str
+    flags: int
+    gain: str | None = None
+
+
+@dataclass
+class _Builder:
+    spec: ModelSpec
+    fusion: tuple[str, ...]
+    ops: list[Op] = field(default_factory=list)
+    values: list[Value] = field(default_factory=list)
+    matrices: list[Matrix] = field(default_factory=list)
+    constants: list[Constant] = field(default_factory=list)
+
+    def value(self, name: str, kind: Kind, elements: int, *, read: int | None = None) -> str:
+        """A value of `elements`, of which the first `read` (all if None) are read."""
+        per_packet = 4 // ELEMENT_BYTES[self.spec.dtype] if kind == "narrow" else 1
+        packets = -(-elements // per_packet)
+        self.values.append(Value(name, kind, packets, read is not None and -(-read // per_packet) < packets))
+        return name
+
+    def constant(self, name: str, sources: tuple[str, ...], count: int, layout: Layout = "stack") -> str:
+        end = max((c.start + c.count for c in self.constants), default=0)
+        self.constants.append(Constant(name, sources, layout, end + -end % CONSTANT_ALIGNMENT, count))
+        return name
+
+    def normed(self, name: str, x: str) -> Activation:
+        """x after the RMS norm `name`: folded into its readers, or by tasks of its own."""
+        hidden = self.spec.hidden
+        gain = self.constant(name, (name,), hidden)
+        if "norm" in self.fusion:
+            return Activation(x, X_NORM, gain)
+        out = self.value(name, "narrow", hidden)
+        self.ops.append(NormOp(name=name, stem="rmsnorm", reads=(Read(x, "whole"),), writes=(out,), cols=hidden, gain=gain))
+        return Activation(out, X_NARROW)
+
+    def matvec(
+        self,
+        name: str,
+        x: Activation,
+        out: str,
+        sources: tuple[str, ...],
+        rows: int,
+        cols: int,
+        *,
+        stem: str = "gemv",
+        layout: Layout = "stack",
+        bias: bool = False,
+        residual: str | None = None,
+    ) -> str:
+        """The product of the stacked (or interleaved) `sources` with x, published as the value `out`, which must exist."""
+        self.matrices.append(Matrix(name, sources, layout, rows, cols))
+        named = self.constant(f"{name}.bias", tuple(f"{s}.bias" for s in sources), rows, layout) if bias else None
+        reads = (Read(x.value, "whole"), *([Read(residual, "own")] if residual else []))
+        self.ops.append(
+            MatVecOp(name=name, stem=stem, reads=reads, writes=(out,), rows=rows, cols=cols, flags=x.flags, gain=x.gain, bias=named)
+        )
+        return out
+
+
+def fuse(spec: ModelSpec, settings: Settings) -> Graph:
+    """The ops of one token in order, from the embedding of its input to the sample of its output."""
+    b = _Builder(spec, settings.config.fusion)
+    b.value(TOKEN, "u32", 1)
+    x = b.value("embed", "f32", spec.hidden)
+    b.ops.append(EmbedOp(name="embed", stem="embed", reads=(Read(TOKEN, "whole", carried=True),), writes=(x,), cols=spec.hidden))
+    for layer in range(spec.layers):
+        x = _attention_half(b, layer, x, settings.splits[layer])
+        x = _mlp_half(b, layer, x)
+    normed = b.normed("final_norm", x)
+    b.value(CANDIDATES, "u32", 0)  # its size is the number of head tasks, which placement decides
+    b.matvec("head", normed, CANDIDATES, ("head",), spec.vocab, spec.hidden, stem="gemv_head")
+    b.ops.append(SampleOp(name="sample", stem="sample", reads=(Read(CANDIDATES, "whole"),), writes=(TOKEN,)))
+    return Graph(tuple(b.ops), tuple(b.values), tuple(b.matrices), tuple(b.constants))
+
+
+def _attention_half(b: _Builder, layer: int, x: str, splits: int) -> str:
+    spec, at = b.spec, f"L{layer}"
+    normed = b.normed(f"{at}.input_norm", x)
+    if "qkv" in b.fusion:
+        rows = spec.q_rows + 2 * spec.kv_rows
+        out = b.value(f"{at}.qkv", "f32", rows)
+        b.matvec(out, normed, out, (f"{at}.q", f"{at}.k", f"{at}.v"), rows, spec.hidden, bias=spec.qkv_bias)
+        attended = _attention(b, layer, (out, out, out), (spec.q_rows, spec.q_rows + spec.kv_rows), splits)
+    else:
+        q, k, v = (
+            b.matvec(name, normed, b.value(name, "f32", rows), (name,), rows, spec.hidden, bias=spec.qkv_bias)
+            for name, rows in ((f"{at}.q", spec.q_rows), (f"{at}.k", spec.kv_rows), (f"{at}.v", spec.kv_rows))
+        )
+        attended = _attention(b, layer, (q, k, v), (0, 0), splits)
+    out = b.value(f"{at}.o", "f32", spec.hidden)
+    return b.matvec(out, Activation(attended, X_NARROW), out, (out,), spec.hidden, spec.q_rows, bias=spec.o_bias, residual=x)
+
+
+def _attention(b: _Builder, layer: int, qkv: tuple[str, str, str], offsets: tuple[int, int], splits: int) -> str:
+    spec, name = b.spec, f"L{layer}.attention"
+    gains = [b.constant(f"L{layer}.{n}", (f"L{layer}.{n}",), spec.head_dim) if spec.qk_norm else None for n in ("q_norm", "k_norm")]
+    partials = f"L{layer}.partials"
+    if splits > 1:
+        b.value(partials, "f32", spec.heads * (splits - 1) * (spec.head_dim + PARTIAL_HEAD))
+    out = b.value(name, "narrow", spec.q_rows)
+    reads = tuple(Read(value, "part") for value in (*qkv, *([partials] if splits > 1 else [])))
+    b.ops.append(
+        AttentionOp(
+            name=name,
+            stem="attention",
+            reads=reads,
+            writes=(partials, out) if splits > 1 else (out,),
+            layer=layer,
+            kv_heads=spec.kv_heads,
+            group=spec.group,
+            head_dim=spec.head_dim,
+            splits=splits,
+            window=spec.windows[layer] or 0,
+            k_offset=offsets[0],
+            v_offset=offsets[1],
+            q_gain=gains[0],
+            k_gain=gains[1],
+        )
+    )
+    return out
+
+
+def _mlp_half(b: _Builder, layer: int, x: str) -> str:
+    spec, at = b.spec, f"L{layer}"
+    normed = b.normed(f"{at}.post_norm", x)
+    act = _gated(b, at, normed) if "gate_up" in b.fusion else _gate_then_up(b, at, normed)
+    out = b.value(f"{at}.down", "f32", spec.hidden)
+    return b.matvec(out, Activation(act, X_NARROW), out, (out,), spec.hidden, spec.intermediate, bias=spec.mlp_bias, residual=x)
+
+
+def _gated(b: _Builder, at: str, normed: Activation) -> str:
+    spec, name = b.spec, f"{at}.gate_up"
+    padded = spec.intermediate + -spec.intermediate % HALF
+    out = b.value(name, "narrow", padded, read=spec.intermediate)
+    sources = (f"{at}.gate", f"{at}.up")
+    return b.matvec(name, normed, out, sources, 2 * padded, spec.hidden, stem="gemv_glu", layout="interleave8", bias=spec.mlp_bias)
+
+
+def _gate_then_up(b: _Builder, at: str, normed: Activation) -> str:
+    spec, rows = b.spec, b.spec.intermediate
+    gate, up = (
+        b.matvec(name, normed, b.value(name, "f32", rows), (name,), rows, spec.hidden, bias=spec.mlp_bias)
+        for name in (f"{at}.gate", f"{at}.up")
+    )
+    out = b.value(f"{at}.swiglu", "narrow", rows)
+    reads = (Read(gate, "part"), Read(up, "part"))
+    b.ops.append(SwiGluOp(name=out, stem="swiglu", reads=reads, writes=(out,), cols=rows))
+    return out

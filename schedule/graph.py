@@ -1,0 +1,112 @@
+"""One token of the model as ops and values: what the passes after fusion work on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from amk.isa.instruction import Instruction, Kind
+from amk.isa.registry import instructions
+from amk.schedule.program import Constant, Matrix
+
+
+@dataclass(frozen=True)
+class Value:
+    """A vector that one op publishes, `packets` long. `padded`: it has packets that nobody reads."""
+
+    name: str
+    kind: Kind
+    packets: int
+    padded: bool = False
+
+
+@dataclass(frozen=True)
+class Read:
+    """An input. "whole": every task reads all of it; "part": the tasks share it out; "own": each tile's packets as it replaces them.
+
+    A `carried` read takes the value of the token before.
+    """
+
+    value: str
+    share: Literal["whole", "part", "own"]
+    carried: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Op:
+    """A phase of the token: its tasks run one instruction (`stem`). Names are unique ("L3.qkv"); `writes` in the order of their tags."""
+
+    name: str
+    stem: str
+    reads: tuple[Read, ...]
+    writes: tuple[str, ...]
+
+    @property
+    def kind(self) -> str:
+        """The name without its layer: "qkv" of "L3.qkv"."""
+        return self.name.rpartition(".")[2]
+
+    @property
+    def instruction(self) -> type[Instruction]:
+        return instructions()[self.stem]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedOp(Op):
+    cols: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormOp(Op):
+    cols: int
+    gain: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwiGluOp(Op):
+    cols: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatVecOp(Op):
+    """`rows` by `cols` of the matrix with the op's name; `reads` are x and, where there is one, the residual."""
+
+    rows: int
+    cols: int
+    flags: int
+    gain: str | None
+    bias: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionOp(Op):
+    """Reads q, k and v; K rows begin at packet `k_offset` of k, V rows at `v_offset` of v.
+
+    Writes partials (if splits > 1), which its own tails read, and the output.
+    """
+
+    layer: int
+    kv_heads: int
+    group: int
+    head_dim: int
+    splits: int
+    window: int
+    k_offset: int
+    v_offset: int
+    q_gain: str | None
+    k_gain: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOp(Op):
+    pass
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Ops in the order of every queue, the values between them and what they read from weights."""
+
+    ops: tuple[Op, ...]
+    values: tuple[Value, ...]
+    matrices: tuple[Matrix, ...]
+    constants: tuple[Constant, ...]

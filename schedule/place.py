@@ -1,0 +1,96 @@
+"""Pass 3: which SM does which unit, and the tasks that follow: units that lie next to each other on an SM are one task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from amk.schedule.fuse import CANDIDATES
+from amk.schedule.graph import AttentionOp, Graph, Op
+from amk.schedule.knobs import Assignment
+from amk.schedule.rejection import Rejection, reject
+from amk.schedule.tile import Tiling
+
+
+@dataclass(frozen=True)
+class Run:
+    """One task: tiles (columns, units) [start, stop) of its op on `sm`."""
+
+    sm: int
+    start: int
+    stop: int
+
+
+Placement = Mapping[str, tuple[Run, ...]]  # tasks of each op, in the order of what they compute
+
+
+def assignment_problems(graph: Graph, tilings: Mapping[str, Tiling], assignment: Assignment, sms: int) -> Iterator[Rejection]:
+    """What is wrong with an explicit map: ops that do not exist, the wrong number of units, SMs that the card does not have."""
+    if isinstance(assignment, str):
+        return
+    for key, chosen in assignment:
+        ops = [op for op in graph.ops if key in (op.name, op.kind)]
+        if not ops:
+            kinds = ", ".join(dict.fromkeys(op.kind for op in graph.ops))
+            yield reject(f"sm_assignment.{key}", key, f"one of {kinds}, or one of them in a layer, as in L0.o")
+        units = {tilings[op.name].units for op in ops}
+        if units - {len(chosen)}:
+            counts = " or ".join(map(str, sorted(units)))
+            yield reject(f"sm_assignment.{key}", f"{len(chosen)} of them", f"the SM of each of its {counts} units")
+        if any(sm >= sms for sm in chosen):
+            yield reject(f"sm_assignment.{key}", max(chosen), f"SMs from 0 to {sms - 1}")
+
+
+def place(graph: Graph, tilings: Mapping[str, Tiling], assignment: Assignment, sms: int) -> Placement:
+    """The tasks of every op. An op that an explicit map leaves out is balanced by load."""
+    explicit = {} if isinstance(assignment, str) else dict(assignment)
+    policy = assignment if isinstance(assignment, str) else "load_balance"
+    loads = [0] * sms  # bytes that each SM streams in the ops placed so far
+    placement = {}
+    for op in graph.ops:
+        tiling = tilings[op.name]
+        chosen = explicit.get(op.name) or explicit.get(op.kind) or _by_policy(policy, op, tiling, loads)
+        for sm in chosen:
+            loads[sm] += tiling.unit_bytes
+        placement[op.name] = tuple(_runs(chosen, tiling))
+    return placement
+
+
+def sized_candidates(graph: Graph, placement: Placement) -> Graph:
+    """The graph with one (value, row) pair for each head task."""
+    packets = 2 * len(placement["head"])
+    return replace(graph, values=tuple(replace(v, packets=packets) if v.name == CANDIDATES else v for v in graph.values))
+
+
+def _by_policy(policy: str, op: Op, tiling: Tiling, loads: list[int]) -> list[int]:
+    """The SM of each unit."""
+    units, sms = tiling.units, len(loads)
+    if policy == "contiguous":
+        return [unit * sms // units for unit in range(units)]
+    if policy == "round_robin":
+        return [unit % sms for unit in range(units)]
+    return _spread_attention(op, loads) if isinstance(op, AttentionOp) else _balanced(units, loads)
+
+
+def _balanced(units: int, loads: list[int]) -> list[int]:
+    """Contiguous shares that differ by at most one unit, for the phase must balance; the least loaded SMs take the larger ones."""
+    sms = len(loads)
+    share, extra = divmod(units, sms)
+    larger = set(sorted(range(sms), key=loads.__getitem__)[:extra])
+    return [sm for sm in range(sms) for _ in range(share + (sm in larger))]
+
+
+def _spread_attention(op: AttentionOp, loads: list[int]) -> list[int]:
+    """Tails, which do more, then the other splits, each on another SM while there are any, the least loaded first."""
+    sms = sorted(range(len(loads)), key=loads.__getitem__)
+    order = sorted(range(op.kv_heads * op.splits), key=lambda unit: (unit % op.splits != 0, unit))
+    rank = {unit: i for i, unit in enumerate(order)}
+    return [sms[rank[unit] % len(sms)] for unit in range(len(order))]
+
+
+def _runs(chosen: list[int] | tuple[int, ...], tiling: Tiling) -> Iterator[Run]:
+    first = 0
+    for unit in range(1, len(chosen) + 1):
+        if unit == len(chosen) or chosen[unit] != chosen[first] or not tiling.mergeable:
+            yield Run(chosen[first], *tiling.bounds(first, unit))
+            first = unit

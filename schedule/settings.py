@@ -1,0 +1,123 @@
+"""What a config means for one model on one card: automatic values chosen, and every reason why the three do not go together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from amk.isa.abi import NONE
+from amk.isa.attention import MAX_GROUP
+from amk.isa.machine import ELEMENT_BYTES, FRAGMENT_BYTES, KV_BLOCK_ROWS, TILE_ROWS, kv_span
+from amk.schedule.knobs import Config
+from amk.schedule.model import ModelSpec, weight_shapes
+from amk.schedule.rejection import Rejection, reject
+from amk.schedule.targets import Target
+
+DEFAULT_CONTEXT = 16384
+STAGE_CHOICES = (8192, 16384, 32768)
+SPLIT_CHOICES = (1, 2, 4, 8, 16)
+MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Realised choices: `splits[l]` attention tasks of a KV head in layer l; `stage_sizes` to try, in bytes, best first."""
+
+    config: Config
+    target: Target
+    context: int
+    consumer_warps: int
+    splits: tuple[int, ...]
+    stage_sizes: tuple[int, ...]
+
+    @property
+    def tiles_per_unit(self) -> int:
+        return self.config.n_tile // TILE_ROWS
+
+
+def resolve(spec: ModelSpec, config: Config, target: Target, context: int | None) -> Settings | list[Rejection]:
+    """The settings, or every reason against them that can be told before lowering.
+
+    `context` is the number of KV rows, rounded up to a multiple of 16; None takes what the model allows, up to 16384.
+    """
+    problems = [*model_problems(spec), *_dtype_problems(spec, target)]
+    if problems:
+        return problems
+    rows = min(spec.max_context, DEFAULT_CONTEXT) if context is None else context
+    warps = config.threads_per_block // 32
+    problems = [*_context_problems(spec, rows), *_stage_problems(spec, config, warps)]
+    if problems:
+        return problems
+    rows += -rows % KV_BLOCK_ROWS
+    problems = list(_memory_problems(spec, target, rows))
+    if problems:
+        return problems
+    splits = tuple(_splits(spec, config, target, rows, window or 0) for window in spec.windows)
+    return Settings(config, target, rows, warps, splits, _stage_sizes(spec, config, warps))
+
+
+def least_stage_bytes(spec: ModelSpec, consumer_warps: int) -> int:
+    """A stage must hold 16 rows of K and V of a head, and one weight fragment of each consumer warp."""
+    padded = spec.head_dim + -spec.head_dim % 16
+    return max(2 * KV_BLOCK_ROWS * padded * ELEMENT_BYTES[spec.dtype], FRAGMENT_BYTES * consumer_warps)
+
+
+def model_problems(spec: ModelSpec) -> Iterator[Rejection]:
+    """Sizes that no instruction can take, whatever the config."""
+    limits = (
+        ("hidden", spec.hidden, spec.hidden > 0 and spec.hidden % 16 == 0, "a multiple of 16"),
+        ("intermediate", spec.intermediate, spec.intermediate > 0 and spec.intermediate % 2 == 0, "an even number"),
+        ("head_dim", spec.head_dim, 0 < spec.head_dim <= MAX_HEAD_DIM and spec.head_dim % 8 == 0, f"a multiple of 8 up to {MAX_HEAD_DIM}"),
+        ("heads", spec.heads, spec.heads > 0 and spec.heads % spec.kv_heads == 0, f"a multiple of kv_heads ({spec.kv_heads})"),
+        ("heads", spec.heads, spec.group <= MAX_GROUP, f"at most {MAX_GROUP} for each of the {spec.kv_heads} KV heads"),
+        ("layers", spec.layers, 0 < spec.layers < NONE // 16, f"from 1 to {NONE // 16 - 1}"),
+        ("vocab", spec.vocab, spec.vocab > 0, "at least 1"),
+        ("dtype", spec.dtype, spec.dtype in ELEMENT_BYTES, f"one of {tuple(ELEMENT_BYTES)}"),
+    )
+    return (reject(f"model.{name}", value, allowed) for name, value, holds, allowed in limits if not holds)
+
+
+def _dtype_problems(spec: ModelSpec, target: Target) -> Iterator[Rejection]:
+    if spec.dtype not in target.dtypes:
+        yield reject("model.dtype", spec.dtype, f"one of {target.dtypes} on {target.name} ({target.arch})")
+
+
+def _context_problems(spec: ModelSpec, context: int) -> Iterator[Rejection]:
+    if not 1 <= context <= spec.max_context + -spec.max_context % KV_BLOCK_ROWS:
+        yield reject("context", context, f"from 1 to the model's {spec.max_context} tokens")
+
+
+def _stage_problems(spec: ModelSpec, config: Config, warps: int) -> Iterator[Rejection]:
+    least = least_stage_bytes(spec, warps)
+    if config.stage_bytes and config.stage_bytes < least:
+        allowed = f"0 or at least {least} bytes ({KV_BLOCK_ROWS} KV rows of head_dim {spec.head_dim} in {spec.dtype}, or a fragment a warp)"
+        yield reject("kernel_knobs.stage_bytes", config.stage_bytes, allowed)
+
+
+def _memory_problems(spec: ModelSpec, target: Target, context: int) -> Iterator[Rejection]:
+    element = ELEMENT_BYTES[spec.dtype]
+    shapes = weight_shapes(spec)
+    weights = element * sum(shape[0] * shape[1] for shape in shapes.values() if len(shape) == 2)
+    kv = 2 * element * context * spec.kv_rows * spec.layers
+    if weights + kv > target.memory_bytes:
+        have = f"{target.memory_bytes / 1e9:.1f} GB of memory on {target.name}"
+        allowed = f"small enough for weights ({weights / 1e9:.1f} GB) and KV rows ({kv / 1e9:.1f} GB) to fit the {have}"
+        yield reject("context", context, allowed)
+
+
+def _stage_sizes(spec: ModelSpec, config: Config, warps: int) -> tuple[int, ...]:
+    """Stage sizes in order of preference; a choice that is not automatic has no second."""
+    if config.stage_bytes:
+        return (config.stage_bytes,)
+    least = least_stage_bytes(spec, warps)
+    fitting = tuple(size for size in STAGE_CHOICES if size >= least)
+    preferred = max(fitting[0], 16384)
+    return (preferred, *(size for size in fitting if size < preferred))
+
+
+def _splits(spec: ModelSpec, config: Config, target: Target, context: int, window: int) -> int:
+    """Splits of a KV head: as asked for (or as SMs allow), but no more than ever have rows to stream."""
+    most = max(kv_span(p, window, config.kv_block, 1).units for p in range(max(0, context - KV_BLOCK_ROWS), context))
+    fitting = [n for n in SPLIT_CHOICES if n * spec.kv_heads <= target.sms]
+    wanted = config.kv_splits or max(fitting, default=1)
+    return max(1, min(wanted, most))
