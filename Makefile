@@ -34,7 +34,7 @@ demo: $(READY)
 	$(RUN) amk.amk_cli eval smollm2-135m
 
 test: $(READY_DEV)
-	$(PYTEST) -n 2 --dist worksteal -q
+	$(PYTEST) -n 2 --dist worksteal
 
 check: lint imports types generated variants
 
@@ -58,7 +58,7 @@ variants: $(READY)
 	$(RUN) amk.dev.build_variants
 
 gpu: $(READY_DEV)
-	$(PYTEST) -m cuda -q --results results
+	$(PYTEST) -m cuda --results results
 
 timings: $(READY)
 	$(RUN) amk.dev.timings

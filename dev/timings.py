@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 
 
 class Run(TypedDict):
-    """Wall time, peak resident memory of the process itself, and its exit code."""
+    """Wall time, peak resident memory of the largest process of the command, and its exit code."""
 
     seconds: float
     peak_mb: float

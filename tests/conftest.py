@@ -27,7 +27,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # `pythonpath` of pyproject.toml serves this process; the processes that tests start inherit this.
     inherited = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "dev" / "checkout"), inherited]))
-    if folder := config.getoption("--results"):
+    folder = config.getoption("--results")
+    if folder and not hasattr(config, "workerinput"):  # one process collects what the workers of pytest-xdist report
         config.pluginmanager.register(ResultsFile(config.rootpath / folder / "gpu-tests.json"))
 
 
