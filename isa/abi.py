@@ -69,7 +69,7 @@ def record_header(name: str, record_fields: tuple[Field, ...], dtype: np.dtype[A
 
 
 def _alignment(dtype: np.dtype[Any]) -> int:
-    return 16 if dtype.itemsize % 16 == 0 else 8
+    return 64 if dtype.itemsize == 64 else 8
 
 
 def text_hash(*texts: str) -> int:

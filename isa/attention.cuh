@@ -176,9 +176,24 @@ __device__ __forceinline__ void prepare_rows(Consumer& c, const AttentionTask& t
   }
 }
 
+__device__ __forceinline__ uint4 fragment(const uint8_t* from, int index, int lane) {
+  return *reinterpret_cast<const uint4*>(from + index * FRAGMENT_BYTES + lane * 16);
+}
+// V rows from `to` on hold whatever an earlier sequence left there: zeroed, so that 0 * NaN cannot arise.
+__device__ __forceinline__ void clear_rows(uint4& v, int to, int lane) {
+  const int row = (lane & 3) * 2;
+  const uint32_t low = (row < to ? 0xFFFFu : 0u) | (row + 1 < to ? 0xFFFF0000u : 0u);
+  const uint32_t high = (row + 8 < to ? 0xFFFFu : 0u) | (row + 9 < to ? 0xFFFF0000u : 0u);
+  v.x &= low;
+  v.y &= low;
+  v.z &= high;
+  v.w &= high;
+}
+
 // Running softmax of one warp over blocks of 16 rows, 16-bit elements: products on the tensor cores, heads in the 8 columns.
 struct BlockSoftmax {
   static constexpr int STEPS = HD / 16;
+  static constexpr bool V_EARLY = STEPS <= 4;  // V is asked for before the scores where registers allow
   uint2 q[STEPS];
   float m[2], l[2], o[STEPS][4];
   bool any = false;
@@ -194,13 +209,18 @@ struct BlockSoftmax {
     m[0] = m[1] = NEG_INF;
     l[0] = l[1] = 0.f;
   }
-  // Rows of the block in [from, to) count.
-  __device__ __forceinline__ void add(const uint4 (&k)[STEPS], const uint4 (&v)[STEPS], int from, int to, int lane) {
+  // Rows of `block` (shared or global memory) in [from, to) count.
+  __device__ __forceinline__ void add(const uint8_t* block, int from, int to, int lane) {
     any = true;
-    const int g = lane >> 2, t = lane & 3;
+    const int g = lane >> 2;
+    uint4 early[V_EARLY ? STEPS : 1];
     float d[4] = {0.f, 0.f, 0.f, 0.f};
+    if constexpr (V_EARLY) {
 #pragma unroll
-    for (int i = 0; i < STEPS; ++i) multiply(d, k[i], q[i].x, q[i].y);
+      for (int i = 0; i < STEPS; ++i) early[i] = fragment(block + KV_HALF_BYTES, i, lane);
+    }
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) multiply(d, fragment(block, i, lane), q[i].x, q[i].y);
     const bool low = g >= from && g < to, high = g + 8 >= from && g + 8 < to;
     if (!low) d[0] = d[1] = NEG_INF;
     if (!high) d[2] = d[3] = NEG_INF;
@@ -221,8 +241,11 @@ struct BlockSoftmax {
     }
     const uint32_t b0 = transpose8(pack2(p[0], p[1])), b1 = transpose8(pack2(p[2], p[3]));
 #pragma unroll
-    for (int i = 0; i < STEPS; ++i) multiply(o[i], v[i], b0, b1);
-    (void)t;
+    for (int i = 0; i < STEPS; ++i) {
+      uint4 v = V_EARLY ? early[V_EARLY ? i : 0] : fragment(block + KV_HALF_BYTES, i, lane);
+      if (to < KV_BLOCK_ROWS) clear_rows(v, to, lane);
+      multiply(o[i], v, b0, b1);
+    }
   }
   __device__ __forceinline__ void finish(const AttentionScratch& s, int part, int nq, int lane) {
     const int g = lane >> 2, t = lane & 3;
@@ -304,27 +327,6 @@ struct BlockSoftmaxWide {
     }
   }
 };
-
-// One block's fragments of this lane, from shared or global memory.
-template <int STEPS>
-__device__ __forceinline__ void load_fragments(uint4 (&to)[STEPS], const uint8_t* from, int lane) {
-#pragma unroll
-  for (int i = 0; i < STEPS; ++i) to[i] = *reinterpret_cast<const uint4*>(from + i * FRAGMENT_BYTES + lane * 16);
-}
-// V rows from `to` on hold whatever an earlier sequence left there: zeroed, so that 0 * NaN cannot arise.
-template <int STEPS>
-__device__ __forceinline__ void clear_rows(uint4 (&v)[STEPS], int to, int lane) {
-  const int row = (lane & 3) * 2;
-  const uint32_t low = (row < to ? 0xFFFFu : 0u) | (row + 1 < to ? 0xFFFF0000u : 0u);
-  const uint32_t high = (row + 8 < to ? 0xFFFFu : 0u) | (row + 9 < to ? 0xFFFF0000u : 0u);
-#pragma unroll
-  for (int i = 0; i < STEPS; ++i) {
-    v[i].x &= low;
-    v[i].y &= low;
-    v[i].z &= high;
-    v[i].w &= high;
-  }
-}
 
 // The new row alone: one score a head; its values are the output.
 __device__ __forceinline__ void attend_new_row(const AttentionScratch& s, int nq, int lane) {
@@ -473,12 +475,7 @@ __device__ __forceinline__ void consume_attention(Consumer& c, const AttentionTa
   BlockSoftmax softmax;
   softmax.begin(s, task.nq, c.lane);
   auto add = [&](const uint8_t* block, int index, int to) {
-    const int from = max(0, window_start - index * KV_BLOCK_ROWS);
-    uint4 k[BlockSoftmax::STEPS], v[BlockSoftmax::STEPS];
-    load_fragments(k, block, c.lane);
-    load_fragments(v, block + KV_HALF_BYTES, c.lane);
-    if (to < KV_BLOCK_ROWS) clear_rows(v, to, c.lane);
-    softmax.add(k, v, from, to, c.lane);
+    softmax.add(block, max(0, window_start - index * KV_BLOCK_ROWS), to, c.lane);
   };
 #endif
   for_each_kv_chunk(task, span, [&](int block, int blocks) {

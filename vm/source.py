@@ -25,7 +25,7 @@ def image_bytes(program: Program) -> int:
 
 
 def _max_tasks(program: Program) -> int:
-    return max(1, *map(len, program.queues)) if len(program.queues) > 1 else max(1, len(program.queues[0]))
+    return max(map(len, program.queues), default=0)
 
 
 def _max_entries(program: Program) -> int:

@@ -2,7 +2,7 @@
 #pragma once
 #include "isa/device/types.cuh"
 
-constexpr int ELEMENT_BF16 = 0, ELEMENT_FP16 = 1, ELEMENT_FP32 = 2;
+enum Element { ELEMENT_BF16 = 0, ELEMENT_FP16 = 1, ELEMENT_FP32 = 2 };
 constexpr bool WIDE = ELEMENT == ELEMENT_FP32;  // fp32 weights and activations: products by FMA
 constexpr int ELEMENT_BYTES = WIDE ? 4 : 2;
 constexpr int NARROW = WIDE ? 1 : 2;               // elements in a narrow packet

@@ -23,14 +23,17 @@ __device__ __forceinline__ uint32_t load_relaxed(const uint32_t* p) {
   return v;
 }
 
-// Writes the abort record unless another thread was first.
-__device__ __noinline__ void raise_abort(const Abort& a, uint32_t code, uint32_t kind) {
-  if (atomicCAS(a.record, 0u, code) == 0u) {
-    a.record[1] = a.actor << 8 | kind;
-    a.record[2] = a.sm;
-    a.record[3] = a.task;
-    a.record[4] = a.token;
+// Writes the abort record unless another thread was first. Arguments by value: an address taken here would cost every wait a stack frame.
+__device__ __noinline__ void write_abort(uint32_t* record, uint32_t code, uint32_t actor_kind, uint32_t sm, uint32_t task, uint32_t token) {
+  if (atomicCAS(record, 0u, code) == 0u) {
+    record[1] = actor_kind;
+    record[2] = sm;
+    record[3] = task;
+    record[4] = token;
   }
+}
+__device__ __forceinline__ void raise_abort(const Abort& a, uint32_t code, uint32_t kind) {
+  write_abort(a.record, code, a.actor << 8 | kind, a.sm, a.task, a.token);
 }
 
 // True when the wait must end: its polls ran out, or somebody aborted the launch. Looked at every 256 polls.

@@ -1,0 +1,263 @@
+"""The CUDA machine: a proven program, its binary and its weights on the live card, launched through the driver."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from amk.isa.attention import Attention
+from amk.isa.registry import encode
+from amk.schedule.model import WeightSource
+from amk.schedule.program import Program
+from amk.schedule.resources import block_threads, shared_layout
+from amk.vm.build import Binary, compile_kernel
+from amk.vm.image import pack_stream
+from amk.vm.interface import Decoded, LaunchFailed
+from amk.vm.kv_blocks import pack_rows
+from amk.vm.layout import constants
+from amk.vm.params import PARAM_DTYPE
+from amk.vm.source import IMAGE_HEAD_BYTES, abi_hash, image_bytes, kernel_source
+
+ABORT_KINDS = {1: "timeout", 2: "timeout", 3: "crash", 4: "mismatch"}
+ACTORS = {0: "the block", 1: "the feeder", 2: "a consumer", 3: "the storer", 4: "the watcher", 5: "the end of the launch"}
+WAITS = {
+    0: "",
+    1: " waiting for the watcher",
+    2: " waiting for a tag",
+    3: " waiting for a chunk",
+    4: " waiting for a free stage",
+    5: " waiting for a reduction slot",
+    6: " waiting for a counter",
+    7: " waiting for the end of an earlier token",
+    8: " waiting for the other consumers",
+}
+SPIN_LIMIT = 1 << 22  # polls of one wait; a poll takes 20 ns to 1 us
+LAST_EPOCH = 2**32 - 1
+
+
+def check(result: tuple[Any, ...]) -> Any:
+    """The values of a driver call; LaunchFailed("crash") if it returned an error."""
+    from cuda.bindings import driver
+
+    error, *values = result
+    if error != driver.CUresult.CUDA_SUCCESS:
+        _, name = driver.cuGetErrorName(error)
+        text = name.decode() if isinstance(name, bytes) else str(error)
+        raise LaunchFailed("crash", f"a CUDA driver call must succeed, but it returned {text}")
+    return values[0] if len(values) == 1 else values
+
+
+class Kernel:
+    """A loaded binary. The hash it carries must be the program's: LaunchFailed("mismatch") otherwise."""
+
+    def __init__(self, binary: Binary, program: Program) -> None:
+        from cuda.bindings import driver
+
+        self.binary = binary
+        self.module = check(driver.cuModuleLoadData(binary.cubin))
+        self.function = check(driver.cuModuleGetFunction(self.module, b"megakernel"))
+        address, _ = check(driver.cuModuleGetGlobal(self.module, b"amk_abi"))
+        found = np.zeros(1, dtype=np.uint32)
+        check(driver.cuMemcpyDtoH(found.ctypes.data, address, 4))
+        expected = abi_hash(program)
+        if int(found[0]) != expected:
+            raise LaunchFailed("mismatch", f"the binary must be built for this program (hash {expected:08x}), but it carries {int(found[0]):08x}")
+        self.grid, self.threads = program.machine.sms, block_threads(program.machine)
+        self.shared_bytes = shared_layout(program).total
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        check(driver.cuFuncSetAttribute(self.function, attribute, self.shared_bytes))
+
+    def launch(self, params: np.ndarray[Any, Any], stream: int) -> None:
+        """Starts one cooperative launch with `params` (a PARAM_DTYPE record) on a CUDA stream."""
+        from cuda.bindings import driver
+
+        record = np.ascontiguousarray(params)
+        arguments = (ctypes.c_void_p * 1)(record.ctypes.data)
+        check(
+            driver.cuLaunchCooperativeKernel(
+                self.function, self.grid, 1, 1, self.threads, 1, 1, self.shared_bytes, stream, ctypes.addressof(arguments)
+            )
+        )
+
+    def close(self) -> None:
+        from cuda.bindings import driver
+
+        driver.cuModuleUnload(self.module)
+
+
+def program_image(program: Program, offsets: Sequence[int]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Every SM's head, task records and stream entries as the kernel copies them to shared memory; `offsets` are the SMs' weight streams."""
+    size = image_bytes(program)
+    records = max(map(len, program.queues), default=0)
+    image = np.zeros((len(program.queues), size), dtype=np.uint8)
+    for sm, (queue, entries) in enumerate(zip(program.queues, program.streams, strict=True)):
+        appends = any(isinstance(task, Attention) and task.split == 0 for task in queue)
+        image[sm, :8].view(np.uint32)[:] = (len(queue), len(entries))
+        image[sm, 8:16].view(np.int64)[:] = offsets[sm]
+        image[sm, 16:20].view(np.uint32)[:] = int(appends)
+        body = np.frombuffer(b"".join(map(encode, queue)), dtype=np.uint8)
+        image[sm, IMAGE_HEAD_BYTES : IMAGE_HEAD_BYTES + len(body)] = body
+        at = IMAGE_HEAD_BYTES + 64 * records
+        image[sm, at : at + 2 * len(entries)] = np.asarray(entries, dtype="<u2").view(np.uint8)
+    return image
+
+
+class DeviceWeights:
+    """What a program reads and never writes: packed streams, constants, RoPE table and embedding, in card memory."""
+
+    def __init__(self, program: Program, source: WeightSource, device: str = "cuda") -> None:
+        import torch
+
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[program.machine.dtype]
+        self.stream, self.offsets = pack_stream(program, source, device)
+        self.constants = constants(program, source, device)
+        self.rope = source.rope_table(program.kv.rows, device).float().contiguous()
+        self.embedding = source.tensor("embed", device).to(dtype).contiguous()
+
+
+class CudaVM:
+    """A DecodeMachine on the live card. `macros` select test builds (vm.source.TEST_MACROS); `first_epoch` is for tests near the tag wrap."""
+
+    def __init__(
+        self,
+        program: Program,
+        source: WeightSource,
+        *,
+        arch: str,
+        weights: DeviceWeights | None = None,
+        binary: Binary | None = None,
+        first_epoch: int = 0,
+        spin_limit: int = SPIN_LIMIT,
+        max_steps: int = 512,
+        macros: dict[str, int] | None = None,
+    ) -> None:
+        import torch
+
+        torch.cuda.init()
+        self.program, self.context = program, program.machine.context
+        torch.zeros(1, device="cuda")  # the primary context that driver calls below use
+        self.weights = weights or DeviceWeights(program, source)
+        self.kernel = Kernel(binary or compile_kernel(kernel_source(program, **(macros or {})), arch), program)
+        m = program.machine
+        self.max_steps, self.logit_rows = max_steps, 1
+        self.arena = torch.zeros(program.arena_packets, dtype=torch.int64, device="cuda")
+        self.kv = torch.zeros((program.kv.layers, program.kv.heads, m_blocks(program), m.kv_block_bytes), dtype=torch.uint8, device="cuda")
+        self.counters = torch.zeros(len(program.counters) + 1, dtype=torch.int32, device="cuda")
+        self.claims = torch.zeros(m.sms, dtype=torch.int32, device="cuda")
+        self.abort = torch.zeros(8, dtype=torch.int32, device="cuda")
+        self.host_abort = torch.zeros(1, dtype=torch.int32).pin_memory()
+        self.tokens_in = torch.zeros(max_steps, dtype=torch.int32, device="cuda")
+        self.tokens_out = torch.zeros(max_steps, dtype=torch.int32, device="cuda")
+        self.logits = torch.empty((1, m.vocab), dtype=torch.float32, device="cuda")
+        self.image = torch.from_numpy(program_image(program, self.weights.offsets)).to("cuda")
+        self.buffers = torch.tensor([b.offset for b in program.buffers], dtype=torch.int32, device="cuda")
+        self.epoch, self.launches = first_epoch, 0
+        cards = torch.cuda.get_device_properties("cuda").multi_processor_count
+        if m.sms > cards:
+            raise LaunchFailed("mismatch", f"the program needs {m.sms} SMs, but the card has {cards}; compile it for this card")
+        self.params = np.zeros(1, dtype=PARAM_DTYPE)
+        self._fixed_params(spin_limit, m.sms == cards)
+
+    def _fixed_params(self, spin_limit: int, by_smid: bool) -> None:
+        writers = sum(any(isinstance(t, Attention) and t.split == 0 for t in queue) for queue in self.program.queues)
+        tensors = {
+            "arena": self.arena, "image": self.image, "buffers": self.buffers, "weights": self.weights.stream, "kv": self.kv,
+            "constants": self.weights.constants, "rope": self.weights.rope, "embedding": self.weights.embedding,
+            "tokens_in": self.tokens_in, "tokens_out": self.tokens_out, "counters": self.counters, "claims": self.claims,
+            "abort": self.abort, "host_abort": self.host_abort,
+        }  # fmt: skip
+        for name, tensor in tensors.items():
+            self.params[0][name] = tensor.data_ptr()
+        for name, value in {"spin_limit": spin_limit, "kv_writers": writers, "by_smid": int(by_smid)}.items():
+            self.params[0][name] = value
+
+    def seed_kv(self, layer: int, keys: Any, values: Any) -> None:
+        """Sets KV rows 0..n-1 of a layer: tensors [kv_heads, n, head_dim], K after norm and RoPE."""
+        n = keys.shape[1]
+        if n > self.context:
+            raise ValueError(f"seed_kv: must be given at most {self.context} rows, but got {n}")
+        blocks = pack_rows(self.program.machine, keys.to("cuda"), values.to("cuda"))
+        self.kv[layer, :, : blocks.shape[1]] = blocks
+
+    def decode(self, tokens: Sequence[int], position: int, *, steps: int | None = None, logits: bool = False) -> Decoded:
+        """One launch (vm.interface.DecodeMachine.decode); elapsed_us is between CUDA events around it."""
+        import torch
+
+        steps = len(tokens) if steps is None else steps
+        self._check_range(tokens, position, steps)
+        self._logit_rows(steps if logits else 1)
+        self.tokens_in[: len(tokens)] = torch.tensor(list(tokens), dtype=torch.int32)
+        self.tokens_out[:steps] = -1
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        self.launch(len(tokens), position, steps)
+        end.record()
+        self.finish()
+        chosen = tuple(self.tokens_out[:steps].tolist())
+        return Decoded(chosen, self.logits[:steps].cpu() if logits else None, begin.elapsed_time(end) * 1e3)
+
+    def launch(self, forced: int, position: int, steps: int) -> None:
+        """Starts one launch on torch's current stream and returns at once; call `finish` to learn how it ended."""
+        import torch
+
+        self._begin_epochs(steps)
+        self.launches += 1
+        record = self.params[0]
+        record["position"], record["steps"], record["epoch"], record["forced"] = position, steps, self.epoch, forced
+        record["logits"], record["logit_rows"], record["launch"] = self.logits.data_ptr(), self.logit_rows, self.launches
+        self.epoch += steps
+        self.kernel.launch(self.params, torch.cuda.current_stream().cuda_stream)
+
+    def finish(self) -> None:
+        """Waits for the launches so far; LaunchFailed if one gave up, after which arena and counters start afresh."""
+        import torch
+
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as problem:
+            raise LaunchFailed("crash", f"the launch must end without a CUDA error, but it ended with: {problem}") from problem
+        code, where, sm, task, step, *_ = (int(v) & 0xFFFFFFFF for v in self.abort.tolist())
+        if code:
+            self._reset()
+            actor = ACTORS.get(where >> 8, "an actor") + WAITS.get(where & 255, "")
+            raise LaunchFailed(ABORT_KINDS.get(code, "crash"), f"the launch gave up: {actor} on SM {sm}, task {task} of its queue, step {step}")
+
+    def _begin_epochs(self, steps: int) -> None:
+        """A launch never crosses the end of the tags: arena and counters start afresh before it would."""
+        if (self.epoch + steps + 1) * self.program.machine.tags + self.program.machine.tags > LAST_EPOCH:
+            self._reset()
+
+    def _reset(self) -> None:
+        for tensor in (self.arena, self.counters, self.abort, self.host_abort):
+            tensor.zero_()
+        self.epoch = 0
+
+    def _logit_rows(self, rows: int) -> None:
+        import torch
+
+        if rows > len(self.logits):
+            self.logits = torch.empty((rows, self.program.machine.vocab), dtype=torch.float32, device="cuda")
+        self.logit_rows = rows
+        self.logits.fill_(float("nan"))
+
+    def _check_range(self, tokens: Sequence[int], position: int, steps: int) -> None:
+        if not tokens or steps < len(tokens):
+            raise ValueError(f"decode: must have at least one token and a step for each, but got {len(tokens)} tokens and {steps} steps")
+        if position < 0 or position + steps > self.context:
+            raise ValueError(f"decode: positions must lie in 0..{self.context - 1}, but got {position}..{position + steps - 1}")
+        if steps > self.max_steps:
+            raise ValueError(f"decode: one launch takes at most {self.max_steps} steps, but got {steps}")
+        bad = [t for t in tokens if not 0 <= t < self.program.machine.vocab]
+        if bad:
+            raise ValueError(f"decode: tokens must lie in 0..{self.program.machine.vocab - 1}, but got {bad[0]}")
+
+    def close(self) -> None:
+        self.kernel.close()
+
+
+def m_blocks(program: Program) -> int:
+    """KV blocks of one head of one layer."""
+    return program.kv.rows // 16

@@ -1,0 +1,45 @@
+"""KV rows in the blocks of 16 that the device streams: K as fragments of the score product, V as fragments of the output product."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from amk.isa.machine import KV_BLOCK_ROWS, Machine
+
+if TYPE_CHECKING:
+    import torch
+
+
+def pack_rows(machine: Machine, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Blocks uint8 [heads, blocks, kv_block_bytes] of K and V rows [heads, n, head_dim]; rows and dims beyond are zero.
+
+    16-bit: of a 16x16 piece, lane (g, t) holds K rows g and g + 8 at dims 4t..4t+3, and V dims g and g + 8 at rows 2t, 2t+1, 2t+8, 2t+9
+    (isa/attention.cuh, k_index and v_index). fp32: plain rows.
+    """
+    import torch
+
+    heads, n, dim = keys.shape
+    blocks = -(-n // KV_BLOCK_ROWS)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[machine.dtype]
+
+    def padded(rows: torch.Tensor) -> torch.Tensor:
+        full = rows.new_zeros((heads, blocks * KV_BLOCK_ROWS, machine.padded_head_dim), dtype=dtype)
+        full[:, :n, :dim] = rows.to(dtype)
+        return full.view(heads, blocks, KV_BLOCK_ROWS, machine.padded_head_dim)
+
+    halves = [padded(keys), padded(values)]
+    if machine.dtype != "fp32":
+        halves = [_k_fragments(halves[0]), _v_fragments(halves[1])]
+    return torch.cat([half.reshape(heads, blocks, -1) for half in halves], dim=2).view(torch.uint8)
+
+
+def _k_fragments(k: torch.Tensor) -> torch.Tensor:
+    """[h, b, 16 rows, d] to [h, b, d / 16, g, t, pair, row half, 2]."""
+    pieces = k.unflatten(2, (2, 8)).unflatten(4, (-1, 4, 2, 2))  # h b hi g | piece t pair e
+    return pieces.permute(0, 1, 4, 3, 5, 6, 2, 7).contiguous()
+
+
+def _v_fragments(v: torch.Tensor) -> torch.Tensor:
+    """[h, b, 16 rows, d] to [h, b, d / 16, g (dim), t (row), row half, dim half, 2 rows]."""
+    pieces = v.unflatten(2, (2, 4, 2)).unflatten(5, (-1, 2, 8))  # h b rowhalf t e | piece dimhalf g
+    return pieces.permute(0, 1, 5, 7, 3, 2, 6, 4).contiguous()
