@@ -1,0 +1,96 @@
+"""What every task may read besides packets: weights, constants, RoPE table, KV rows; and where a token's results go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from amk.isa.instruction import F32
+from amk.schedule.model import WeightSource
+from amk.schedule.program import Program
+from amk.vm.kv import KvRows
+from amk.vm.layout import constants, matrix_rows
+
+
+class Weights:
+    """A program's weights as fp32 arrays, held once; the embedding stays in the checkpoint's dtype."""
+
+    def __init__(self, program: Program, source: WeightSource) -> None:
+        self.matrices: list[F32] = [matrix_rows(matrix, source).float().numpy() for matrix in program.matrices]
+        self.constants: F32 = constants(program, source).numpy()
+        self.rope: F32 = source.rope_table(program.machine.context).numpy()
+        self._embed = source.tensor("embed")
+        self._row: tuple[int, F32] = (-1, np.zeros(0, dtype=np.float32))
+
+    def embedding(self, token: int) -> F32:
+        if self._row[0] != token:
+            self._row = (token, self._embed[token].float().numpy())
+        return self._row[1]
+
+
+@dataclass
+class Results:
+    """What the steps of a launch hand to the host."""
+
+    tokens: list[int]
+    logits: F32 | None
+
+
+@dataclass
+class LaunchInputs:
+    """A launch: the host's tokens, the position of the first step and the number of steps."""
+
+    tokens: tuple[int, ...]
+    position: int
+    steps: int
+    results: Results = field(repr=False)
+
+    def forced(self, step: int) -> int | None:
+        return self.tokens[step] if step < len(self.tokens) else None
+
+
+class StepMemory:
+    """The part of isa.instruction.Memory that no order of tasks changes, for one step of a launch."""
+
+    def __init__(self, program: Program, weights: Weights, kv: KvRows, launch: LaunchInputs, step: int) -> None:
+        self.machine = program.machine
+        self._weights = weights
+        self._kv = kv
+        self._launch = launch
+        self._step = step
+
+    @property
+    def position(self) -> int:
+        return self._launch.position + self._step
+
+    def matrix(self, weight: int) -> F32:
+        return self._weights.matrices[weight]
+
+    def constant(self, start: int, count: int) -> F32:
+        return self._weights.constants[start : start + count]
+
+    def rope(self, position: int) -> F32:
+        return self._weights.rope[position]
+
+    def embedding(self, token: int) -> F32:
+        return self._weights.embedding(token)
+
+    def kv_rows(self, layer: int, head: int, start: int, stop: int) -> tuple[F32, F32]:
+        return self._kv.rows(layer, head, start, stop)
+
+    def write_kv(self, layer: int, head: int, row: int, k: F32, v: F32) -> None:
+        self._kv.write(layer, head, row, k, v)
+
+    def write_logits(self, start: int, values: F32) -> None:
+        if self._launch.results.logits is not None:
+            self._launch.results.logits[self._step, start : start + len(values)] = values
+
+    def emit_token(self, token: int) -> None:
+        self._launch.results.tokens[self._step] = token
+
+    def forced_token(self) -> int | None:
+        return self._launch.forced(self._step)
+
+    def reduced_sums(self) -> tuple[F32, float] | None:
+        return None

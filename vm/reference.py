@@ -1,0 +1,105 @@
+"""The reference machine: a program on the CPU, task by task in one legal order, or actor by actor in any order. What a program means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from amk.isa.instruction import Access, Instruction
+from amk.schedule.model import WeightSource
+from amk.schedule.program import Program
+from amk.vm.actors import Launch
+from amk.vm.arena import Arena
+from amk.vm.interface import Decoded, LaunchFailed
+from amk.vm.kv import KvRows
+from amk.vm.memory import LaunchInputs, Results, StepMemory, Weights
+from amk.vm.order import legal_order
+from amk.vm.scheduler import Order, Scheduler
+
+
+class ReferenceVM:
+    """A DecodeMachine on the CPU: fp32 arithmetic on values rounded where the device rounds them.
+
+    Without `order` it runs whole tasks in one legal order, which is fast; with one it steps the actors of every SM in that
+    order, adds partial sums as the device does, and finds deadlocks. `first_epoch` is the epoch of the first token, for tests near the wrap
+    of the tags.
+    """
+
+    def __init__(self, program: Program, source: WeightSource, *, order: Order | None = None, first_epoch: int = 1) -> None:
+        self.program = program
+        self.order = order
+        self.context = program.machine.context
+        self._weights = Weights(program, source)
+        self._kv = KvRows(program)
+        self._arena = Arena(program, first_epoch)
+        self._tasks: list[Instruction] | None = None
+
+    def seed_kv(self, layer: int, keys: Any, values: Any) -> None:
+        self._kv.seed(layer, keys, values)
+
+    def decode(self, tokens: Sequence[int], position: int, *, steps: int | None = None, logits: bool = False) -> Decoded:
+        launch = self._inputs(tokens, position, len(tokens) if steps is None else steps, logits)
+        epoch = self._arena.begin(launch.steps)
+        try:
+            if self.order is None:
+                self._run_tasks(launch, epoch)
+            else:
+                Launch(self.program, self._weights, self._kv, self._arena, launch, epoch, Scheduler(self.order)).run()
+        except LaunchFailed:
+            self._arena.zero()
+            raise
+        return Decoded(tuple(launch.results.tokens), _as_tensor(launch.results.logits), None)
+
+    def close(self) -> None:
+        """Gives the weights' memory back; the machine cannot decode afterwards."""
+        del self._weights, self._kv, self._arena
+
+    def _inputs(self, tokens: Sequence[int], position: int, steps: int, logits: bool) -> LaunchInputs:
+        machine = self.program.machine
+        if not tokens:
+            raise ValueError("tokens: must hold at least one token, but got none")
+        if steps < len(tokens):
+            raise ValueError(f"steps: must be at least the number of tokens ({len(tokens)}), but got {steps}")
+        if position < 0 or position + steps > self.context:
+            raise ValueError(f"position: steps must lie in the context of {self.context} rows, but got {position} to {position + steps - 1}")
+        for token in tokens:
+            if not 0 <= token < machine.vocab:
+                raise ValueError(f"tokens: must be from 0 to {machine.vocab - 1}, but got {token}")
+        rows = np.zeros((steps, machine.vocab), dtype=np.float32) if logits else None
+        return LaunchInputs(tuple(tokens), position, steps, Results([-1] * steps, rows))
+
+    def _run_tasks(self, launch: LaunchInputs, epoch: int) -> None:
+        if self._tasks is None:
+            self._tasks = legal_order(self.program)
+        for step in range(launch.steps):
+            memory = SequentialMemory(self.program, self._weights, self._kv, launch, step, self._arena, epoch + step)
+            for task in self._tasks:
+                for access, values in task.run(memory, memory.position):
+                    self._arena.store(access, values, epoch + step)
+
+
+class SequentialMemory(StepMemory):
+    """Packets come straight from the arena; one without its tag is a hang."""
+
+    def __init__(
+        self, program: Program, weights: Weights, kv: KvRows, launch: LaunchInputs, step: int, arena: Arena, epoch: int
+    ) -> None:
+        super().__init__(program, weights, kv, launch, step)
+        self._arena = arena
+        self._epoch = epoch
+
+    def read(self, access: Access) -> npt.NDArray[Any]:
+        if not (access.carried and self._step == 0) and not self._arena.holds(access, self._epoch):
+            raise LaunchFailed("timeout", f"a task waits for {self._arena.describe(access, self._epoch)}, but nobody publishes that")
+        return self._arena.load(access)
+
+
+def _as_tensor(logits: npt.NDArray[np.float32] | None) -> Any:
+    if logits is None:
+        return None
+    import torch
+
+    return torch.from_numpy(logits)
