@@ -6,15 +6,31 @@ To add a generated file, add its path and the function that renders it to GENERA
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+from amk.schedule.render import config_schema, knob_table_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 Render = Callable[[], str]
 
+
+def _schema_file(schema: Callable[[], dict[str, Any]]) -> Render:
+    def render() -> str:
+        return json.dumps(schema(), indent=2) + "\n"
+
+    render.__module__, render.__qualname__ = schema.__module__, schema.__qualname__
+    return render
+
+
 # Path from the root -> the whole text of that file.
-GENERATED: dict[str, Render] = {}
+GENERATED: dict[str, Render] = {
+    "docs/knobs.md": knob_table_markdown,
+    "schemas/schedule_config.json": _schema_file(config_schema),
+}
 # Folders that hold generated files only: one without an entry above has lost its maker.
 GENERATED_FOLDERS = ("schemas",)
 
