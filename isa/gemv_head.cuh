@@ -19,7 +19,7 @@ __device__ __forceinline__ void store_gemv_head(Storer& s, const GemvHeadTask& t
   float* logits = reinterpret_cast<float*>(b.p.logits) + (uint64_t)(token.step % b.p.logit_rows) * VOCAB;
   const uint32_t tag = token.tag(task.out_tag);
   float best = -__int_as_float(0x7f800000);
-  int best_row = 0x7fffffff;
+  int best_row = task.tile0 * TILE_ROWS;  // a token that exists even where every logit is NaN: the next step looks it up
   for (int tile = 0; tile < task.tiles; ++tile) {
     const int r = (task.tile0 + tile) * TILE_ROWS + (s.lane & 15);
     const float bias = task.bias >= 0 && r < task.rows ? __ldg(b.constant(task.bias + r)) : 0.f;
