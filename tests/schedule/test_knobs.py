@@ -1,0 +1,205 @@
+"""The knob table, and configs as JSON data."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import jsonschema
+import pytest
+
+from amk.schedule.compile import lower
+from amk.schedule.config import config_dict, knob_value, neighbours, parse_config, with_value
+from amk.schedule.digest import program_digest, schedule_id
+from amk.schedule.knobs import KNOBS, Config, Knob
+from amk.schedule.rejection import Rejection
+from amk.schedule.render import config_schema, knob_table_markdown, search_space
+from amk.schedule.targets import small_target
+from amk.tests.schedule.configs import GUIDE, config_of, random_config
+from amk.tests.schedule.specs import SMOLLM2, WIDE_HEADS, WINDOWED
+
+NESTED: list[Any] = []
+for _ in range(20000):
+    NESTED = [NESTED]
+NUMBERS: tuple[Any, ...] = (True, False, 0, -1, 7, 10**5000, 0.5, math.nan, math.inf, -math.inf, 1j)
+MAPS: tuple[Any, ...] = ({}, {"": 1}, {"qkv": [0]}, {"o": "x"}, {3: [1]}, {"o": [True]}, {"a": NESTED})
+JUNK = (*NUMBERS, *MAPS, None, "", "16", "contiguous", b"x", [], [None], [[]], ["norm", "norm"], ["norm", 3], NESTED, object(), {1, 2})
+
+
+def texts(obj: Any) -> list[str]:
+    result = parse_config(obj)
+    assert isinstance(result, list)
+    return [str(problem) for problem in result]
+
+
+def one(name: str, value: Any) -> dict[str, Any]:
+    """The config that sets one dotted knob."""
+    for part in reversed(name.split(".")):
+        value = {part: value}
+    assert isinstance(value, dict)
+    return value
+
+
+def plain(knob: Knob, value: Any) -> Any:
+    return list(value) if knob.type == "set" else value
+
+
+def test_empty_object_is_the_default_config() -> None:
+    assert parse_config({}) == Config()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_canonical_form_parses_to_the_same_config(seed: int) -> None:
+    config = random_config(seed)
+    assert parse_config(config_dict(config)) == config
+
+
+def test_guide_config_is_taken_as_it_stands() -> None:
+    canonical = config_dict(config_of(GUIDE))
+    assert {key: canonical[key] for key in GUIDE} == GUIDE
+
+
+def test_order_of_fusions_does_not_matter() -> None:
+    assert config_of({"fusion_grouping": ["gate_up", "norm"]}) == config_of({"fusion_grouping": ["norm", "gate_up"]})
+
+
+def test_explicit_map_survives_the_round_trip() -> None:
+    obj = {"sm_assignment": {"o": [1, 0], "L1.qkv": [2]}}
+    assert config_dict(config_of(obj))["sm_assignment"] == obj["sm_assignment"]
+
+
+@pytest.mark.parametrize(
+    ("obj", "text"),
+    [
+        ({"tiling": {"gemv": {"N_tile": 7}}}, "gemv N_tile: must be one of (16, 32, 64, 128, 256, 512), but got 7"),
+        ({"tiling": {"gemv": {"N_tile": True}}}, "gemv N_tile: must be one of (16, 32, 64, 128, 256, 512), but got True"),
+        ({"pipelining_depth": 0}, "pipelining_depth: must be an integer from 1 to 12, but got 0"),
+        ({"kernel_knobs": {"sync": "counters"}}, "sync: must be one of ('counter', 'tags'), but got 'counters'"),
+        (
+            {"kernel_knobs": 3},
+            "kernel_knobs: must be an object with keys of ('stage_bytes', 'cache_hint', 'sync', 'poll_sleep_ns', 'unroll'",
+        ),
+        ({"tiling": {"gemm": 1}}, "tiling: unknown key 'gemm' (1); allowed keys are gemv, attention"),
+        ({"Tiling": {}}, "config: unknown key 'Tiling' ({}); allowed keys are tiling, fusion_grouping, sm_assignment"),
+        ([], "config: must be an object with keys of"),
+        ({"smem_bytes_per_block": 8191}, "smem_bytes_per_block: must be 0 or at least one stage (8192 bytes), but got 8191"),
+        ({"sm_assignment": {"o": [-1]}}, "sm_assignment o: must be a list of SM numbers, one for each tile of the op, but got [-1]"),
+        ({"fusion_grouping": ["qkv", "qkv"]}, "fusion_grouping: must be a list of distinct entries of ('norm', 'qkv', 'gate_up')"),
+    ],
+)
+def test_problem_is_one_sentence_with_what_is_allowed(obj: Any, text: str) -> None:
+    (found,) = texts(obj)
+    assert found.startswith(text)
+
+
+def test_all_problems_are_reported_at_once() -> None:
+    found = parse_config({"tiling": {"gemv": {"N_tile": 7, "M": 1}}, "pipelining_depth": "4", "colour": 1, "kernel_knobs": {"unroll": 3}})
+    assert isinstance(found, list)
+    assert [p.key for p in found] == ["tiling.gemv.N_tile", "tiling.gemv.M", "pipelining_depth", "colour", "kernel_knobs.unroll"]
+
+
+def test_ring_of_exactly_one_stage_is_accepted_and_one_byte_less_is_not() -> None:
+    assert isinstance(parse_config({"smem_bytes_per_block": 32768, "kernel_knobs": {"stage_bytes": 32768}}), Config)
+    assert isinstance(parse_config({"smem_bytes_per_block": 32767, "kernel_knobs": {"stage_bytes": 32768}}), list)
+
+
+@pytest.mark.parametrize("knob", KNOBS, ids=lambda k: k.name)
+def test_junk_for_a_knob_is_a_rejection_that_names_it(knob: Knob) -> None:
+    for value in JUNK:
+        result = parse_config(one(knob.name, value))
+        if isinstance(result, Config):
+            assert config_dict(result) == config_dict(with_value(Config(), knob.name, knob.parse(value)[0]))
+        else:
+            assert result and all(isinstance(p, Rejection) and p.key.startswith(knob.name) and len(p.text) < 500 for p in result)
+
+
+def random_json(rng: random.Random, depth: int) -> Any:
+    if depth == 0 or rng.random() < 0.3:
+        return rng.choice(JUNK)
+    keys = [part for knob in KNOBS for part in knob.name.split(".")] + ["", "x", 5, None, "kernel_knobs.sync"]
+    return {rng.choice(keys): random_json(rng, depth - 1) for _ in range(rng.randint(0, 5))}
+
+
+def test_parse_config_never_raises() -> None:
+    rng = random.Random(5)
+    results = [parse_config(value) for value in JUNK] + [parse_config(random_json(rng, 4)) for _ in range(2000)]
+    assert all(isinstance(r, Config) or (r and all(isinstance(p, Rejection) for p in r)) for r in results)
+
+
+@pytest.mark.parametrize("knob", KNOBS, ids=lambda k: k.name)
+def test_schema_accepts_what_the_parser_accepts(knob: Knob) -> None:
+    validator = jsonschema.Draft202012Validator(config_schema())
+    accepted = [plain(knob, knob.default), *(plain(knob, v) for v in knob.values if knob.type != "set")]
+    odd: list[Any] = [None, True, -1, 7, 1 << 20, (1 << 20) + 1, "", "16", [], {}, {"qkv": [0]}, {"o": [-1]}, {"o": "x"}, ["norm", "norm"]]
+    for value in accepted + odd:
+        parsed = knob.parse(value)[1] == []
+        assert validator.is_valid(one(knob.name, value)) == parsed, value
+
+
+def test_schema_is_itself_a_valid_schema_and_closed() -> None:
+    jsonschema.Draft202012Validator.check_schema(config_schema())
+    assert not jsonschema.Draft202012Validator(config_schema()).is_valid({"tiling": {"gemv": {"n_tile": 16}}})
+
+
+def test_search_space_lists_every_knob_with_its_default_among_its_values() -> None:
+    space = search_space(SMOLLM2)
+    assert list(space) == [knob.name for knob in KNOBS]
+    for entry in space.values():
+        assert entry["desc"] and entry["consumer"]
+        default = entry["default"]
+        if "choices" in entry:
+            assert all(d in entry["choices"] for d in (default if entry["type"] == "set" else [default]))
+        else:
+            assert entry["min"] <= default <= entry["max"]
+
+
+def test_search_space_leaves_out_stages_that_cannot_hold_16_kv_rows() -> None:
+    assert search_space(WIDE_HEADS)["kernel_knobs.stage_bytes"]["choices"] == [0, 32768]
+    assert search_space(SMOLLM2)["kernel_knobs.stage_bytes"]["choices"] == [0, 8192, 16384, 32768]
+
+
+def test_documentation_has_a_row_for_every_knob() -> None:
+    rows = [line for line in knob_table_markdown().splitlines() if line.startswith("| `")]
+    assert [row.split("`")[1] for row in rows] == [knob.name for knob in KNOBS]
+    assert all(row.count("|") == 7 for row in rows)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_neighbours_are_valid_and_differ_in_the_one_knob_they_name(seed: int) -> None:
+    config = random_config(seed)
+    for name, other in neighbours(config):
+        assert [k.name for k in KNOBS if knob_value(config, k.name) != knob_value(other, k.name)] == [name]
+        assert parse_config(config_dict(other)) == other
+
+
+def test_every_knob_has_a_neighbour_of_the_default() -> None:
+    assert {name for name, _ in neighbours(Config())} == {knob.name for knob in KNOBS}
+
+
+# Where each knob is realised: in the program (queues, buffers, machine), or in the device code alone.
+REALISED = {
+    "kernel_knobs.cache_hint": "device",
+    "kernel_knobs.poll_sleep_ns": "device",
+    "kernel_knobs.unroll": "device",
+}
+
+
+@pytest.mark.parametrize("knob", KNOBS, ids=lambda k: k.name)
+def test_every_value_of_a_knob_makes_a_program_of_its_own(knob: Knob) -> None:
+    """With a ring that leaves room for choices, on a model whose sizes tell them apart; automatic values may equal what they choose."""
+    model, target = WINDOWED, small_target(6)
+    start = with_value(Config(), "smem_bytes_per_block", 196608) if knob.name != "smem_bytes_per_block" else Config()
+    values = (
+        [(), ("norm",), ("qkv",), ("gate_up",), *[knob.choices]]
+        if knob.type == "set"
+        else [v for v in knob.values if v != 0 or knob.name.endswith("ns")]
+    )
+    if knob.name == "tiling.gemv.N_tile":
+        values = values[:4]  # beyond 128 rows every matrix of the model is one unit an SM
+    if knob.name == "kernel_knobs.kv_splits":
+        values = [1, 2, 4]  # 512 rows are at most 8 units of 64, and the window's two
+    programs = [lower(model, with_value(start, knob.name, value), target) for value in values]
+    assert len({schedule_id(p) for p in programs}) == len(values)
+    digests = {program_digest(p) for p in programs}
+    assert len(digests) == (1 if REALISED.get(knob.name) == "device" else len(values))

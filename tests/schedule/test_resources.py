@@ -1,0 +1,103 @@
+"""Shared memory, threads and registers of a block, and the table of cards."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from amk.schedule.compile import compile_program, lower
+from amk.schedule.knobs import Config
+from amk.schedule.model import ModelSpec
+from amk.schedule.program import Program
+from amk.schedule.resources import block_threads, registers_per_thread, shared_layout, shared_needs
+from amk.schedule.targets import TARGETS, card_of, live_target, small_target
+from amk.tests.schedule.specs import LARGE, LLAMA_1B, SMALL, TOY
+
+LIVE = {"arch": "sm_90a", "sms": 114, "shared_bytes": 232448, "registers_per_sm": 65536, "l2_bytes": 1, "memory_bytes": 2, "clock_mhz": 3}
+
+
+@pytest.mark.parametrize("spec", (*SMALL, *LARGE), ids=lambda s: s.name)
+def test_parts_of_shared_memory_follow_each_other_and_fit_the_card(spec: ModelSpec) -> None:
+    target = TARGETS["h200"]
+    program = lower(spec, Config(), target)
+    needs, layout = shared_needs(program), shared_layout(program)
+    assert layout.ring == 0
+    assert layout.scratch - layout.ring >= needs.stages * needs.stage_bytes
+    assert layout.reduction - layout.scratch >= program.scratch_bytes
+    assert layout.tasks - layout.reduction >= program.machine.reduction_slots * program.machine.consumer_warps * 80
+    assert layout.streams - layout.tasks >= 64 * max(map(len, program.queues))
+    assert layout.buffers - layout.streams >= 2 * max(map(len, program.streams))
+    assert layout.barriers - layout.buffers >= 4 * len(program.buffers)
+    assert layout.total <= target.shared_bytes < layout.total + program.machine.stage_bytes
+    assert all(offset % 16 == 0 for offset in (layout.scratch, layout.reduction, layout.tasks, layout.barriers))
+
+
+def test_ring_asked_for_is_the_ring_in_whole_stages() -> None:
+    machine = lower(LLAMA_1B, Config(smem_bytes_per_block=100000), TARGETS["h200"]).machine
+    assert (machine.stages, machine.stage_bytes) == (6, 16384)
+
+
+def test_last_ring_that_fits_is_accepted_and_one_stage_more_is_rejected_with_the_numbers() -> None:
+    most = lower(LLAMA_1B, Config(), TARGETS["h200"]).machine.stages * 16384
+    assert isinstance(compile_program(LLAMA_1B, Config(smem_bytes_per_block=most, stage_bytes=16384), TARGETS["h200"]), Program)
+    result = compile_program(LLAMA_1B, Config(smem_bytes_per_block=most + 16384, stage_bytes=16384), TARGETS["h200"])
+    assert isinstance(result, list)
+    assert f"at most {most}" in result[0].text and "232448" in result[0].text
+
+
+def test_stages_shrink_where_two_of_the_usual_size_do_not_fit() -> None:
+    layout = shared_layout(replace(shared_needs(lower(TOY, Config(), small_target())), stages=0))
+    for room, stages, stage_bytes in ((32768, 2, 16384), (32767, 3, 8192), (8192, 1, 8192)):
+        machine = lower(TOY, Config(), small_target(4, layout.total + room)).machine
+        assert (machine.stages, machine.stage_bytes) == (stages, stage_bytes)
+    assert isinstance(compile_program(TOY, Config(), small_target(4, layout.total + 8191)), list)
+
+
+def test_more_tasks_than_shared_memory_holds_are_a_rejection() -> None:
+    result = compile_program(replace(LLAMA_1B, max_context=64), Config(sm_assignment="round_robin"), small_target(2))
+    assert isinstance(result, list)
+    assert "tasks, scratch and reduction slots take" in result[0].text
+
+
+def test_stage_of_a_model_with_large_heads_holds_16_kv_rows() -> None:
+    wide = replace(TOY, head_dim=256)
+    machine = lower(wide, Config(), small_target()).machine
+    assert machine.kv_blocks_per_chunk == 1 and machine.stage_bytes == 32768
+
+
+@pytest.mark.parametrize(("threads", "block", "registers"), [(128, 224, 255), (256, 352, 184)])
+def test_threads_and_registers_of_a_block(threads: int, block: int, registers: int) -> None:
+    machine = lower(TOY, Config(threads_per_block=threads), small_target()).machine
+    assert (block_threads(machine), registers_per_thread(machine, small_target())) == (block, registers)
+
+
+@pytest.mark.parametrize(
+    ("device", "card"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA GeForce RTX 5090", "rtx5090"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A10G", "a10g"),
+        ("Tesla T4", "t4"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA L40", None),
+        ("NVIDIA A10", None),
+    ],
+)
+def test_device_names_of_drivers_mean_cards(device: str, card: str | None) -> None:
+    assert card_of(device) == card
+
+
+def test_live_card_keeps_its_own_facts_and_takes_the_bandwidth_of_its_kind() -> None:
+    target = live_target("NVIDIA H100 PCIe", **LIVE)  # type: ignore[arg-type]
+    assert (target.name, target.sms, target.bandwidth_gbs) == ("h100", 114, 3350)
+
+
+def test_unknown_live_card_needs_a_bandwidth() -> None:
+    assert live_target("NVIDIA X1", bandwidth_gbs=10.0, **LIVE).name == "auto"  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="bandwidth_gbs: must be given"):
+        live_target("NVIDIA X1", **LIVE)  # type: ignore[arg-type]
