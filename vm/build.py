@@ -50,7 +50,7 @@ def compiler_version() -> str:
 
 
 def compile_kernel(source: str, arch: str, name: str = "megakernel") -> Binary:
-    """The cubin of `source` for `arch` ("90a", "100a", ...), from the cache where it was built before. Raises BuildFailed."""
+    """The cubin of `source` for `arch` ("sm_90a", "sm_100a", ...), from the cache where it was built before. Raises BuildFailed."""
     key = hashlib.sha256("\x00".join([source, arch, name, compiler_version()]).encode()).hexdigest()
     folder = cache_folder()
     cubin_path, log_path = folder / f"{key}.cubin", folder / f"{key}.log"
@@ -68,11 +68,11 @@ def _compile(source: str, arch: str, name: str) -> tuple[bytes, str]:
     from cuda.core import Program, ProgramOptions
 
     log = io.StringIO()
-    options = ProgramOptions(name=name, arch=f"sm_{arch}", std="c++17", ptxas_options=["-v"], device_as_default_execution_space=True)
+    options = ProgramOptions(name=name, arch=arch, std="c++17", ptxas_options=["-v"], device_as_default_execution_space=True)
     try:
         code = Program(source, "c++", options).compile("cubin", logs=log)
     except Exception as problem:  # cuda-core raises its own NVRTCError with the log in its text
-        raise BuildFailed(f"{name} for sm_{arch} did not compile: {problem}\n{log.getvalue()}") from problem
+        raise BuildFailed(f"{name} for {arch} did not compile: {problem}\n{log.getvalue()}") from problem
     return bytes(code.code), log.getvalue()
 
 

@@ -1,0 +1,81 @@
+"""Builds every kernel variant for every architecture without a GPU and reports registers and spills.
+
+A variant is a model shape with a config: together they reach every instruction, element type, head size and warp count that the device
+code distinguishes. Exit code 1 if one does not compile.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+from amk.models.registry import describe
+from amk.schedule.compile import compile_program
+from amk.schedule.config import parse_config
+from amk.schedule.model import ModelSpec
+from amk.schedule.targets import TARGETS
+from amk.vm.build import BuildFailed, compile_kernel
+from amk.vm.source import kernel_source
+
+CARDS = ("h200", "b200", "rtx5090")  # sm_90a, sm_100a, sm_120a
+UNFUSED: dict[str, Any] = {"fusion_grouping": []}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model's dimensions and a config."""
+
+    name: str
+    spec: ModelSpec
+    config: dict[str, Any]
+
+
+def variants() -> list[Variant]:
+    one_b, small = describe("llama-3.2-1b-shape"), replace(describe("small"), windows=())
+    return [
+        Variant("llama-3.2-1b", one_b, {}),
+        Variant("llama-3.2-1b unfused", one_b, UNFUSED),
+        Variant("llama-3.2-1b 128 threads, no hints", one_b, {"threads_per_block": 128, "kernel_knobs": {"cache_hint": "none"}}),
+        Variant("llama-3.1-8b", describe("llama-3.1-8b-shape"), {}),
+        Variant("qwen3-0.6b", describe("qwen3-0.6b-shape"), {}),
+        Variant("smollm2-135m", describe("smollm2-135m-shape"), {}),
+        Variant("small fp16", replace(small, dtype="fp16"), {}),
+        Variant("small fp32 unfused", replace(small, dtype="fp32"), UNFUSED),
+        Variant("small, heads of 80", replace(small, head_dim=80), {}),
+        Variant("small, heads of 256", replace(small, head_dim=256, heads=4, kv_heads=2), {}),
+    ]
+
+
+def build(case: tuple[Variant, str]) -> tuple[bool, str]:
+    """Whether the variant compiles for the card, and its line of the report."""
+    variant, card = case
+    target = TARGETS[card]
+    config = parse_config(variant.config)
+    if isinstance(config, list):
+        return False, f"{variant.name}: {config}"
+    program = compile_program(variant.spec, config, target, context=4096)
+    if isinstance(program, list):
+        return False, f"{variant.name} for {card}: {program}"
+    try:
+        binary = compile_kernel(kernel_source(program), target.arch)
+    except BuildFailed as problem:
+        return False, f"{variant.name} for {target.arch}: {problem}"
+    spills = f"{binary.spill_store_bytes:5} / {binary.spill_load_bytes:5}"
+    return True, f"{variant.name:36} {target.arch:8} {binary.registers:4} {binary.stack_bytes:6} {spills} {len(binary.cubin) // 1024:6}"
+
+
+def main() -> int:
+    cases = [(variant, card) for variant in variants() for card in CARDS]
+    print(f"{'variant':36} {'arch':8} {'regs':>4} {'stack':>6} {'spill st / ld':>13} {'KiB':>6}")
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        results = list(pool.map(build, cases))
+    for ok, line in results:
+        print(line if ok else f"FAILED {line}", file=sys.stdout if ok else sys.stderr)
+    return 0 if all(ok for ok, _ in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
