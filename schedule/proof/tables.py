@@ -1,0 +1,173 @@
+"""The program's tables make sense on their own: machine, buffers, matrices, shapes, constants, cache, counters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import isfinite
+from typing import Any
+
+from amk.isa.machine import ELEMENT_BYTES, KV_BLOCK_ROWS, KV_STREAM_LAG, TILE_ROWS, Machine
+from amk.isa.matvec import X_NARROW, X_NORM
+from amk.schedule.program import Buffer, Constant, KvCache, Matrix, MatVecShape, Program
+from amk.schedule.proof.limits import Limits
+from amk.schedule.proof.report import Region, Report
+from amk.schedule.resources import block_threads
+
+MOST = (1 << 31) - 1
+PACKET_KINDS = ("f32", "narrow", "u32")
+LAYOUTS = ("stack", "interleave8")
+POSITIVE = ("sms", "consumer_warps", "stages", "stage_bytes", "inflight", "reduction_slots", "hidden", "vocab", "heads", "kv_heads")
+
+
+def check_tables(program: Program, limits: Limits, report: Report) -> bool:
+    """Reports what is wrong with the tables; False if tasks cannot be looked at because of it."""
+    if not _types(program, report):
+        return False
+    before = len(report.found), report.found.total()
+    _machine(program.machine, limits, report)
+    _buffers(program, report)
+    _matrices(program, limits, report)
+    _vectors(program, report)
+    _queues(program, limits, report)
+    sound = before == (len(report.found), report.found.total())
+    if sound:
+        _cache(program, report)
+        _threads(program.machine, limits, report)
+    return sound
+
+
+def _types(program: Program, report: Report) -> bool:
+    sound = True
+    for name, kind in (("machine", Machine), ("kv", KvCache)):
+        if not isinstance(getattr(program, name), kind):
+            report.add("kind", f"program.{name} must be a {kind.__name__}, but is a {type(getattr(program, name)).__name__}")
+            sound = False
+    lists: tuple[tuple[str, type[Any]], ...] = (
+        ("buffers", Buffer),
+        ("matrices", Matrix),
+        ("shapes", MatVecShape),
+        ("constants", Constant),
+        ("counters", str),
+        ("queues", tuple),
+        ("streams", tuple),
+    )
+    for name, kind in lists:
+        value = getattr(program, name)
+        if not isinstance(value, tuple) or not all(isinstance(item, kind) for item in value):
+            report.add("kind", f"program.{name} must be a tuple of {kind.__name__}, but holds something else")
+            sound = False
+    return _integers(report, "program", program, ("arena_packets", "scratch_bytes"), 0) and sound
+
+
+def _integers(report: Report, where: str, record: object, names: Iterable[str], least: int, most: int = MOST) -> bool:
+    """Whether each named field is an integer in [least, most]; reports those that are not."""
+    wrong = [name for name in names if not _integer(getattr(record, name), least, most)]
+    for name in wrong:
+        shown = _shown(getattr(record, name))
+        report.add("bounds", f"{where}.{name} must be an integer from {least} to {most}, but is {shown}")
+    return not wrong
+
+
+def _integer(value: object, least: int, most: int) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def _shown(value: object) -> str:
+    if type(value) is int:
+        return str(value) if abs(value) < 1 << 64 else "an integer of more than 64 bits"
+    return f"a {type(value).__name__}"
+
+
+def _text(report: Report, where: str, value: object, allowed: tuple[str, ...]) -> bool:
+    if isinstance(value, str) and value in allowed:
+        return True
+    shown = repr(value[:40]) if isinstance(value, str) else _shown(value)
+    report.add("kind", f"{where} must be one of {', '.join(allowed)}, but is {shown}")
+    return False
+
+
+def _machine(machine: Machine, limits: Limits, report: Report) -> None:
+    _integers(report, "machine", machine, POSITIVE, 1)
+    _integers(report, "machine", machine, ("kv_lag",), -MOST)
+    _text(report, "machine.dtype", machine.dtype, tuple(ELEMENT_BYTES))
+    if not isinstance(machine.rms_eps, int | float) or not isfinite(machine.rms_eps) or machine.rms_eps < 0:
+        report.add("kind", "machine.rms_eps must be a finite number that is not negative")
+    if not _integer(machine.context, 1, limits.context):
+        report.add("resources", f"machine.context must be from 1 to {limits.context} rows, but is {_shown(machine.context)}")
+    if not _integer(machine.tags, 1, limits.tags):
+        report.add("resources", f"machine.tags must be from 1 to {limits.tags}, but is {_shown(machine.tags)}")
+    if _integers(report, "machine", machine, ("head_dim",), 2) and machine.head_dim % 2:
+        report.add("kind", f"machine.head_dim must be even, because RoPE rotates its halves, but is {machine.head_dim}")
+    heads = (machine.heads, machine.kv_heads)
+    if all(_integer(n, 1, MOST) for n in heads) and heads[0] % heads[1]:
+        report.add("kind", f"machine.heads must be a multiple of kv_heads, but they are {heads[0]} and {heads[1]}")
+
+
+def _buffers(program: Program, report: Report) -> None:
+    for number, buffer in enumerate(program.buffers):
+        where = f"buffer {number} ({buffer.name})"
+        known = _text(report, f"{where}: kind", buffer.kind, PACKET_KINDS) and _text(report, f"{where}: space", buffer.space, ("arena", "weights"))
+        sized = _integers(report, where, buffer, ("offset", "packets"), 0)
+        if known and sized and buffer.space == "arena" and buffer.offset + buffer.packets > program.arena_packets:
+            region = Region(str(buffer.name), 0, buffer.packets)
+            end = buffer.offset + buffer.packets
+            report.add("bounds", f"{where} ends at packet {end}, but the arena has {program.arena_packets}", regions=[region])
+
+
+def _matrices(program: Program, limits: Limits, report: Report) -> None:
+    tiles = 0
+    for number, matrix in enumerate(program.matrices):
+        where = f"matrix {number} ({matrix.name})"
+        _text(report, f"{where}: layout", matrix.layout, LAYOUTS)
+        if _integers(report, where, matrix, ("rows", "cols"), 1):
+            tiles += -(-matrix.rows // TILE_ROWS)
+    if tiles > limits.tiles:
+        report.add("resources", f"the matrices must have at most {limits.tiles} tiles of {TILE_ROWS} rows, but have {tiles}")
+    for number, shape in enumerate(program.shapes):
+        _integers(report, f"shape {number}", shape, ("cols",), 1)
+        _integers(report, f"shape {number}", shape, ("flags",), 0, X_NARROW | X_NORM)
+
+
+def _vectors(program: Program, report: Report) -> None:
+    for number, constant in enumerate(program.constants):
+        _integers(report, f"constant {number} ({constant.name})", constant, ("start", "count"), 0)
+    _integers(report, "kv", program.kv, ("layers", "heads", "rows"), 0)
+
+
+def _queues(program: Program, limits: Limits, report: Report) -> None:
+    for name in ("queues", "streams"):
+        if len(getattr(program, name)) != program.machine.sms:
+            report.add("bounds", f"program.{name} must have one entry for each of machine.sms SMs, but has {len(getattr(program, name))}")
+    if len(program.counters) > limits.counters:
+        report.add("resources", f"a program may have at most {limits.counters} counters, but has {len(program.counters)}")
+
+
+def _cache(program: Program, report: Report) -> None:
+    """The cache holds the context, and the feeder waits long enough for the rows that it streams."""
+    machine, kv = program.machine, program.kv
+    if not kv.layers:
+        return
+    if kv.rows % KV_BLOCK_ROWS:
+        report.add("bounds", f"kv.rows must be a multiple of {KV_BLOCK_ROWS}, but is {kv.rows}")
+    if kv.rows < machine.context:
+        region = Region("kv", kv.rows, machine.context)
+        report.add("bounds", f"the KV window of position {machine.context - 1} goes past the cache of {kv.rows} rows: {region}", regions=[region])
+    if kv.heads != machine.kv_heads:
+        report.add("kind", f"kv.heads must be machine.kv_heads ({machine.kv_heads}), but is {kv.heads}")
+
+
+def _threads(machine: Machine, limits: Limits, report: Report) -> None:
+    threads = block_threads(machine)
+    if threads > limits.threads:
+        report.add("resources", f"a block may have at most {limits.threads} threads, but {machine.consumer_warps} consumer warps need {threads}")
+
+
+def check_lag(program: Program, report: Report) -> None:
+    """For programs that stream KV rows: row p - 17 may be streamed at position p, so its token must have ended, and not be this one."""
+    lag = program.machine.kv_lag
+    if lag > KV_STREAM_LAG:
+        region = Region("kv row of position minus", KV_STREAM_LAG, lag)
+        said = f"a feeder streams the KV row {KV_STREAM_LAG} tokens old, but waits only for the end of the token {lag} tokens ago (machine.kv_lag)"
+        report.add("race", said, regions=[region])
+    if lag < 1:
+        report.add("deadlock", f"machine.kv_lag must be at least 1, but is {lag}: a feeder would wait for the end of a token that needs its chunks")
