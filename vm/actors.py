@@ -182,7 +182,7 @@ class Sm:
             for task in self.queue:
                 if task.wait_counter != NONE and not (task.carried and step == 0):
                     threshold = task.wait_count * (self.launch.epoch + step - task.carried)
-                    yield Wait(self.launch.counters.reached, (task.wait_counter, threshold), "counter {0} to reach {1}".format)
+                    yield Wait(self.launch.counters.reached, (task.wait_counter, threshold), "counter {0} to reach {1}".format, remote=True)
                 self.released += 1
 
     def _is_released(self, sequence: int) -> bool:
@@ -196,7 +196,7 @@ class Sm:
             for index in self.stream:
                 task = self.queue[index]
                 if not task.stored and not rows_waited:
-                    yield Wait(self.launch.rows_visible, (step,), "the KV rows that token {0} may stream".format)
+                    yield Wait(self.launch.rows_visible, (step,), "the KV rows that token {0} may stream".format, remote=True)
                     rows_waited = True
                 for number in range(len(task.chunk_bytes(self.machine, self._position(step)))):
                     yield Wait(self._may_copy, (), "a free ring slot and fewer copies under way".format)
@@ -243,7 +243,7 @@ class Sm:
         """Waits until a read of token `step` finds its tags."""
         arena, epoch = self.launch.arena, self.launch.epoch + step
         if not (access.carried and step == 0):
-            yield Wait(arena.holds, (access, epoch), arena.describe)
+            yield Wait(arena.holds, (access, epoch), arena.describe, remote=True)
 
     # ---- consumers
 

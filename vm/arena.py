@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from amk.isa.instruction import Access
 from amk.schedule.program import Program
+from amk.vm.interface import LaunchFailed
 from amk.vm.packets import decode_packets, encode_packets
 
 WORD = 1 << 32  # tags and counters are 32-bit words
@@ -53,7 +54,10 @@ class Arena:
         return access.tag == 0 or bool((self.tags[self.packets(access)] == self.tag(access, epoch)).all())
 
     def load(self, access: Access) -> npt.NDArray[Any]:
-        """The elements that the packets hold now, whatever their tags."""
+        """The elements that the packets hold now, whatever their tags; LaunchFailed if an unchecked read finds one never published."""
+        if access.tag == 0 and not self.tags[self.packets(access)].all():
+            name = self.program.buffers[access.buffer].name
+            raise LaunchFailed("crash", f"{name}[{access.start}:{access.stop}] must be published before its unchecked read, but never was")
         return decode_packets(self.values[self.packets(access)], access.kind, self.dtype)
 
     def store(self, access: Access, values: npt.NDArray[Any], epoch: int) -> None:

@@ -12,10 +12,13 @@ from amk.schedule.program import Program
 
 
 class KvRows:
-    """K (after norm and RoPE) and V as fp32 arrays [layers, heads, rows, head_dim] of values that the machine's dtype can hold."""
+    """K (after norm and RoPE) and V as fp32 arrays [rows, layers, heads, head_dim] of values that the machine's dtype can hold.
+
+    Rows come first so that memory is touched only up to the last position.
+    """
 
     def __init__(self, program: Program) -> None:
-        shape = (program.kv.layers, program.kv.heads, program.kv.rows, program.machine.head_dim)
+        shape = (program.kv.rows, program.kv.layers, program.kv.heads, program.machine.head_dim)
         self.dtype = program.machine.dtype
         self.context = program.machine.context
         self.keys = np.zeros(shape, dtype=np.float32)
@@ -23,21 +26,21 @@ class KvRows:
 
     def seed(self, layer: int, keys: Any, values: Any) -> None:
         """Sets rows 0..n-1 of a layer from [heads, n, head_dim] tensors; ValueError for another layer, shape or too many rows."""
-        if not 0 <= layer < len(self.keys):
-            raise ValueError(f"layer: must be from 0 to {len(self.keys) - 1}, but got {layer}")
+        _, layers, heads, dim = self.keys.shape
+        if not 0 <= layer < layers:
+            raise ValueError(f"layer: must be from 0 to {layers - 1}, but got {layer}")
         for name, cache, rows in (("keys", self.keys, keys), ("values", self.values, values)):
             array = _fp32(rows)
-            heads, _, dim = cache[layer].shape
             if array.ndim != 3 or (array.shape[0], array.shape[2]) != (heads, dim) or array.shape[1] > self.context:
                 raise ValueError(f"{name}: must be [{heads}, at most {self.context}, {dim}], but got {list(array.shape)}")
-            cache[layer, :, : array.shape[1]] = round_to(array, self.dtype)
+            cache[: array.shape[1], layer] = round_to(array, self.dtype).swapaxes(0, 1)
 
     def rows(self, layer: int, head: int, start: int, stop: int) -> tuple[F32, F32]:
-        return self.keys[layer, head, start:stop], self.values[layer, head, start:stop]
+        return self.keys[start:stop, layer, head], self.values[start:stop, layer, head]
 
     def write(self, layer: int, head: int, row: int, k: F32, v: F32) -> None:
-        self.keys[layer, head, row] = k
-        self.values[layer, head, row] = v
+        self.keys[row, layer, head] = k
+        self.values[row, layer, head] = v
 
 
 def _fp32(rows: Any) -> F32:

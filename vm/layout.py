@@ -44,7 +44,7 @@ def _laid_out(layout: str, parts: list[torch.Tensor]) -> torch.Tensor:
 
     if layout == "stack":
         return torch.cat(parts) if len(parts) > 1 else parts[0]
-    halves = [_padded(part).unflatten(0, (-1, HALF_TILE)) for part in parts]
+    halves = [_padded(part).reshape(-1, HALF_TILE, *part.shape[1:]) for part in parts]
     return torch.stack(halves, dim=1).flatten(0, 2)
 
 

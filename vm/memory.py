@@ -71,7 +71,8 @@ class StepMemory:
         return self._weights.constants[start : start + count]
 
     def rope(self, position: int) -> F32:
-        return self._weights.rope[position]
+        angles: F32 = self._weights.rope[position]
+        return angles
 
     def embedding(self, token: int) -> F32:
         return self._weights.embedding(token)

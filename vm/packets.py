@@ -31,4 +31,4 @@ def encode_packets(values: npt.NDArray[Any], kind: Kind, dtype: str) -> Bits:
     if kind == "f32" or dtype == "fp32":
         return x.view(np.uint32)
     halves = x.astype(np.float16).view(np.uint16) if dtype == "fp16" else (x.view(np.uint32) >> 16).astype(np.uint16)
-    return np.append(halves, np.uint16(0))[: len(halves) + len(halves) % 2].view(np.uint32)
+    return (np.append(halves, np.uint16(0)) if len(halves) % 2 else halves).view(np.uint32)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from amk.isa.instruction import Access, Instruction
+from amk.isa.instruction import Access, Instruction, Publishes
 from amk.schedule.model import WeightSource
 from amk.schedule.program import Program
+from amk.schedule.proven import ValidProgram
 from amk.vm.actors import Launch
 from amk.vm.arena import Arena
 from amk.vm.interface import Decoded, LaunchFailed
@@ -19,13 +21,15 @@ from amk.vm.memory import LaunchInputs, Results, StepMemory, Weights
 from amk.vm.order import legal_order
 from amk.vm.scheduler import Order, Scheduler
 
+Values: TypeAlias = npt.NDArray[Any]
 
-class ReferenceVM:
-    """A DecodeMachine on the CPU: fp32 arithmetic on values rounded where the device rounds them.
 
-    Without `order` it runs whole tasks in one legal order, which is fast; with one it steps the actors of every SM in that
-    order, adds partial sums as the device does, and finds deadlocks. `first_epoch` is the epoch of the first token, for tests near the wrap
-    of the tags.
+class UnprovenVM:
+    """The reference machine for any program, proven or not: what the validator itself is checked with.
+
+    fp32 arithmetic on values rounded where the device rounds them. Without `order` it runs whole tasks in one legal order, which is
+    fast; with one it steps the actors of every SM in that order, adds partial sums as the device does, and finds deadlocks.
+    `first_epoch` is the epoch of the first token, for tests near the wrap of the tags.
     """
 
     def __init__(self, program: Program, source: WeightSource, *, order: Order | None = None, first_epoch: int = 1) -> None:
@@ -64,7 +68,7 @@ class ReferenceVM:
         if steps < len(tokens):
             raise ValueError(f"steps: must be at least the number of tokens ({len(tokens)}), but got {steps}")
         if position < 0 or position + steps > self.context:
-            raise ValueError(f"position: steps must lie in the context of {self.context} rows, but got {position} to {position + steps - 1}")
+            raise ValueError(f"position: steps must lie within {self.context} rows, but they go from {position} to {position + steps - 1}")
         for token in tokens:
             if not 0 <= token < machine.vocab:
                 raise ValueError(f"tokens: must be from 0 to {machine.vocab - 1}, but got {token}")
@@ -77,24 +81,47 @@ class ReferenceVM:
         for step in range(launch.steps):
             memory = SequentialMemory(self.program, self._weights, self._kv, launch, step, self._arena, epoch + step)
             for task in self._tasks:
-                for access, values in task.run(memory, memory.position):
+                for access, values in _joined(task.run(memory, memory.position)):
                     self._arena.store(access, values, epoch + step)
 
 
 class SequentialMemory(StepMemory):
     """Packets come straight from the arena; one without its tag is a hang."""
 
-    def __init__(
-        self, program: Program, weights: Weights, kv: KvRows, launch: LaunchInputs, step: int, arena: Arena, epoch: int
-    ) -> None:
+    def __init__(self, program: Program, weights: Weights, kv: KvRows, launch: LaunchInputs, step: int, arena: Arena, epoch: int) -> None:
         super().__init__(program, weights, kv, launch, step)
         self._arena = arena
         self._epoch = epoch
 
-    def read(self, access: Access) -> npt.NDArray[Any]:
+    def read(self, access: Access) -> Values:
         if not (access.carried and self._step == 0) and not self._arena.holds(access, self._epoch):
             raise LaunchFailed("timeout", f"a task waits for {self._arena.describe(access, self._epoch)}, but nobody publishes that")
         return self._arena.load(access)
+
+
+class ReferenceVM(UnprovenVM):
+    """A DecodeMachine on the CPU for proven programs; see UnprovenVM for `order` and `first_epoch`."""
+
+    def __init__(self, program: ValidProgram, source: WeightSource, *, order: Order | None = None, first_epoch: int = 1) -> None:
+        super().__init__(program.program, source, order=order, first_epoch=first_epoch)
+
+
+def _joined(publishes: Publishes) -> Iterator[tuple[Access, Values]]:
+    """The publishes of one task with neighbours in a buffer joined: a product of many tiles is stored at once."""
+    run: list[Values] = []
+    start = 0
+    for (access, values), (following, _) in zip(publishes, [*publishes[1:], (None, None)], strict=False):
+        start = start if run else access.start
+        run.append(values)
+        if following is None or not _continues(access, values, following):
+            yield replace(access, start=start), np.concatenate(run) if len(run) > 1 else values
+            run = []
+
+
+def _continues(access: Access, values: Values, following: Access) -> bool:
+    """Whether `following` begins where `access` ends, with a packet of its own."""
+    same = (access.buffer, access.stop, access.tag, access.kind) == (following.buffer, following.start, following.tag, following.kind)
+    return same and (access.kind != "narrow" or len(values) % 2 == 0)
 
 
 def _as_tensor(logits: npt.NDArray[np.float32] | None) -> Any:

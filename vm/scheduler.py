@@ -9,16 +9,19 @@ from typing import Any, NamedTuple
 
 from amk.vm.interface import LaunchFailed
 
-ROLES = ("watcher", "feeder", "copies", "consumer", "storer", "publishes", "end")
 REPORTED = 6  # actors that a deadlock's message names
 
 
 class Wait(NamedTuple):
-    """What an actor needs before its next step: `check(*args)` is true; `what(*args)` says it in words."""
+    """What an actor needs before its next step: `check(*args)` is true; `what(*args)` says it in words.
+
+    `remote`: another SM may have to bring it about.
+    """
 
     check: Callable[..., bool]
     args: tuple[Any, ...]
     what: Callable[..., str]
+    remote: bool = False
 
     def ready(self) -> bool:
         return self.check(*self.args)
@@ -53,8 +56,8 @@ class Actor:
 class Order:
     """A rule for who steps next among the actors that can; `name` is one of ORDERS.
 
-    "sequential" and "reverse" keep a fixed priority, "random" has none, "shuffled" draws priorities and changes one now and then
-    (Burckhardt et al. 2010), the rest put one kind of actor first or last.
+    "sequential" and "reverse" go by SM and role, "random" has no priorities, "shuffled" draws them and changes one now and then
+    (Burckhardt et al. 2010), and the rest draw them and put one kind of actor first or last.
     """
 
     name: str = "sequential"
@@ -115,10 +118,10 @@ class Scheduler:
     def _rank(self, actors: list[Actor]) -> None:
         name = self._order.name
         self._ranked = list(actors)
-        if name in ("random", "shuffled") or self._order.seed:
-            self._random.shuffle(self._ranked)
         if name == "reverse":
             self._ranked.reverse()
+        elif name != "sequential":
+            self._random.shuffle(self._ranked)
         last = {"lazy_storer": "storer", "lazy_publishes": "publishes", "lazy_feeder": "feeder"}.get(name)
         starved = self._random.choice(actors).sm if name == "starved_sm" else None
         self._ranked.sort(key=lambda actor: actor.role == last or actor.sm == starved)
@@ -127,6 +130,8 @@ class Scheduler:
 
 
 def _deadlock(actors: list[Actor]) -> str:
-    stuck = [f"{actor} waits for {actor.wait.what(*actor.wait.args)}" for actor in actors if actor.wait and not actor.service]
+    """Who waits for what; what other SMs owe comes first, for the rest follows from it."""
+    waits = [(not actor.wait.remote, str(actor), actor.wait) for actor in actors if actor.wait and not actor.service]
+    stuck = [f"{actor} waits for {wait.what(*wait.args)}" for _, actor, wait in sorted(waits, key=lambda entry: entry[:2])]
     more = f" and {len(stuck) - REPORTED} more actors wait" if len(stuck) > REPORTED else ""
-    return f"the launch cannot finish because no actor can step: {'; '.join(sorted(stuck)[:REPORTED])}{more}"
+    return f"the launch cannot finish because no actor can step: {'; '.join(stuck[:REPORTED])}{more}"

@@ -1,0 +1,104 @@
+"""Programs and weights as bytes, and back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from amk.isa.machine import TILE_ROWS, Machine, chunk_plan
+from amk.isa.matvec import MatVec
+from amk.isa.registry import instructions
+from amk.vm.image import pack_matrix, pack_program, pack_stream, unpack_matrix, unpack_program
+from amk.vm.layout import matrix_rows
+from amk.vm.reference import UnprovenVM
+
+FUSIONS: list[tuple[str, ...]] = [(), ("norm", "qkv", "gate_up")]
+
+
+def some_machine(make_program: Any, make_spec: Any, dtype: str, **fields: Any) -> Machine:
+    return replace(make_program(make_spec(dtype)).machine, **fields)
+
+
+def test_unpacking_is_the_inverse_of_packing_for_every_instruction(make_spec: Any, make_program: Any) -> None:
+    seen = set()
+    for fusion in FUSIONS:
+        program = make_program(make_spec(qkv_bias=True, windows=(None, 30)), fusion=fusion, kv_splits=2)
+        frame = replace(program, queues=(), streams=(), buffers=tuple(replace(b, offset=0) for b in program.buffers))
+        assert unpack_program(pack_program(program), frame) == program
+        seen |= {type(task) for queue in program.queues for task in queue}
+    assert seen == set(instructions().values())
+
+
+def test_a_program_from_its_bytes_gives_the_same_tokens(make_spec: Any, make_program: Any, make_source: Any) -> None:
+    spec = make_spec("bf16")
+    program, source = make_program(spec), make_source(spec)
+    unpacked = unpack_program(pack_program(program), replace(program, queues=(), streams=()))
+    expected = UnprovenVM(program, source).decode([1, 2], 0, steps=20).tokens
+    assert UnprovenVM(unpacked, source).decode([1, 2], 0, steps=20).tokens == expected
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize(("rows", "columns"), [(16, 16), (33, 136), (5, 40), (48, 24), (32, 520)])
+@pytest.mark.parametrize(("warps", "stage_bytes"), [(4, 2048), (8, 8192), (8, 16384)])
+def test_unpacking_a_matrix_is_the_inverse_of_packing(
+    rows: int, columns: int, dtype: str, warps: int, stage_bytes: int, make_spec: Any, make_program: Any
+) -> None:
+    machine = some_machine(make_program, make_spec, dtype, consumer_warps=warps, stage_bytes=stage_bytes)
+    plan = chunk_plan(machine, columns)
+    matrix = torch.randn(rows, columns).to({"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype])
+    packed = pack_matrix(matrix, plan, machine)
+    assert packed.shape == (-(-rows // TILE_ROWS), plan.tile_bytes)
+    assert torch.equal(unpack_matrix(packed, plan, machine, rows), matrix)
+
+
+def test_a_lane_of_a_16_bit_fragment_holds_its_rows_g_and_g_plus_8(make_spec: Any, make_program: Any) -> None:
+    machine = some_machine(make_program, make_spec, "bf16")
+    place = torch.arange(256, dtype=torch.bfloat16).view(16, 16)  # row * 16 + column, exact in bf16
+    packed = pack_matrix(place, chunk_plan(machine, 16), machine).view(torch.bfloat16).view(32, 8)
+    for lane in range(32):
+        g, t = lane >> 2, lane & 3
+        cells = [(g, 0), (g, 1), (g + 8, 0), (g + 8, 1), (g, 2), (g, 3), (g + 8, 2), (g + 8, 3)]
+        assert packed[lane].tolist() == [row * 16 + 4 * t + column for row, column in cells]
+
+
+def test_a_lane_of_an_fp32_fragment_holds_four_columns_of_a_row(make_spec: Any, make_program: Any) -> None:
+    machine = some_machine(make_program, make_spec, "fp32")
+    place = torch.arange(128, dtype=torch.float32).view(16, 8)
+    packed = pack_matrix(place, chunk_plan(machine, 8), machine).view(torch.float32).view(32, 4)
+    for lane in range(32):
+        assert packed[lane].tolist() == [(lane >> 1) * 8 + 4 * (lane & 1) + column for column in range(4)]
+
+
+def test_fragments_lie_by_chunk_then_warp_and_the_rest_is_zero(make_spec: Any, make_program: Any) -> None:
+    machine = some_machine(make_program, make_spec, "fp32", consumer_warps=2, stage_bytes=1024)
+    plan = chunk_plan(machine, 36)  # 5 fragments: warp 0 has 0, 1, 2 and warp 1 has 3, 4; a chunk holds one of each
+    columns = torch.arange(36.0).repeat(3, 1)
+    fragments = pack_matrix(columns, plan, machine).view(torch.float32).view(5, 16, 8)
+    assert fragments[:, 0, 0].tolist() == [0, 24, 8, 32, 16]
+    assert fragments[:, 3:].abs().sum() == 0
+    assert fragments[3, 0].tolist() == [32, 33, 34, 35, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_the_stream_holds_each_sms_tiles_in_the_order_in_which_it_eats_them(
+    fusion: tuple[str, ...], make_spec: Any, make_program: Any, make_source: Any
+) -> None:
+    spec = make_spec("bf16", intermediate=90)
+    program, source = make_program(spec, fusion=fusion, n_tile=32), make_source(spec)
+    stream, starts = pack_stream(program, source)
+    matrices = [matrix_rows(matrix, source) for matrix in program.matrices]
+    at = 0
+    for sm, (queue, entries) in enumerate(zip(program.queues, program.streams, strict=True)):
+        assert starts[sm] == at
+        for task in (queue[index] for index in entries):
+            if isinstance(task, MatVec):
+                plan = chunk_plan(program.machine, task.cols)
+                assert sum(task.chunk_bytes(program.machine, 0)) == task.tiles * plan.tile_bytes
+                packed = stream[at : at + task.tiles * plan.tile_bytes].view(task.tiles, -1)
+                expected = matrices[task.weight][16 * task.tile0 : 16 * (task.tile0 + task.tiles)]
+                assert torch.equal(unpack_matrix(packed, plan, program.machine, len(expected)), expected)
+                at += packed.numel()
+    assert at == len(stream)
