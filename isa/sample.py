@@ -14,7 +14,7 @@ from amk.isa.machine import Machine
 
 @dataclass(frozen=True, kw_only=True)
 class Sample(Instruction):
-    """Reads `count` (value, row) pairs from the start of `in_buf`, publishes the token in packet 0 of `out_buf` and hands it to the host."""
+    """Takes `count` (value, row) pairs from the start of `in_buf`; publishes the token in packet 0 of `out_buf`, hands it to the host."""
 
     in_buf: U16
     in_tag: U16

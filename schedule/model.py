@@ -13,10 +13,10 @@ DTYPE_BYTES: dict[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 class ModelSpec:
     """A decoder of the Llama family; sizes in elements.
 
-    `windows[l]` is layer l's sliding window in tokens (a query attends to itself and the `window - 1` rows before
-    it), or None for full attention. `qkv_bias`, `o_bias` and `mlp_bias` say which projections have a bias, `qk_norm` that q
-    and k heads are RMS-normalised (gain of head_dim elements) before RoPE. RoPE rotates element d of a head with element d + head_dim / 2; its table comes from the weight source, so
-    scaling rules never reach the device.
+    `windows[l]` is layer l's sliding window in tokens (a query attends to itself and the `window - 1` rows before it), or
+    None for full attention. `qkv_bias`, `o_bias` and `mlp_bias` say which projections have a bias, `qk_norm` that q and k
+    heads are RMS-normalised (gain of head_dim elements) before RoPE. RoPE rotates element d of a head with element
+    d + head_dim / 2; its table comes from the weight source, so scaling rules never reach the device.
     """
 
     name: str

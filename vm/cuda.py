@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from amk.isa.abi import NONE
 from amk.isa.attention import Attention
+from amk.isa.machine import KV_BLOCK_ROWS
 from amk.isa.registry import encode
 from amk.schedule.model import WeightSource
 from amk.schedule.program import Program
+from amk.schedule.proven import ValidProgram
 from amk.schedule.resources import block_threads, shared_layout
 from amk.vm.build import Binary, compile_kernel
 from amk.vm.image import pack_stream
@@ -64,7 +67,8 @@ class Kernel:
         check(driver.cuMemcpyDtoH(found.ctypes.data, address, 4))
         expected = abi_hash(program)
         if int(found[0]) != expected:
-            raise LaunchFailed("mismatch", f"the binary must be built for this program (hash {expected:08x}), but it carries {int(found[0]):08x}")
+            text = f"the binary must be built for this program (hash {expected:08x}), but it carries {int(found[0]):08x}"
+            raise LaunchFailed("mismatch", text)
         self.grid, self.threads = program.machine.sms, block_threads(program.machine)
         self.shared_bytes = shared_layout(program).total
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -89,7 +93,7 @@ class Kernel:
 
 
 def program_image(program: Program, offsets: Sequence[int]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Every SM's head, task records and stream entries as the kernel copies them to shared memory; `offsets` are the SMs' weight streams."""
+    """Every SM's head, task records and stream entries as the kernel copies them; `offsets` (bytes) are the SMs' weight streams."""
     size = image_bytes(program)
     records = max(map(len, program.queues), default=0)
     image = np.zeros((len(program.queues), size), dtype=np.uint8)
@@ -118,8 +122,12 @@ class DeviceWeights:
         self.embedding = source.tensor("embed", device).to(dtype).contiguous()
 
 
-class CudaVM:
-    """A DecodeMachine on the live card. `macros` select test builds (vm.source.TEST_MACROS); `first_epoch` is for tests near the tag wrap."""
+class UnprovenCudaVM:
+    """A DecodeMachine on the live card for any program, proven or not: what tests of hangs and mutants use.
+
+    `weights` and `binary` may be shared between machines of one program. `spin_limit` is the polls after which a wait gives up,
+    `max_steps` the most tokens of one launch. `macros` select test builds (vm.source.TEST_MACROS).
+    """
 
     def __init__(
         self,
@@ -129,7 +137,6 @@ class CudaVM:
         arch: str,
         weights: DeviceWeights | None = None,
         binary: Binary | None = None,
-        first_epoch: int = 0,
         spin_limit: int = SPIN_LIMIT,
         max_steps: int = 512,
         macros: dict[str, int] | None = None,
@@ -144,7 +151,8 @@ class CudaVM:
         m = program.machine
         self.max_steps, self.logit_rows = max_steps, 1
         self.arena = torch.zeros(program.arena_packets, dtype=torch.int64, device="cuda")
-        self.kv = torch.zeros((program.kv.layers, program.kv.heads, m_blocks(program), m.kv_block_bytes), dtype=torch.uint8, device="cuda")
+        blocks = (program.kv.layers, program.kv.heads, program.kv.rows // KV_BLOCK_ROWS, m.kv_block_bytes)
+        self.kv = torch.zeros(blocks, dtype=torch.uint8, device="cuda")
         self.counters = torch.zeros(len(program.counters) + 1, dtype=torch.int32, device="cuda")
         self.claims = torch.zeros(m.sms, dtype=torch.int32, device="cuda")
         self.abort = torch.zeros(8, dtype=torch.int32, device="cuda")
@@ -154,7 +162,7 @@ class CudaVM:
         self.logits = torch.empty((1, m.vocab), dtype=torch.float32, device="cuda")
         self.image = torch.from_numpy(program_image(program, self.weights.offsets)).to("cuda")
         self.buffers = torch.tensor([b.offset for b in program.buffers], dtype=torch.int32, device="cuda")
-        self.epoch, self.launches = first_epoch, 0
+        self.epoch, self.launches = 0, 0
         cards = torch.cuda.get_device_properties("cuda").multi_processor_count
         if m.sms > cards:
             raise LaunchFailed("mismatch", f"the program needs {m.sms} SMs, but the card has {cards}; compile it for this card")
@@ -223,7 +231,17 @@ class CudaVM:
         if code:
             self._reset()
             actor = ACTORS.get(where >> 8, "an actor") + WAITS.get(where & 255, "")
-            raise LaunchFailed(ABORT_KINDS.get(code, "crash"), f"the launch gave up: {actor} on SM {sm}, task {task} of its queue, step {step}")
+            where_text = f"{actor} on SM {sm}, task {task} of its queue, step {step}"
+            raise LaunchFailed(ABORT_KINDS.get(code, "crash"), f"the launch gave up: {where_text}")
+
+    def arrivals(self) -> list[int]:
+        """How much each counter grows in one token: the program's counters, then the ends of token."""
+        totals = [0] * (len(self.program.counters) + 1)
+        for task in (task for queue in self.program.queues for task in queue):
+            if task.done_counter != NONE:
+                totals[task.done_counter] += task.arrivals(self.program.machine)
+        totals[-1] = int(self.params[0]["kv_writers"])
+        return totals
 
     def _begin_epochs(self, steps: int) -> None:
         """A launch never crosses the end of the tags: arena and counters start afresh before it would."""
@@ -258,6 +276,8 @@ class CudaVM:
         self.kernel.close()
 
 
-def m_blocks(program: Program) -> int:
-    """KV blocks of one head of one layer."""
-    return program.kv.rows // 16
+class CudaVM(UnprovenCudaVM):
+    """A DecodeMachine on the live card for proven programs; see UnprovenCudaVM for the options."""
+
+    def __init__(self, program: ValidProgram, source: WeightSource, *, arch: str, **options: Any) -> None:
+        super().__init__(program.program, source, arch=arch, **options)

@@ -17,7 +17,10 @@ class LaunchFailed(Exception):
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a launch of `steps` tokens gives: the token chosen after each step and, where asked for, fp32 logits [steps, vocab] on the CPU."""
+    """What a launch of `steps` tokens gives: the token chosen after each step and, where asked for, fp32 logits [steps, vocab].
+
+    Logits are torch tensors on the CPU. `elapsed_us` is the device's time for the launch, None where there is no device.
+    """
 
     tokens: tuple[int, ...]
     logits: Any | None

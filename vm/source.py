@@ -57,7 +57,7 @@ def _constant_line(name: str, value: int | float | bool) -> str:
     if isinstance(value, bool):
         return f"constexpr bool {name} = {str(value).lower()};"
     if isinstance(value, float):
-        return f"constexpr float {name} = {value!r}f;" if "e" in repr(value) or "." in repr(value) else f"constexpr float {name} = {value}.f;"
+        return f"constexpr float {name} = {value!r}f;"
     return f"constexpr int {name} = {value};"
 
 

@@ -1,0 +1,150 @@
+"""The gate on the card: each mutant of weights or device code must fail the oracle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from amk.eval.oracle import Finding, Plan, Reference, judge, make_reference
+from amk.eval.tolerance import tolerance
+from amk.models.model import Model
+from amk.schedule.model import weight_shapes
+from amk.tests.gpu.machines import card, llama, named, program, proven
+from amk.vm.build import compile_kernel
+from amk.vm.cuda import CudaVM
+from amk.vm.source import kernel_source
+
+pytestmark = pytest.mark.cuda
+PLAN = Plan(prompt=8, steps=40, late=(127, 1000), late_steps=4)
+
+
+@cache
+def model(name: str) -> Model:
+    return llama("gate-window", architecture="MistralForCausalLM", head_dim=64, sliding_window=60) if name == "window" else named(name)
+
+
+@cache
+def reference(name: str) -> Reference:
+    plan = Plan(PLAN.prompt, PLAN.steps, tuple(p for p in PLAN.late if p + 4 <= context(name)), 4)
+    return make_reference(model(name).spec, model(name).eager("fp32", "cuda"), plan)
+
+
+def context(name: str) -> int:
+    return min(1024, model(name).spec.max_context)
+
+
+def finding(name: str, source: Any = None, edit: tuple[str, str] | None = None) -> Finding:
+    m = model(name)
+    p = program(m, context=context(name))
+    text = kernel_source(p)
+    if edit:
+        assert edit[0] in text, f"the mutant must find the code it changes: {edit[0]}"
+        text = text.replace(*edit)
+    vm = CudaVM(proven(p), source or m.weights, arch=card().arch, binary=compile_kernel(text, card().arch))
+    result = judge(vm, reference(name), tolerance(m.spec.dtype, m.spec.layers))
+    vm.close()
+    return result
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """The model's weights with Gaussian noise of `share` of its norm in one tensor."""
+
+    model: Model
+    noisy: str
+    share: float = 0.02
+
+    def tensor(self, name: str, device: str = "cpu") -> torch.Tensor:
+        weight = self.model.weights.tensor(name, device)
+        if name != self.noisy:
+            return weight
+        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(7)).to(device)
+        exact = weight.float()
+        return (exact + noise * (self.share * exact.norm() / noise.norm())).to(weight.dtype)
+
+    def rope_table(self, rows: int, device: str = "cpu") -> torch.Tensor:
+        return self.model.weights.rope_table(rows, device)
+
+
+@dataclass(frozen=True)
+class Rope:
+    """The model's weights with another RoPE table: deleted, turned by another theta, or scaled."""
+
+    model: Model
+    change: str
+
+    def tensor(self, name: str, device: str = "cpu") -> torch.Tensor:
+        return self.model.weights.tensor(name, device)
+
+    def rope_table(self, rows: int, device: str = "cpu") -> torch.Tensor:
+        table = self.model.weights.rope_table(rows, device).clone()
+        if self.change == "deleted":
+            table[..., 0], table[..., 1] = 1.0, 0.0
+        elif self.change == "late by one":
+            table[1:] = table[:-1].clone()
+        elif self.change == "scaled":
+            table *= 1.02
+        else:
+            half = table.shape[1]
+            angle = torch.arange(rows, device=device)[:, None] * 20000.0 ** (-torch.arange(half, device=device) / half)
+            table = torch.stack([angle.cos(), angle.sin()], dim=2)
+        return table
+
+
+def tensors(name: str) -> list[str]:
+    """Every weight of the middle layer and the ones outside layers."""
+    layer = model(name).spec.layers // 2
+    return [n for n in weight_shapes(model(name).spec) if n.startswith(f"L{layer}.") or not n.startswith("L")]
+
+
+@pytest.mark.parametrize("name", ["toy", "toy-2L", "small", "window"])
+def test_the_true_model_uses_at_most_half_of_the_tolerance(name: str, record_property: Any) -> None:
+    true = finding(name)
+    record_property("tolerance_used", true.tolerance_used)
+    assert true.correct and true.tolerance_used <= 0.5, true
+
+
+@pytest.mark.parametrize("name", ["toy", "small"])
+def test_noise_in_any_one_tensor_fails(name: str, record_property: Any) -> None:
+    used = {tensor: finding(name, Noisy(model(name), tensor)) for tensor in tensors(name)}
+    record_property("tolerance_used", {tensor: f.tolerance_used for tensor, f in used.items()})
+    assert not [tensor for tensor, f in used.items() if f.correct]
+
+
+@pytest.mark.parametrize("name", ["toy", "small"])
+@pytest.mark.parametrize("change", ["deleted", "late by one", "theta 20000", "scaled"])
+def test_wrong_rope_fails(name: str, change: str) -> None:
+    assert not finding(name, Rope(model(name), change)).correct
+
+
+EDITS = {
+    "newest row left out": ("if (seen % CONSUMER_WARPS == c.warp) attend_new_row(s, task.nq, c.lane);", ""),
+    "mask off by one": ("min(KV_BLOCK_ROWS, position - block * KV_BLOCK_ROWS)", "min(KV_BLOCK_ROWS, position - 1 - block * KV_BLOCK_ROWS)"),
+    "one stale row": (
+        "const int at = token.position % KV_BLOCK_ROWS;",
+        "const int at = (token.position == 9 ? 8 : token.position) % KV_BLOCK_ROWS;",
+    ),
+    "wrong score scale": ("LOG2E * rsqrtf((float)HEAD_DIM)", "LOG2E * rsqrtf((float)HEAD_DIM * 1.1f)"),
+    "dropped residual": (
+        "if (mine && residual) extra += s.read(residual + r, want);",
+        "if (mine && residual && task.weight != RESIDUAL_WEIGHT) extra += s.read(residual + r, want);",
+    ),
+    "norm scale left out": ("return flags & X_NORM ? rsqrtf", "return false ? rsqrtf"),
+}
+
+
+@pytest.mark.parametrize("name", ["toy", "small"])
+@pytest.mark.parametrize("edit", EDITS)
+def test_wrong_device_code_fails(name: str, edit: str) -> None:
+    old, new = EDITS[edit]
+    matrices = [matrix.name for matrix in program(model(name), context=context(name)).matrices]
+    o_proj = next(i for i, matrix in enumerate(matrices) if matrix.endswith(".o"))
+    assert not finding(name, edit=(old, new.replace("RESIDUAL_WEIGHT", str(o_proj)))).correct
+
+
+def test_a_window_off_by_one_fails() -> None:
+    assert not finding("window", edit=("position - task.window + 1) : 0;", "position - task.window) : 0;")).correct
