@@ -1,0 +1,133 @@
+"""A program's launch laid flat: what each actor of each SM reads, streams and publishes at each token, in packets of the arena."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from amk.isa.attention import Attention
+from amk.isa.instruction import Access, Instruction
+from amk.isa.machine import Machine, chunk_plan
+from amk.isa.matvec import MatVec
+from amk.schedule.program import Program
+
+
+@dataclass(frozen=True, slots=True)
+class Touch:
+    """Arena packets [lo, hi) that a read expects, or a publish leaves, with a tag."""
+
+    lo: int
+    hi: int
+    tag: int
+    carried: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One task at one position.
+
+    `warp_reads[w]` are the consumer reads of warp w; `tile_reads[j]` the storer reads of publish j. `publishes` are in order and may
+    be empty ranges. `chunks` counts the task's chunks; those of a matrix-vector product are the same number for every tile.
+    """
+
+    sm: int
+    index: int
+    task: Instruction
+    skipped: bool
+    warp_reads: tuple[tuple[Touch, ...], ...]
+    tile_reads: tuple[tuple[Touch, ...], ...]
+    publishes: tuple[Touch, ...]
+    chunks: int
+
+    @property
+    def name(self) -> str:
+        return f"({self.sm}, {self.index}) {self.task.stem}"
+
+
+Token: TypeAlias = tuple[tuple[Step, ...], ...]  # steps of each SM, in queue order
+
+
+def steps_at(program: Program, position: int) -> Token:
+    """Every task of the program at `position`; a task's own errors (ValueError) come through."""
+    offsets = [buffer.offset for buffer in program.buffers]
+    return tuple(
+        tuple(_step(program.machine, offsets, sm, index, task, position) for index, task in enumerate(queue))
+        for sm, queue in enumerate(program.queues)
+    )
+
+
+def _step(machine: Machine, offsets: list[int], sm: int, index: int, task: Instruction, position: int) -> Step:
+    reads, writes = task.reads(machine, position), task.writes(machine, position)
+    consumer = [access for access in reads if access.actor == "consumer"]
+    warps = tuple(
+        tuple(touch for access in consumer if (touch := _share(machine, offsets, task, access, warp)).lo < touch.hi)
+        for warp in range(machine.consumer_warps)
+    )
+    tiles = tuple(
+        tuple(_touch(offsets, access) for access in reads if access.actor == "storer" and access.tile == tile)
+        for tile in range(len(writes))
+    )
+    publishes = tuple(_touch(offsets, access) for access in writes)
+    chunks = len(task.chunk_bytes(machine, position)) if task.streamed else 0
+    return Step(sm, index, task, not reads and not writes, warps, tiles, publishes, chunks)
+
+
+def _touch(offsets: list[int], access: Access) -> Touch:
+    base = offsets[access.buffer]
+    return Touch(base + access.start, base + access.stop, access.tag, access.carried)
+
+
+def _share(machine: Machine, offsets: list[int], task: Instruction, access: Access, warp: int) -> Touch:
+    """What one consumer warp reads of a consumer access: its own K slice of a product's x, else all of it."""
+    whole = _touch(offsets, access)
+    if not isinstance(task, MatVec):
+        return whole
+    plan = chunk_plan(machine, task.cols)
+    packets = machine.fragment_columns // (machine.narrow if access.kind == "narrow" else 1)
+    lo = whole.lo + plan.first(warp) * packets
+    return Touch(lo, min(whole.hi, lo + plan.fragments(warp) * packets), whole.tag, whole.carried)
+
+
+def appends_rows(program: Program, sm: int) -> bool:
+    """Whether the SM has a tail task, which appends KV rows."""
+    return any(isinstance(task, Attention) and task.split == 0 for task in program.queues[sm])
+
+
+def turning_positions(program: Program) -> list[int]:
+    """Position 0 and every position below the context at which some task's footprint differs from the position before."""
+    tasks = [task for queue in program.queues for task in queue if isinstance(task, Attention)]
+    shapes = {(task.window, task.unit_rows, task.splits): task for task in tasks}
+    found, last = [], None
+    for position in range(program.machine.context):
+        now = [(span.first, span.old, span.active_splits) for span in (task.span(position) for task in shapes.values())]
+        if now != last:
+            found.append(position)
+        last = now
+    return found or [0]
+
+
+def launches(program: Program, tokens: int) -> list[range]:
+    """Positions of launches of `tokens` tokens that between them pass every change of a footprint, before and after it."""
+    last = max(0, program.machine.context - tokens)
+    starts = {min(last, max(0, turn - 1)) for turn in turning_positions(program)} | ({last} if _attends(program) else set())
+    return [range(start, min(program.machine.context, start + tokens)) for start in sorted(starts)]
+
+
+def _attends(program: Program) -> bool:
+    return any(isinstance(task, Attention) for queue in program.queues for task in queue)
+
+
+def cut_points(touches: Sequence[Touch]) -> list[int]:
+    """Sorted borders of the touches: packets between two neighbouring borders are touched alike by everybody."""
+    return sorted({border for touch in touches for border in (touch.lo, touch.hi)})
+
+
+def all_touches(token: Token) -> list[Touch]:
+    """Every read and publish of a token, in no particular order."""
+    return [touch for queue in token for step in queue for group in (*step.warp_reads, *step.tile_reads, step.publishes) for touch in group]
+
+
+def fed_chunks(program: Program, token: Token, sm: int) -> list[tuple[int, int]]:
+    """(queue index, chunk) in the order in which the SM's feeder streams them in a token."""
+    return [(index, chunk) for index in program.streams[sm] for chunk in range(token[sm][index].chunks)]

@@ -1,0 +1,368 @@
+"""Small wrongs done to a program: a wait dropped, a tag off by one, entries swapped, buffers overlapped, a ring shrunk, and so on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from random import Random
+from typing import Any, TypeAlias
+
+from amk.isa.abi import NONE
+from amk.isa.attention import Attention
+from amk.isa.instruction import Instruction, Kind
+from amk.isa.matvec import MatVec
+from amk.schedule.program import Program, TaskId
+
+Mutation: TypeAlias = Callable[[Random, Program], Program | None]
+READ_TAGS = ("token_tag", "x_tag", "res_tag", "in_tag", "gate_tag", "up_tag", "q_tag", "k_tag", "v_tag")
+KINDS: tuple[Kind, ...] = ("f32", "narrow", "u32")
+BUFFER_WORDS = ("token_buf", "x_buf", "res_buf", "in_buf", "gate_buf", "up_buf", "q_buf", "k_buf", "v_buf", "part_buf", "out_buf")
+
+
+def mutate(random: Random, program: Program) -> tuple[str, Program]:
+    """The name of one mutation that applies to the program, and what it makes of it."""
+    names = list(MUTATIONS)
+    weights = [1 if name in COARSE else 3 for name in names]
+    while True:
+        (name,) = random.choices(names, weights)
+        mutant = MUTATIONS[name](random, program)
+        if mutant is not None and mutant != program:
+            return name, mutant
+
+
+# ---- tasks and their words
+
+
+def _tasks(program: Program) -> list[TaskId]:
+    return [(sm, index) for sm, queue in enumerate(program.queues) for index in range(len(queue))]
+
+
+def _with_task(program: Program, at: TaskId, **words: Any) -> Program:
+    sm, index = at
+    queue = program.queues[sm]
+    return _with_queue(program, sm, (*queue[:index], replace(queue[index], **words), *queue[index + 1 :]))
+
+
+def _with_queue(program: Program, sm: int, queue: tuple[Instruction, ...], stream: tuple[int, ...] | None = None) -> Program:
+    queues = (*program.queues[:sm], queue, *program.queues[sm + 1 :])
+    if stream is None:
+        return replace(program, queues=queues)
+    return replace(program, queues=queues, streams=(*program.streams[:sm], stream, *program.streams[sm + 1 :]))
+
+
+def _pick(random: Random, program: Program, names: tuple[str, ...], kind: type[Any] = object) -> tuple[TaskId, str] | None:
+    """A random task of a kind and one of those words that it has and uses."""
+    choices = [
+        (at, name)
+        for at in _tasks(program)
+        if isinstance(task := program.task(at), kind)
+        for name in names
+        if hasattr(task, name) and getattr(task, name) != NONE and not (name == "res_tag" and getattr(task, "res_buf", NONE) == NONE)
+    ]
+    return random.choice(choices) if choices else None
+
+
+def _shifted(random: Random, program: Program, names: tuple[str, ...], steps: tuple[int, ...], least: int = 0) -> Program | None:
+    """One word of one task moved by a step."""
+    picked = _pick(random, program, names)
+    if picked is None:
+        return None
+    at, name = picked
+    value = getattr(program.task(at), name) + random.choice(steps)
+    return None if value < least else _with_task(program, at, **{name: value})
+
+
+def drop_check(random: Random, program: Program) -> Program | None:
+    picked = _pick(random, program, READ_TAGS)
+    return None if picked is None else _with_task(program, picked[0], **{picked[1]: 0})
+
+
+def shift_read_tag(random: Random, program: Program) -> Program | None:
+    return _shifted(random, program, READ_TAGS, (-1, 1))
+
+
+def shift_write_tag(random: Random, program: Program) -> Program | None:
+    return _shifted(random, program, ("out_tag", "part_tag"), (-1, 1))
+
+
+def shift_threshold(random: Random, program: Program) -> Program | None:
+    waiting = [at for at in _tasks(program) if program.task(at).wait_counter != NONE]
+    if not waiting:
+        return None
+    at = random.choice(waiting)
+    count = program.task(at).wait_count + random.choice((-1, 1))
+    return None if count < 0 else _with_task(program, at, wait_count=count)
+
+
+def drop_wait(random: Random, program: Program) -> Program | None:
+    picked = _pick(random, program, ("wait_counter",))
+    return None if picked is None else _with_task(program, picked[0], wait_counter=NONE, wait_count=0)
+
+
+def other_wait(random: Random, program: Program) -> Program | None:
+    picked = _pick(random, program, ("wait_counter", "done_counter"))
+    if picked is None or not program.counters:
+        return None
+    return _with_task(program, picked[0], **{picked[1]: random.choice((*range(len(program.counters)), NONE))})
+
+
+def shift_start(random: Random, program: Program) -> Program | None:
+    return _shifted(random, program, ("x_start", "out_start", "k_start", "v_start"), (-16, -1, 1, 16), least=-16)
+
+
+def shift_tiles(random: Random, program: Program) -> Program | None:
+    return _shifted(random, program, ("tile0", "tiles"), (-1, 1), least=-1)
+
+
+def shift_columns(random: Random, program: Program) -> Program | None:
+    return _shifted(random, program, ("col0", "count", "cols"), (-16, 16))
+
+
+def shift_attention(random: Random, program: Program) -> Program | None:
+    picked = _pick(random, program, ("split", "splits", "unit_rows", "window", "kv_head", "layer", "q0", "nq"), Attention)
+    if picked is None:
+        return None
+    step = random.choice((-1, 1)) * (16 if picked[1] == "unit_rows" else 1)
+    value = getattr(program.task(picked[0]), picked[1]) + step
+    return None if value < 0 else _with_task(program, picked[0], **{picked[1]: value})
+
+
+def other_shape(random: Random, program: Program) -> Program | None:
+    picked = _pick(random, program, ("shape", "flags", "weight", "rows"), MatVec)
+    if picked is None:
+        return None
+    at, name = picked
+    return _with_task(program, at, **{name: random.choice((0, 1, 2, getattr(program.task(at), name) + 16))})
+
+
+def other_buffer(random: Random, program: Program) -> Program | None:
+    """One access goes to another buffer."""
+    picked = _pick(random, program, BUFFER_WORDS)
+    if picked is None:
+        return None
+    return _with_task(program, picked[0], **{picked[1]: random.randrange(len(program.buffers) + 1)})
+
+
+# ---- queues and streams
+
+
+def swap_entries(random: Random, program: Program) -> Program | None:
+    """Two entries of one queue change places; the stream follows, or keeps its old order of tasks."""
+    long = [sm for sm, queue in enumerate(program.queues) if len(queue) > 1]
+    if not long:
+        return None
+    sm = random.choice(long)
+    queue = list(program.queues[sm])
+    i, j = random.sample(range(len(queue)), 2) if random.random() < 0.5 else (k := random.randrange(len(queue) - 1), k + 1)
+    queue[i], queue[j] = queue[j], queue[i]
+    moved = {i: j, j: i}
+    stream = [moved.get(index, index) for index in program.streams[sm]]
+    return _with_queue(program, sm, tuple(queue), tuple(sorted(stream) if random.random() < 0.8 else stream))
+
+
+def swap_stream(random: Random, program: Program) -> Program | None:
+    long = [sm for sm, stream in enumerate(program.streams) if len(stream) > 1]
+    if not long:
+        return None
+    sm = random.choice(long)
+    stream = list(program.streams[sm])
+    i, j = random.sample(range(len(stream)), 2)
+    stream[i], stream[j] = stream[j], stream[i]
+    return _with_queue(program, sm, program.queues[sm], tuple(stream))
+
+
+def edit_stream(random: Random, program: Program) -> Program | None:
+    """One entry of a stream is lost or comes twice."""
+    streamed = [sm for sm, stream in enumerate(program.streams) if stream]
+    if not streamed:
+        return None
+    sm = random.choice(streamed)
+    stream = list(program.streams[sm])
+    at = random.randrange(len(stream))
+    stream[at : at + 1] = [] if random.random() < 0.5 else [stream[at]] * 2
+    return _with_queue(program, sm, program.queues[sm], tuple(stream))
+
+
+def remove_task(random: Random, program: Program) -> Program | None:
+    if program.task_count < 2:
+        return None
+    return _without(program, random.choice(_tasks(program)))
+
+
+def _without(program: Program, at: TaskId) -> Program:
+    sm, index = at
+    queue = program.queues[sm]
+    stream = tuple(i - (i > index) for i in program.streams[sm] if i != index)
+    return _with_queue(program, sm, (*queue[:index], *queue[index + 1 :]), stream)
+
+
+def _inserted(program: Program, sm: int, index: int, task: Instruction) -> Program:
+    queue = program.queues[sm]
+    stream = [i + (i >= index) for i in program.streams[sm]] + ([index] if task.streamed else [])
+    return _with_queue(program, sm, (*queue[:index], task, *queue[index:]), tuple(sorted(stream)))
+
+
+def duplicate_task(random: Random, program: Program) -> Program | None:
+    sm = random.randrange(len(program.queues))
+    return _inserted(program, sm, random.randint(0, len(program.queues[sm])), program.task(random.choice(_tasks(program))))
+
+
+def move_task(random: Random, program: Program) -> Program | None:
+    """A task goes to a random place of a random queue."""
+    at = random.choice(_tasks(program))
+    without = _without(program, at)
+    sm = random.randrange(len(program.queues))
+    return _inserted(without, sm, random.randint(0, len(without.queues[sm])), program.task(at))
+
+
+# ---- memory
+
+
+def overlap_buffers(random: Random, program: Program) -> Program | None:
+    """A buffer comes to lie on another one, wholly or in part."""
+    if len(program.buffers) < 2:
+        return None
+    i, j = random.sample(range(len(program.buffers)), 2)
+    target = program.buffers[j]
+    offset = target.offset + random.choice((0, 0, 0, 1, target.packets // 2, target.packets - 1))
+    buffers = list(program.buffers)
+    buffers[i] = replace(buffers[i], offset=offset)
+    return replace(program, buffers=tuple(buffers), arena_packets=max(program.arena_packets, offset + buffers[i].packets))
+
+
+def share_slot(random: Random, program: Program) -> Program | None:
+    """Every access to one value moves to another buffer of its kind and size, under a tag that is new there."""
+    pairs = [
+        (i, j)
+        for i, a in enumerate(program.buffers)
+        for j, b in enumerate(program.buffers)
+        if i != j and a.kind == b.kind and a.packets <= b.packets
+    ]
+    if not pairs:
+        return None
+    old, new = random.choice(pairs)
+    tag = program.machine.tags
+    queues = tuple(tuple(_redirected(task, old, new, tag) for task in queue) for queue in program.queues)
+    return replace(program, queues=queues, machine=replace(program.machine, tags=2 * tag))
+
+
+def _redirected(task: Instruction, old: int, new: int, tag: int) -> Instruction:
+    words = {f.name: getattr(task, f.name) for f in fields(task)}
+    moved = [name for name in BUFFER_WORDS if words.get(name) == old]
+    changes = dict.fromkeys(moved, new) | {f"{name[:-4]}_tag": words[f"{name[:-4]}_tag"] + tag for name in moved}
+    return replace(task, **changes)
+
+
+def spoil_buffer(random: Random, program: Program) -> Program | None:
+    """A buffer of another kind, in read-only memory, or a packet shorter."""
+    at = random.randrange(len(program.buffers))
+    buffer = program.buffers[at]
+    kinds = [kind for kind in KINDS if kind != buffer.kind]
+    shorter, other = replace(buffer, packets=buffer.packets - 1), replace(buffer, kind=random.choice(kinds))
+    spoilt = random.choice((shorter, other, replace(buffer, space="weights")))
+    return replace(program, buffers=(*program.buffers[:at], spoilt, *program.buffers[at + 1 :]))
+
+
+def shrink_arena(random: Random, program: Program) -> Program | None:
+    return replace(program, arena_packets=program.arena_packets - random.choice((1, 16)))
+
+
+def spoil_matrix(random: Random, program: Program) -> Program | None:
+    if not program.matrices:
+        return None
+    at = random.randrange(len(program.matrices))
+    matrix = program.matrices[at]
+    spoilt = random.choice((replace(matrix, rows=matrix.rows - 16), replace(matrix, cols=matrix.cols + 16)))
+    return replace(program, matrices=(*program.matrices[:at], spoilt, *program.matrices[at + 1 :]))
+
+
+def shrink_cache(random: Random, program: Program) -> Program | None:
+    """Fewer KV rows than positions."""
+    rows = program.kv.rows - 16
+    return replace(program, kv=replace(program.kv, rows=rows)) if rows >= 0 else None
+
+
+# ---- the machine
+
+
+def _machine(program: Program, **sizes: Any) -> Program:
+    return replace(program, machine=replace(program.machine, **sizes))
+
+
+def shrink_ring(random: Random, program: Program) -> Program | None:
+    stages = random.randint(0 if random.random() < 0.1 else 1, max(1, program.machine.stages - 1))
+    return _machine(program, stages=stages, inflight=max(1, min(program.machine.inflight, stages)))
+
+
+def shrink_stage(random: Random, program: Program) -> Program | None:
+    return _machine(program, stage_bytes=program.machine.stage_bytes // 2)
+
+
+def shrink_slots(random: Random, program: Program) -> Program | None:
+    return _machine(program, reduction_slots=0 if random.random() < 0.1 else 1)
+
+
+def shrink_inflight(random: Random, program: Program) -> Program | None:
+    return _machine(program, inflight=0 if random.random() < 0.1 else 1)
+
+
+def other_lag(random: Random, program: Program) -> Program | None:
+    return _machine(program, kv_lag=random.choice((0, 1, 2, 17, 18, program.machine.kv_lag + 1)))
+
+
+def shrink_tags(random: Random, program: Program) -> Program | None:
+    return _machine(program, tags=program.machine.tags - 1)
+
+
+MUTATIONS: dict[str, Mutation] = {
+    mutation.__name__: mutation
+    for mutation in (
+        drop_check,
+        shift_read_tag,
+        shift_write_tag,
+        shift_threshold,
+        drop_wait,
+        other_wait,
+        shift_start,
+        shift_tiles,
+        shift_columns,
+        shift_attention,
+        other_shape,
+        other_buffer,
+        swap_entries,
+        swap_stream,
+        edit_stream,
+        remove_task,
+        duplicate_task,
+        move_task,
+        overlap_buffers,
+        share_slot,
+        spoil_buffer,
+        shrink_arena,
+        spoil_matrix,
+        shrink_cache,
+        shrink_ring,
+        shrink_stage,
+        shrink_slots,
+        shrink_inflight,
+        other_lag,
+        shrink_tags,
+    )
+}
+COARSE = frozenset(  # mutations that nearly always break a rule of form, so that a few of each are enough
+    (
+        "other_shape",
+        "other_buffer",
+        "shift_columns",
+        "shift_tiles",
+        "shift_start",
+        "remove_task",
+        "duplicate_task",
+        "spoil_buffer",
+        "shrink_arena",
+        "spoil_matrix",
+        "shrink_cache",
+        "shrink_stage",
+        "shrink_tags",
+    )
+)

@@ -1,0 +1,337 @@
+"""Random small decoders: up to 3 SMs and 6 tasks that together make a token, placed, tagged and synchronised at random but rightly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from random import Random
+from typing import TypeAlias
+
+from amk.isa.abi import NONE
+from amk.isa.attention import Attention
+from amk.isa.embed import Embed
+from amk.isa.gemv import Gemv
+from amk.isa.gemv_glu import HALF, GemvGlu
+from amk.isa.gemv_head import GemvHead
+from amk.isa.instruction import Instruction, Kind
+from amk.isa.machine import FRAGMENT_BYTES, TILE_ROWS, Machine
+from amk.isa.matvec import X_NARROW, X_NORM
+from amk.isa.rmsnorm import RmsNorm
+from amk.isa.sample import Sample
+from amk.isa.swiglu import SwiGlu
+from amk.schedule.program import Buffer, Constant, DeviceKnobs, KvCache, Matrix, MatVecShape, Program
+
+MAX_TASKS, MAX_SMS = 6, 3
+DEVICE = DeviceKnobs(cache_hint="none", sync="relaxed", poll_sleep_ns=0, unroll=1)
+Plan: TypeAlias = tuple[str, ...]
+PLANS: tuple[Plan, ...] = (
+    ("embed", "head", "sample"),
+    ("embed", "gemv", "head", "sample"),
+    ("embed", "norm", "head", "sample"),
+    ("embed", "residual", "head", "sample"),
+    ("embed", "norm", "residual", "head", "sample"),
+    ("embed", "gemv", "residual", "head", "sample"),
+    ("embed", "glu", "residual", "head", "sample"),
+    ("embed", "gate_up", "swiglu", "head", "sample"),
+    ("embed", "qkv", "attention", "head", "sample"),
+    ("embed", "qkv", "attention", "residual", "head", "sample"),
+)
+LEAST = {"gate_up": 2}  # tasks that a part of a plan needs, where it is not one
+
+
+@dataclass(frozen=True)
+class Value:
+    """`count` elements from the start of a buffer, published with a tag by tasks that arrive at a counter `arrivals` times in all."""
+
+    buffer: int
+    tag: int
+    narrow: bool
+    count: int
+    counter: int
+    arrivals: int
+
+
+@dataclass
+class Builder:
+    """A program as it grows: `tasks` come after what they read."""
+
+    random: Random
+    machine: Machine
+    tasks: list[Instruction] = field(default_factory=list)
+    buffers: list[Buffer] = field(default_factory=list)
+    matrices: list[Matrix] = field(default_factory=list)
+    shapes: list[MatVecShape] = field(default_factory=list)
+    counters: int = 0
+    tags: int = 0
+    used: dict[int, int] = field(default_factory=dict)  # buffer: tags in use
+    unique_tags: bool = True
+
+    def buffer(self, kind: Kind, packets: int) -> int:
+        offset = sum(b.packets for b in self.buffers)
+        self.buffers.append(Buffer(f"b{len(self.buffers)}", kind, offset, packets))
+        return len(self.buffers) - 1
+
+    def tag(self, buffer: int) -> int:
+        """A tag that no other value of the buffer has."""
+        self.used[buffer] = self.used.get(buffer, 0) + 1
+        if self.unique_tags:
+            self.tags += 1
+            return self.tags
+        self.tags = max(self.tags, self.used[buffer])
+        return self.used[buffer]
+
+    def wait(self, value: Value) -> dict[str, int]:
+        """A wait for the value's counter, or now and then none: counters are hints."""
+        if self.random.random() < 0.2:
+            return {}
+        return {"wait_counter": value.counter, "wait_count": value.arrivals}
+
+    def value(self, buffer: int, tag: int, narrow: bool, count: int, tasks: list[Instruction]) -> Value:
+        """Adds the tasks that publish a value."""
+        done = [replace(task, done_counter=self.counters) for task in tasks]
+        self.tasks += done
+        self.counters += 1
+        return Value(buffer, tag, narrow, count, self.counters - 1, sum(task.arrivals(self.machine) for task in done))
+
+    def matrix(self, rows: int, cols: int, flags: int, gated: bool = False) -> dict[str, int]:
+        """The words of a product that name a new matrix (`gated`: gate and up rows, interleaved) and its compiled shape."""
+        name = f"m{len(self.matrices)}"
+        stacked, gate_up = (
+            Matrix(name, (f"{name}.w",), "stack", rows, cols),
+            Matrix(name, (f"{name}.gate", f"{name}.up"), "interleave8", rows, cols),
+        )
+        self.matrices.append(gate_up if gated else stacked)
+        shape = MatVecShape(cols, flags)
+        if shape not in self.shapes:
+            self.shapes.append(shape)
+        words = {"weight": len(self.matrices) - 1, "rows": rows, "cols": cols, "flags": flags, "shape": self.shapes.index(shape)}
+        return words | {"gain": 0} if flags & X_NORM else words
+
+    def read_x(self, x: Value) -> dict[str, int]:
+        flags = X_NARROW if x.narrow else self.random.choice((0, X_NORM))
+        return {"x_buf": x.buffer, "x_tag": x.tag, "flags": flags}
+
+    def pieces(self, units: int, wanted: int) -> list[tuple[int, int]]:
+        """(first, count) of at most `wanted` contiguous parts of `units`."""
+        wanted = min(units, wanted)
+        cuts = sorted(self.random.sample(range(1, units), wanted - 1))
+        return [(a, b - a) for a, b in zip([0, *cuts], [*cuts, units], strict=True)]
+
+
+def random_program(random: Random) -> Program:
+    """A program that follows the rules unless chance made a bad choice of ring or queue order."""
+    plan = random.choice(PLANS)
+    machine = _machine(random, "attention" in plan)
+    build = Builder(random, machine, unique_tags=random.random() < 0.5)
+    parts = _shares(random, plan)
+    _fill(build, plan, parts)
+    return _place(build, random)
+
+
+def _machine(random: Random, attends: bool) -> Machine:
+    warps, dtype = random.choice((1, 2)), random.choice(("bf16", "bf16", "fp32"))
+    stages = random.randint(1, 4)
+    element = 4 if dtype == "fp32" else 2
+    least = max(FRAGMENT_BYTES * warps, 2 * 16 * 16 * element if attends else 0)
+    return Machine(
+        sms=random.randint(1, MAX_SMS),
+        consumer_warps=warps,
+        stages=stages,
+        stage_bytes=least * random.choice((1, 2)),
+        inflight=random.randint(1, stages),
+        reduction_slots=random.choice((1, 2)),
+        kv_lag=random.choice((1, 2, 16, 17)),
+        dtype=dtype,
+        hidden=random.choice((16, 32, 64)),
+        vocab=random.choice((16, 17, 32, 40)),
+        heads=random.choice((1, 2)),
+        kv_heads=1,
+        head_dim=16,
+        rms_eps=1e-5,
+        context=random.choice((16, 48, 64)) if attends else 16,
+        tags=0,
+    )
+
+
+def _shares(random: Random, plan: Plan) -> list[int]:
+    """How many tasks each part of the plan may become; MAX_TASKS in all at most."""
+    parts = [LEAST.get(name, 1) for name in plan]
+    for _ in range(random.randint(0, MAX_TASKS - sum(parts))):
+        choices = [i for i, name in enumerate(plan) if name not in ("sample", "gate_up")]
+        parts[random.choice(choices)] += 1
+    return parts
+
+
+def _fill(build: Builder, plan: Plan, parts: list[int]) -> None:
+    token = build.buffer("u32", 1)
+    token_tag = build.tag(token)
+    makers: dict[str, Callable[[Builder, list[Value], int], Value]] = {
+        "norm": _norm,
+        "gemv": _gemv,
+        "residual": _residual,
+        "glu": _glu,
+        "gate_up": _gate_up,
+        "swiglu": _swiglu,
+        "qkv": _qkv,
+        "attention": _attention,
+        "head": _head,
+    }
+    values: list[Value] = []
+    for name, part in zip(plan, parts, strict=True):
+        if name == "embed":
+            values.append(_embed(build, token, token_tag, part))
+        elif name == "sample":
+            values.append(_sample(build, values[-1], token, token_tag))
+        else:
+            values.append(makers[name](build, values, part))
+    _wait_for_token(build, values[-1])
+
+
+def _wait_for_token(build: Builder, token: Value) -> None:
+    """Embed waits for the previous token's sampler, or for nothing."""
+    wait = build.wait(token)
+    build.tasks = [replace(task, **wait) if isinstance(task, Embed) else task for task in build.tasks]
+
+
+def _embed(build: Builder, token: int, token_tag: int, part: int) -> Value:
+    hidden = build.machine.hidden
+    out = build.buffer("f32", hidden)
+    tag = build.tag(out)
+    tasks: list[Instruction] = [
+        Embed(token_buf=token, token_tag=token_tag, out_buf=out, out_tag=tag, col0=16 * first, cols=16 * count)
+        for first, count in build.pieces(hidden // 16, part)
+    ]
+    return build.value(out, tag, False, hidden, tasks)
+
+
+def _norm(build: Builder, values: list[Value], part: int) -> Value:
+    x = values[-1]
+    out = build.buffer("narrow", x.count // build.machine.narrow)
+    tag = build.tag(out)
+    tasks: list[Instruction] = [
+        RmsNorm(x_buf=x.buffer, x_tag=x.tag, out_buf=out, out_tag=tag, cols=x.count, col0=16 * a, count=16 * n, gain=0, **build.wait(x))
+        for a, n in build.pieces(x.count // 16, part)
+    ]
+    return build.value(out, tag, True, x.count, tasks)
+
+
+def _gemv(build: Builder, values: list[Value], part: int) -> Value:
+    """A product of which the next reader may need a part only."""
+    whole = _product(build, values[-1], build.random.choice((16, 32, 48)), part)
+    return replace(whole, count=whole.count - 8) if build.random.random() < 0.2 else whole
+
+
+def _qkv(build: Builder, values: list[Value], part: int) -> Value:
+    return _product(build, values[-1], (build.machine.heads + 2) * build.machine.head_dim, part)
+
+
+def _product(build: Builder, x: Value, rows: int, part: int) -> Value:
+    out = build.buffer("f32", rows)
+    tag = build.tag(out)
+    read = build.read_x(x)
+    words = build.matrix(rows, x.count, read["flags"]) | read
+    tasks: list[Instruction] = [
+        Gemv(out_buf=out, out_tag=tag, tile0=a, tiles=n, **words, **build.wait(x)) for a, n in build.pieces(rows // TILE_ROWS, part)
+    ]
+    return build.value(out, tag, False, rows, tasks)
+
+
+def _residual(build: Builder, values: list[Value], part: int) -> Value:
+    """A product added to the embedding, into the same packets or into new ones."""
+    x, res = values[-1], values[0]
+    out = res.buffer if build.random.random() < 0.6 else build.buffer("f32", res.count)
+    tag = build.tag(out)
+    read = build.read_x(x)
+    words = build.matrix(res.count, x.count, read["flags"]) | read | {"res_buf": res.buffer, "res_tag": res.tag}
+    tasks: list[Instruction] = [
+        Gemv(out_buf=out, out_tag=tag, tile0=a, tiles=n, **words, **build.wait(x)) for a, n in build.pieces(res.count // TILE_ROWS, part)
+    ]
+    return build.value(out, tag, False, res.count, tasks)
+
+
+def _glu(build: Builder, values: list[Value], part: int) -> Value:
+    x, inner = values[-1], build.random.choice((16, 32))
+    out = build.buffer("narrow", inner // build.machine.narrow)
+    tag = build.tag(out)
+    read = build.read_x(x)
+    words = build.matrix(2 * inner, x.count, read["flags"], gated=True) | read
+    tasks: list[Instruction] = [
+        GemvGlu(out_buf=out, out_tag=tag, tile0=a, tiles=n, **words, **build.wait(x)) for a, n in build.pieces(inner // HALF, part)
+    ]
+    return build.value(out, tag, True, inner, tasks)
+
+
+def _gate_up(build: Builder, values: list[Value], part: int) -> Value:
+    rows = build.random.choice((16, 32))
+    _product(build, values[-1], rows, 1)  # gate: the value before the last but one of the tags
+    gate = build.tasks[-1]
+    assert isinstance(gate, Gemv)
+    values.append(Value(gate.out_buf, gate.out_tag, False, rows, gate.done_counter, 1))
+    return _product(build, values[-2], rows, 1)
+
+
+def _swiglu(build: Builder, values: list[Value], part: int) -> Value:
+    gate, up = values[-2:]
+    out = build.buffer("narrow", up.count // build.machine.narrow)
+    tag = build.tag(out)
+    words = {"gate_buf": gate.buffer, "gate_tag": gate.tag, "up_buf": up.buffer, "up_tag": up.tag}
+    tasks: list[Instruction] = [
+        SwiGlu(out_buf=out, out_tag=tag, col0=16 * a, count=16 * n, **words, **build.wait(up))
+        for a, n in build.pieces(up.count // 16, part)
+    ]
+    return build.value(out, tag, True, up.count, tasks)
+
+
+def _attention(build: Builder, values: list[Value], part: int) -> Value:
+    x, machine = values[-1], build.machine
+    splits, q_rows = min(part, 2), machine.heads * machine.head_dim
+    out = build.buffer("narrow", q_rows // machine.narrow)
+    tag = build.tag(out)
+    words = dict.fromkeys(("q_buf", "k_buf", "v_buf"), x.buffer) | dict.fromkeys(("q_tag", "k_tag", "v_tag"), x.tag)
+    words |= {"k_start": q_rows, "v_start": q_rows + machine.head_dim, "out_buf": out, "out_tag": tag}
+    partials = build.buffer("f32", machine.heads * (machine.head_dim + 2)) if splits > 1 else NONE
+    words |= {"part_buf": partials, "part_tag": build.tag(partials) if splits > 1 else 0}
+    words |= {"layer": 0, "q0": 0, "nq": machine.heads, "kv_head": 0, "splits": splits, "unit_rows": 16}
+    words["window"] = build.random.choice((0, 0, 20, 33))
+    tasks: list[Instruction] = [Attention(split=split, **words, **build.wait(x)) for split in reversed(range(splits))]
+    return build.value(out, tag, True, q_rows, tasks)
+
+
+def _head(build: Builder, values: list[Value], part: int) -> Value:
+    x, rows = values[-1], build.machine.vocab
+    pieces = build.pieces(-(-rows // TILE_ROWS), part)
+    out = build.buffer("u32", 2 * len(pieces))
+    tag = build.tag(out)
+    read = build.read_x(x)
+    words = build.matrix(rows, x.count, read["flags"]) | read
+    tasks: list[Instruction] = [
+        GemvHead(out_buf=out, out_tag=tag, tile0=a, tiles=n, out_start=2 * i, **words, **build.wait(x)) for i, (a, n) in enumerate(pieces)
+    ]
+    return build.value(out, tag, False, len(pieces), tasks)
+
+
+def _sample(build: Builder, pairs: Value, token: int, token_tag: int) -> Value:
+    task = Sample(in_buf=pairs.buffer, in_tag=pairs.tag, out_buf=token, out_tag=token_tag, count=pairs.count, **build.wait(pairs))
+    return build.value(token, token_tag, False, 1, [task])
+
+
+def _place(build: Builder, random: Random) -> Program:
+    machine = replace(build.machine, tags=build.tags)
+    queues: list[list[Instruction]] = [[] for _ in range(machine.sms)]
+    for task in build.tasks:
+        random.choice(queues).append(task)
+    attends = any(isinstance(task, Attention) for task in build.tasks)
+    return Program(
+        machine=machine,
+        device=DEVICE,
+        buffers=tuple(build.buffers),
+        arena_packets=sum(b.packets for b in build.buffers),
+        matrices=tuple(build.matrices),
+        shapes=tuple(build.shapes),
+        constants=(Constant("gain", ("g",), "stack", 0, 64),),
+        kv=KvCache(int(attends), machine.kv_heads, -(-machine.context // 16) * 16),
+        counters=tuple(f"c{i}" for i in range(build.counters)),
+        queues=tuple(map(tuple, queues)),
+        streams=tuple(tuple(i for i, task in enumerate(queue) if task.streamed) for queue in queues),
+        scratch_bytes=max(task.shared_bytes(machine) for task in build.tasks),
+    )

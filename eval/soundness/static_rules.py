@@ -1,0 +1,176 @@
+"""The rules of docs/machine.md that need no execution: bounds, kinds, coverage of outputs and KV rows, resources, unchecked reads."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from amk.eval.soundness.findings import Unsafe
+from amk.eval.soundness.footprint import turning_positions
+from amk.isa.abi import NONE
+from amk.isa.attention import MAX_GROUP, Attention
+from amk.isa.embed import Embed
+from amk.isa.gemv_head import GemvHead
+from amk.isa.instruction import Access, Instruction
+from amk.isa.machine import KV_BLOCK_ROWS, TILE_ROWS, chunk_plan
+from amk.isa.matvec import MatVec
+from amk.isa.rmsnorm import RmsNorm
+from amk.schedule.program import Program
+
+
+def static_problem(program: Program) -> Unsafe | None:
+    """The first rule that the program breaks without being run, or None."""
+    try:
+        return next(_problems(program), None)
+    except (ValueError, ZeroDivisionError, IndexError) as error:
+        return Unsafe("kind", f"a task has no footprint: {error}")
+
+
+def _problems(program: Program) -> Iterator[Unsafe]:
+    yield from _machine(program)
+    yield from _buffers(program)
+    for queue in program.queues:
+        for task in queue:
+            yield from _words(program, task)
+    yield from _streams(program)
+    for position in sorted({*turning_positions(program), program.machine.context - 1}):
+        yield from _accesses(program, position)
+        yield from _kv_coverage(program, position)
+    yield from _logits(program)
+    yield from _kv_visibility(program)
+
+
+def _machine(program: Program) -> Iterator[Unsafe]:
+    machine = program.machine
+    if len(program.queues) != machine.sms or len(program.streams) != machine.sms:
+        yield Unsafe("kind", f"{len(program.queues)} queues and {len(program.streams)} streams for {machine.sms} SMs")
+    if machine.stages < 1 or machine.inflight < 1 or machine.reduction_slots < 1 or machine.consumer_warps < 1:
+        yield Unsafe("deadlock", "the ring, the copies in flight and the reduction slots must each be at least one")
+
+
+def _buffers(program: Program) -> Iterator[Unsafe]:
+    for buffer in program.buffers:
+        if buffer.space == "arena" and (buffer.offset < 0 or buffer.offset + buffer.packets > program.arena_packets):
+            yield Unsafe("bounds", f"buffer {buffer.name} leaves the arena")
+
+
+def _words(program: Program, task: Instruction) -> Iterator[Unsafe]:
+    for counter in (task.wait_counter, task.done_counter):
+        if counter != NONE and not 0 <= counter < len(program.counters):
+            yield Unsafe("resources", f"{task.stem}: counter {counter} of {len(program.counters)}")
+    if isinstance(task, MatVec):
+        yield from _matrix(program, task)
+    elif isinstance(task, Attention):
+        yield from _attention(program, task)
+    elif isinstance(task, Embed) and not 0 <= task.col0 < task.col0 + task.cols <= program.machine.hidden:
+        yield Unsafe("bounds", "embed: columns outside the embedding row")
+    elif isinstance(task, RmsNorm) and not 0 <= task.col0 < task.col0 + task.count <= task.cols:
+        yield Unsafe("bounds", "rmsnorm: columns outside its input")
+
+
+def _matrix(program: Program, task: MatVec) -> Iterator[Unsafe]:
+    if not 0 <= task.weight < len(program.matrices):
+        yield Unsafe("bounds", f"{task.stem}: matrix {task.weight} of {len(program.matrices)}")
+        return
+    matrix = program.matrices[task.weight]
+    if (matrix.rows, matrix.cols) != (task.rows, task.cols):
+        yield Unsafe("kind", f"{task.stem}: shape of matrix {matrix.name}")
+    if not 0 <= task.tile0 < task.tile0 + task.tiles <= -(-task.rows // TILE_ROWS):
+        yield Unsafe("bounds", f"{task.stem}: tiles outside matrix {matrix.name}")
+    if not 0 <= task.shape < len(program.shapes):
+        yield Unsafe("handler", f"{task.stem}: shape {task.shape} of {len(program.shapes)}")
+    elif (program.shapes[task.shape].cols, program.shapes[task.shape].flags) != (task.cols, task.flags):
+        yield Unsafe("kind", f"{task.stem}: compiled shape {program.shapes[task.shape].label}")
+    if task.gain >= 0 and task.gain + task.cols > program.constant_elements:
+        yield Unsafe("bounds", f"{task.stem}: gain outside the constants")
+    if task.bias >= 0 and task.bias + task.rows > program.constant_elements:
+        yield Unsafe("bounds", f"{task.stem}: bias outside the constants")
+    plan = chunk_plan(program.machine, task.cols)
+    if max(plan.chunk_bytes(c) for c in range(plan.chunks)) > program.machine.stage_bytes:
+        yield Unsafe("ring", f"{task.stem}: a chunk does not fit a stage")
+
+
+def _attention(program: Program, task: Attention) -> Iterator[Unsafe]:
+    machine, kv = program.machine, program.kv
+    if not (0 <= task.layer < kv.layers and 0 <= task.kv_head < kv.heads):
+        yield Unsafe("bounds", "attention: no such layer or KV head in the cache")
+    if machine.context > kv.rows:
+        yield Unsafe("bounds", f"attention: {machine.context} positions, but the cache has {kv.rows} rows")
+    if not (1 <= task.nq <= MAX_GROUP and 0 <= task.split < task.splits):
+        yield Unsafe("kind", "attention: heads or split outside the task's group")
+    if task.unit_rows < KV_BLOCK_ROWS or task.unit_rows % KV_BLOCK_ROWS:
+        yield Unsafe("kind", f"attention: {task.unit_rows} rows a unit")
+    if machine.context > 2 * KV_BLOCK_ROWS and machine.kv_blocks_per_chunk < 1:
+        yield Unsafe("ring", "attention: a KV block does not fit a stage")
+
+
+def _streams(program: Program) -> Iterator[Unsafe]:
+    for sm, (queue, stream) in enumerate(zip(program.queues, program.streams, strict=True)):
+        if any(not 0 <= index < len(queue) for index in stream):
+            yield Unsafe("ring", f"the stream of SM {sm} names a task outside its queue")
+
+
+def _accesses(program: Program, position: int) -> Iterator[Unsafe]:
+    for queue in program.queues:
+        for task in queue:
+            for access in task.reads(program.machine, position):
+                yield from _access(program, task, access, write=False)
+            for access in task.writes(program.machine, position):
+                yield from _access(program, task, access, write=True)
+
+
+def _access(program: Program, task: Instruction, access: Access, write: bool) -> Iterator[Unsafe]:
+    if not 0 <= access.buffer < len(program.buffers):
+        yield Unsafe("bounds", f"{task.stem}: buffer {access.buffer} of {len(program.buffers)}")
+        return
+    buffer = program.buffers[access.buffer]
+    if not 0 <= access.start <= access.stop <= buffer.packets:
+        yield Unsafe("bounds", f"{task.stem}: {buffer.name}[{access.start}:{access.stop}] of {buffer.packets}")
+    if buffer.space == "weights":
+        yield Unsafe("kind", f"{task.stem}: {'writes' if write else 'reads'} {buffer.name}, which is no part of the arena")
+    if access.start == access.stop:
+        return
+    if access.kind != buffer.kind:
+        yield Unsafe("kind", f"{task.stem}: {access.kind} packets in {buffer.kind} buffer {buffer.name}")
+    if access.tag == 0 and not write:  # relaxed loads are in no order: it may see what was there before the launch
+        yield Unsafe("race", f"{task.stem}: an unchecked read of {buffer.name}")
+    elif not 0 < access.tag <= program.machine.tags:
+        yield Unsafe("resources", f"{task.stem}: tag {access.tag} of {program.machine.tags}")
+
+
+def _kv_coverage(program: Program, position: int) -> Iterator[Unsafe]:
+    """One tail task a (layer, KV head), and every streamed block of its window attended to once."""
+    groups: dict[tuple[int, int], list[Attention]] = {}
+    for queue in program.queues:
+        for task in queue:
+            if isinstance(task, Attention):
+                groups.setdefault((task.layer, task.kv_head), []).append(task)
+    for (layer, head), tasks in groups.items():
+        tails = [task for task in tasks if task.split == 0]
+        if len(tails) != 1:
+            yield Unsafe("coverage", f"{len(tails)} tail tasks append the rows of layer {layer}, KV head {head}")
+            continue
+        span = tails[0].span(position)
+        ranges = [r for task in tasks if task.active(position) for r in task.streamed_blocks(position)]
+        blocks = Counter(block for start, stop in ranges for block in range(start, stop))
+        if blocks != Counter(range(span.first, span.old)):
+            yield Unsafe("coverage", f"the splits of layer {layer}, KV head {head} do not cover its window once")
+
+
+def _logits(program: Program) -> Iterator[Unsafe]:
+    heads = [task for queue in program.queues for task in queue if isinstance(task, GemvHead)]
+    for weight in {task.weight for task in heads}:
+        mine = [task for task in heads if task.weight == weight]
+        tiles = Counter(tile for task in mine for tile in range(task.tile0, task.tile0 + task.tiles))
+        if tiles != Counter(range(-(-mine[0].rows // TILE_ROWS))):
+            yield Unsafe("coverage", "the head tasks do not cover the logits once")
+
+
+def _kv_visibility(program: Program) -> Iterator[Unsafe]:
+    """A row streamed at a position must have been written `kv_lag` tokens before it, so that the feeder has waited for its writer."""
+    for task in {t for queue in program.queues for t in queue if isinstance(t, Attention)}:
+        for position in range(program.machine.context):
+            ranges = task.streamed_blocks(position) if task.active(position) else []
+            newest = max((stop * KV_BLOCK_ROWS - 1 for _, stop in ranges), default=-1)
+            if newest >= 0 and position - newest < program.machine.kv_lag:
+                yield Unsafe("race", f"attention streams row {newest} at position {position}, {program.machine.kv_lag} tokens behind")

@@ -1,0 +1,181 @@
+"""Measures the validator: its verdict on random small programs and on mutants of real lowerings, against what they really do."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from multiprocessing import get_context
+from random import Random
+from time import monotonic
+from typing import Any, Literal, TypeAlias
+
+from amk.eval.soundness.explorer import explore
+from amk.eval.soundness.findings import TooLarge, Unsafe
+from amk.eval.soundness.lowerings import random_lowering
+from amk.eval.soundness.mutants import mutate
+from amk.eval.soundness.random_programs import MAX_TASKS, random_program
+from amk.eval.soundness.trace import check_traces
+from amk.schedule.program import Program
+from amk.schedule.validate import validate
+
+Source: TypeAlias = Literal["program", "mutant"]
+Case: TypeAlias = tuple[Source, int, int]  # source, seed, number
+BATCH = 50  # cases that a worker is given at a time
+EXPLORED_TOKENS, TRACED_TOKENS, ORDERS = 3, 2, 64
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One case: what was done to the program, what is wrong with it, and what the validator said.
+
+    `found` is None for a safe program. `reasons` is None where the validator accepted; `raised` is what it raised, which it never may.
+    """
+
+    case: str
+    mutations: tuple[str, ...]
+    found: str | None
+    reasons: tuple[str, ...] | None
+    raised: str | None = None
+    too_large: bool = False
+
+    @property
+    def false_accept(self) -> bool:
+        return self.found is not None and self.reasons is None and self.raised is None
+
+    @property
+    def false_reject(self) -> bool:
+        return self.found is None and self.reasons is not None and not self.too_large
+
+
+def case_program(case: Case) -> tuple[tuple[str, ...], Program]:
+    """The mutations and the program of a case; the same for the same case, always."""
+    source, seed, number = case
+    random = Random(f"{seed}/{source}/{number}")
+    if source == "mutant":
+        name, program = mutate(random, random_lowering(random))
+        return (name,), program
+    return _small_program(random)
+
+
+def _small_program(random: Random) -> tuple[tuple[str, ...], Program]:
+    while True:
+        program, names = random_program(random), []
+        for _ in range(random.choice((0, 1, 1, 1, 2, 2))):
+            name, program = mutate(random, program)
+            names.append(name)
+        if program.task_count <= MAX_TASKS:
+            return tuple(names), program
+
+
+def judge(case: Case) -> Outcome:
+    """Runs one case."""
+    names, program = case_program(case)
+    label = "/".join(map(str, (case[1], case[0], case[2])))
+    try:
+        problem = _truth(case, program)
+    except TooLarge:
+        return Outcome(label, names, None, None, too_large=True)
+    found = None if problem is None else str(problem)
+    try:
+        verdict = validate(program)
+    except Exception as error:  # the validator may never raise: one that does is a result of this measurement
+        return Outcome(label, names, found, None, f"{type(error).__name__}: {error}")
+    reasons = tuple(map(str, verdict)) if isinstance(verdict, tuple) else None
+    return Outcome(label, names, found, reasons)
+
+
+def _truth(case: Case, program: Program) -> Unsafe | None:
+    if case[0] == "program":
+        return explore(program, EXPLORED_TOKENS)
+    return check_traces(program, Random(f"{case[1]}/orders/{case[2]}"), TRACED_TOKENS, ORDERS)
+
+
+def judge_all(cases: tuple[Case, ...]) -> list[Outcome]:
+    return [judge(case) for case in cases]
+
+
+def run_verify(
+    programs: int = 50_000,
+    mutants: int = 5_000,
+    seed: int = 0,
+    minutes: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    processes: int = 2,
+) -> dict[str, Any]:
+    """Judges `programs` random programs and `mutants` mutants of lowerings; JSON-able counts, and every wrong verdict with its case.
+
+    Stops early after `minutes`. `progress` gets the cases judged and wanted. `processes` 1 stays in this process.
+    """
+    began = monotonic()
+    deadline = None if minutes is None else began + 60 * minutes
+    outcomes: dict[Source, list[Outcome]] = {"program": [], "mutant": []}
+    for done in _judged(_batches(programs, mutants, seed), processes, deadline):
+        for outcome in done:
+            outcomes["mutant" if "/mutant/" in outcome.case else "program"].append(outcome)
+        if progress is not None:
+            progress(sum(map(len, outcomes.values())), programs + mutants)
+    result: dict[str, Any] = {"seed": seed, "seconds": round(monotonic() - began, 1), "processes": processes}
+    result |= {f"{source}s": summary(found) for source, found in outcomes.items()}
+    parts = (result["programs"], result["mutants"])
+    result["passed"] = all(not part["false_accepts"] and not part["raised"] and part["false_reject_share"] <= 0.05 for part in parts)
+    return result
+
+
+def _batches(programs: int, mutants: int, seed: int) -> Iterator[tuple[Case, ...]]:
+    """Both kinds of case, in proportion, so that a run that is cut short has seen both."""
+    slices = max(1, -(-(programs + mutants) // BATCH))
+    for k in range(slices):
+        yield tuple(
+            (source, seed, number)
+            for source, count in _counts(programs, mutants)
+            for number in range(k * count // slices, (k + 1) * count // slices)
+        )
+
+
+def _counts(programs: int, mutants: int) -> tuple[tuple[Source, int], ...]:
+    return ("program", programs), ("mutant", mutants)
+
+
+def _judged(batches: Iterator[tuple[Case, ...]], processes: int, deadline: float | None) -> Iterator[list[Outcome]]:
+    in_time = (batch for batch in batches if deadline is None or monotonic() < deadline)
+    if processes == 1:
+        yield from map(judge_all, in_time)
+        return
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        running: set[Future[list[Outcome]]] = set()
+        for batch in in_time:
+            running.add(pool.submit(judge_all, batch))
+            if len(running) >= 2 * processes:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        yield from (future.result() for future in running)
+
+
+def summary(outcomes: list[Outcome]) -> dict[str, Any]:
+    """Counts of one source's outcomes, and its wrong verdicts."""
+    judged = sorted((o for o in outcomes if not o.too_large), key=lambda o: int(o.case.rsplit("/", 1)[1]))
+    safe = [o for o in judged if o.found is None]
+    false_rejects = [o for o in judged if o.false_reject]
+    return {
+        "cases": len(judged),
+        "too_large": len(outcomes) - len(judged),
+        "safe": len(safe),
+        "safe_share": round(len(safe) / max(1, len(judged)), 4),
+        "unsafe": dict(sorted(Counter(o.found[1 : o.found.index("]")] for o in judged if o.found is not None).items())),
+        "mutations": dict(sorted(Counter(name for o in judged for name in o.mutations).items())),
+        "false_accepts": [_line(o) for o in judged if o.false_accept],
+        "raised": [_line(o) | {"raised": o.raised} for o in judged if o.raised is not None],
+        "false_reject_share": round(len(false_rejects) / max(1, len(safe)), 4),
+        "false_rejects": [_line(o) for o in false_rejects],
+    }
+
+
+def _line(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "case": outcome.case,
+        "mutations": list(outcome.mutations),
+        "found": outcome.found,
+        "reasons": [reason[:200] for reason in (outcome.reasons or ())[:3]],
+    }
