@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,8 @@ from amk.vm.layout import matrix_rows
 
 if TYPE_CHECKING:
     import torch
+
+TORCH_NAME = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def pack_matrix(rows: torch.Tensor, plan: ChunkPlan, machine: Machine) -> torch.
         lanes = padded.view(tiles, 2, 8, fragments, 4, 2, 2).permute(0, 3, 2, 4, 5, 1, 6)
     else:
         lanes = padded.view(tiles, TILE_ROWS, fragments, 2, 4).permute(0, 2, 1, 3, 4)
-    order = torch.tensor(plan.stream_order(), device=rows.device)
+    order = torch.tensor(_stream_order(plan), device=rows.device)
     return lanes.index_select(1, order).reshape(tiles, -1).view(torch.uint8)
 
 
@@ -80,7 +83,7 @@ def unpack_matrix(packed: torch.Tensor, plan: ChunkPlan, machine: Machine, rows:
     """The matrix [rows, plan.columns] in the machine's dtype that `pack_matrix` made `packed` from."""
     import torch
 
-    order = torch.tensor(plan.stream_order(), device=packed.device)
+    order = torch.tensor(_stream_order(plan), device=packed.device)
     elements = packed.contiguous().view(getattr(torch, TORCH_NAME[machine.dtype])).view(packed.shape[0], len(order), -1)
     lanes = elements.index_select(1, order.argsort())
     tiles, fragments = lanes.shape[:2]
@@ -91,7 +94,9 @@ def unpack_matrix(packed: torch.Tensor, plan: ChunkPlan, machine: Machine, rows:
     return padded.reshape(tiles * TILE_ROWS, -1)[:rows, : plan.columns]
 
 
-TORCH_NAME = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+@cache
+def _stream_order(plan: ChunkPlan) -> list[int]:
+    return plan.stream_order()
 
 
 def pack_stream(program: Program, source: WeightSource, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:

@@ -149,3 +149,12 @@ def test_splits_without_rows_are_skipped_and_still_arrive(
 def test_an_unknown_order_is_refused() -> None:
     with pytest.raises(ValueError, match="order: must be one of sequential, .*, but got fastest"):
         Order("fastest")
+
+
+def test_an_unchecked_read_of_a_packet_never_published_is_found(program: Program, decode: Callable[..., Decoded]) -> None:
+    def uncheck(queues: list[list[Any]], streams: list[list[int]]) -> None:
+        sm, index = next((s, i) for s, q in enumerate(queues) for i, t in enumerate(q) if isinstance(t, MatVec))
+        queues[sm][index] = replace(queues[sm][index], x_tag=0, wait_counter=0xFFFF)
+
+    with pytest.raises(LaunchFailed, match="must be published before its unchecked read"):
+        decode(edited(program, uncheck), Order("lazy_publishes", 1), steps=2)

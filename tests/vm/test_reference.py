@@ -48,6 +48,13 @@ def test_logits_are_the_plain_decoders(shape: str, dtype: str, make_spec: Any, m
     assert error(decoded.logits, plain(spec, source, tokens).logits) < (FP32_ERROR if dtype == "fp32" else BF16_ERROR)
 
 
+def test_fp16_logits_are_closer_than_bf16_ones(make_spec: Any, make_proven: Any, make_source: Any, plain: Any) -> None:
+    spec = make_spec("fp16")
+    source, tokens = make_source(spec), prompt(spec, 40)
+    decoded = ReferenceVM(make_proven(spec), source).decode(tokens, 0, logits=True)
+    assert error(decoded.logits, plain(spec, source, tokens).logits) < BF16_ERROR / 6
+
+
 @pytest.mark.parametrize("fusion", [(), ("norm",), ("qkv",), ("gate_up",)])
 def test_logits_do_not_depend_on_what_is_fused(
     fusion: tuple[str, ...], make_spec: Any, make_proven: Any, make_source: Any, plain: Any
