@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from amk.schedule.program import Program
 
@@ -14,7 +14,7 @@ class ValidProgram:
     """A proven program. Only `amk.schedule.validate.validate` makes one; TypeError for anybody else."""
 
     program: Program
-    _seal: object
+    _seal: object = field(repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self._seal is not _SEAL:

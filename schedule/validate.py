@@ -1,11 +1,12 @@
 """validate: proves a program, or says everything that is wrong with it.
 
-What is proven is docs/machine.md's list, for every position up to the context and any number of tokens: no deadlock, no race, nothing missing,
-nothing out of bounds, kinds and shapes that agree, device code for every task, shared memory within the card. Nothing of the compiler's
-own dependency code is used.
+What is proven is docs/machine.md's list, for every position up to the context and any number of tokens: no deadlock, no race, nothing
+missing, nothing out of bounds, kinds and shapes that agree, device code for every task, shared memory within the card. Nothing of the
+compiler's own dependency code is used.
 
-Assumed, not proven: the device code does what each instruction states about itself (`reads`, `writes`, `chunk_bytes`), the hardware shows a packet's value
-with its tag, positions rise by one from token to token, and only attention's footprint depends on the position. Numerics are the oracle's.
+Assumed, not proven: the device code does what each instruction states about itself (`reads`, `writes`, `chunk_bytes`), the hardware
+shows a packet's value with its tag, positions rise by one from token to token, and only attention's footprint depends on the position.
+Numerics are the oracle's.
 Incomplete where it is cautious: the proof is of the fullest token (proof/positions.py), which at contexts of mixed windows may never occur.
 """
 
@@ -17,13 +18,13 @@ from amk.schedule.proof.coverage import check_matrices, check_outputs, check_par
 from amk.schedule.proof.footprint import Footprint, take_footprint
 from amk.schedule.proof.limits import Limits
 from amk.schedule.proof.packets import match
-from amk.schedule.proof.positions import fullest_positions, streams_rows
+from amk.schedule.proof.positions import fullest_positions, silent_tasks
 from amk.schedule.proof.races import check_overwrites
 from amk.schedule.proof.report import Region, Rejection, Report
 from amk.schedule.proof.resources import check_scratch, check_shared
-from amk.schedule.proof.ring import check_chunks, check_streams
+from amk.schedule.proof.ring import check_chunks, check_lag, check_streams
 from amk.schedule.proof.subject import Subject, take_subject
-from amk.schedule.proof.tables import check_lag, check_tables
+from amk.schedule.proof.tables import check_tables
 from amk.schedule.proof.waits import find_order, take_nodes
 from amk.schedule.proof.words import check_words
 from amk.schedule.proven import ValidProgram, proven
@@ -50,16 +51,15 @@ def _prove(program: Program, limits: Limits, report: Report) -> None:
     if subject is None:
         return
     known = check_words(subject, report)
-    check_streams(subject, report)
-    chunks_fit = check_chunks(subject, report)
     check_matrices(subject, known, report)
     if not known.all():
         return
-    if chunks_fit:
-        check_scratch(subject, report)
     positions = fullest_positions(subject)
-    if streams_rows(subject, positions):
-        check_lag(program, report)
+    silent = silent_tasks(subject, positions)
+    if check_chunks(subject, silent, report):
+        check_scratch(subject, report)
+    check_streams(subject, silent, report)
+    check_lag(subject, silent, report)
     check_splits(subject, positions, report)
     footprint = take_footprint(subject, positions, report)
     if footprint is not None:

@@ -1,8 +1,8 @@
 """What each data node comes after, through checked packets only: docs/machine.md, "Values and tags".
 
-A node's publishes come after its reads (and those of its task's earlier nodes); a read comes after the publish that it checks. Program order
-between tasks and counters order nothing. Nodes are ranked so that those needed late come late; ancestors are then nearly a prefix of the
-ranks, and a set is a prefix `[0, base)` and a bitset above it. Nodes that read the same groups share one set.
+A node's publishes come after its reads (and those of its task's earlier nodes); a read comes after the publish that it checks. Program
+order between tasks and counters order nothing. Nodes are ranked so that those needed late come late; ancestors are then nearly a prefix
+of the ranks, and a set is a prefix `[0, base)` and a bitset above it. Nodes that read the same groups share one set.
 """
 
 from __future__ import annotations

@@ -54,9 +54,11 @@ def check_outputs(subject: Subject, m: Matching, report: Report) -> None:
     heads = _ids(subject, GemvHead)
     if len(samples) > 1:
         report.add("coverage", f"{subject.names(samples)} all hand the token to the host, but one must", subject.ids(samples))
-    weights = {subject.tasks[i].weight for i in heads.tolist()}  # type: ignore[attr-defined]  # they are GemvHead
+    weights = {subject.tasks[i].weight for i in heads.tolist()}
     if len(weights) > 1:
-        report.add("coverage", f"{subject.names(heads)} write the logits of {len(weights)} heads, but a program has one", subject.ids(heads[:16]))
+        report.add(
+            "coverage", f"{subject.names(heads)} write the logits of {len(weights)} heads, but a program has one", subject.ids(heads[:16])
+        )
     if not len(samples) or not len(heads):
         return
     sampled = np.zeros(len(m.groups), dtype=bool)
@@ -85,7 +87,11 @@ def check_splits(subject: Subject, positions: Ints, report: Report) -> None:
     for layer in range(min(kv.layers, 1 + max(layer for layer, _ in groups))):
         absent = [head for head in range(kv.heads) if (layer, head) not in groups]
         if absent:
-            report.add("coverage", f"no attention task takes KV heads {absent[:8]} of layer {layer}", regions=[Region(f"L{layer} KV heads", absent[0], absent[-1] + 1)])
+            report.add(
+                "coverage",
+                f"no attention task takes KV heads {absent[:8]} of layer {layer}",
+                regions=[Region(f"L{layer} KV heads", absent[0], absent[-1] + 1)],
+            )
     if max(layer for layer, _ in groups) + 1 < kv.layers:
         report.add("coverage", f"the KV cache has {kv.layers} layers, but attention stops at layer {max(layer for layer, _ in groups)}")
     for key, tasks in groups.items():
@@ -97,13 +103,17 @@ def _check_group(subject: Subject, key: tuple[int, int], ids: list[int], positio
     where = f"layer {key[0]}, KV head {key[1]}"
     tails = [i for i, task in tasks.items() if task.split == 0]
     if len(tails) != 1:
-        report.add("coverage", f"{where} must have one tail (split 0), but has {len(tails)} among {subject.names(ids)}", subject.ids(ids[:16]))
+        report.add(
+            "coverage", f"{where} must have one tail (split 0), but has {len(tails)} among {subject.names(ids)}", subject.ids(ids[:16])
+        )
         return
     tail = tasks[tails[0]]
     group = subject.program.machine.heads // subject.program.machine.kv_heads
     if tail.nq != group:
         region = Region(f"L{key[0]} query heads", key[1] * group, (key[1] + 1) * group)
-        report.add("coverage", f"{subject.names(tails)} takes {tail.nq} of the query heads {region} of its KV head", subject.ids(tails), [region])
+        report.add(
+            "coverage", f"{subject.names(tails)} takes {tail.nq} of the query heads {region} of its KV head", subject.ids(tails), [region]
+        )
     working = tail.span(int(positions[tails[0]])).active_splits
     holders: dict[int, list[int]] = {split: [] for split in range(working)}
     for i, task in tasks.items():
@@ -153,5 +163,7 @@ def check_partials(subject: Subject, m: Matching, report: Report) -> None:
     pairs = np.unique(np.stack([m.read.owner[wrong], publisher[wrong]]), axis=1)
     for group, writer in pairs.T.tolist():
         tasks = m.groups.tasks(group)
-        said = f"{subject.names(tasks)} reads the partial of {subject.names([writer])}, which nobody publishes at positions with fewer KV rows"
+        said = (
+            f"{subject.names(tasks)} reads the partial of {subject.names([writer])}, which nobody publishes at positions with fewer KV rows"
+        )
         report.add("coverage", said, subject.ids([*tasks, writer]))

@@ -96,7 +96,8 @@ def _kinds(subject: Subject, accesses: Accesses, verb: str, report: Report) -> N
     has = np.array([KINDS[b.kind] for b in buffers] or [0], dtype=np.int64)[accesses.buffer]
     for i in np.flatnonzero(has != accesses.kind).tolist():
         region = _region(subject, accesses, i)
-        said = f"{subject.names([accesses.task[i]])} {verb} {region} as {KIND_NAMES[accesses.kind[i]]} packets, but the buffer holds {KIND_NAMES[has[i]]}"
+        asked, held = KIND_NAMES[accesses.kind[i]], KIND_NAMES[has[i]]
+        said = f"{subject.names([accesses.task[i]])} {verb} {region} as {asked} packets, but the buffer holds {held}"
         report.add("kind", said, subject.ids([accesses.task[i]]), [region])
     if verb == "publishes":
         fixed = np.array([b.space == "weights" for b in buffers] or [False])[accesses.buffer]

@@ -16,11 +16,11 @@ import numpy as np
 
 from amk.isa.attention import Attention
 from amk.isa.machine import KV_BLOCK_ROWS, kv_span
-from amk.schedule.proof.subject import Ints, Subject
+from amk.schedule.proof.subject import Flags, Ints, Subject
 
 
 def fullest_positions(subject: Subject) -> Ints:
-    """For each task a position at which it touches most. The number of KV blocks in a window repeats every 16 rows and never falls before."""
+    """For each task a position at which it touches most: one of the last 16, as the KV blocks of a window repeat after 16 rows."""
     context = subject.program.machine.context
     last = range(max(0, context - KV_BLOCK_ROWS), context)
     positions = np.zeros(len(subject.tasks), dtype=np.int64)
@@ -32,12 +32,16 @@ def fullest_positions(subject: Subject) -> Ints:
         for number, (window, unit_rows, splits) in zip(words.ids.tolist(), keys, strict=True):
             key = (window, unit_rows, splits)
             if key not in best:
-                best[key] = max(last, key=lambda p, w=window, u=unit_rows: kv_span(p, w, u, 1 << 16).units)
+                best[key] = max((kv_span(p, window, unit_rows, splits).units, p) for p in last)[1]
             positions[number] = best[key]
     return positions
 
 
-def streams_rows(subject: Subject, positions: Ints) -> bool:
-    """Whether any attention task streams KV rows at any position."""
-    tasks = ((task, int(positions[i])) for i, task in enumerate(subject.tasks) if isinstance(task, Attention) and task.split == 0)
-    return any(kv_span(position, task.window, task.unit_rows, task.splits).units > 0 for task, position in tasks)
+def silent_tasks(subject: Subject, positions: Ints) -> Flags:
+    """Attention tasks that stream no KV rows at any position: the window never has a unit for their split."""
+    silent = np.zeros(len(subject.tasks), dtype=bool)
+    for words in subject.words:
+        if words.cls is Attention:
+            for i in words.ids.tolist():
+                silent[i] = not subject.tasks[i].streamed_blocks(int(positions[i]))
+    return silent

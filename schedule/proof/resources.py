@@ -11,6 +11,7 @@ from amk.schedule.proof.ring import scratch_bytes
 from amk.schedule.proof.subject import Subject
 from amk.schedule.resources import shared_layout
 
+
 def check_scratch(subject: Subject, report: Report) -> None:
     """Every task's scratch within `scratch_bytes`; asked for only where all chunks fit their stage."""
     needs, given = scratch_bytes(subject), subject.program.scratch_bytes
@@ -27,4 +28,3 @@ def check_shared(program: Program, limits: Limits, report: Report) -> None:
         tasks = len(program.queues[fullest]) if program.queues else 0
         said = f"a block needs {need} bytes of shared memory (SM {fullest} has {tasks} tasks), but the card gives {limits.shared_bytes}"
         report.add("resources", said)
-

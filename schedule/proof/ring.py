@@ -8,57 +8,67 @@ import numpy as np
 
 from amk.isa.attention import Attention
 from amk.isa.instruction import Instruction
-from amk.isa.machine import FRAGMENT_BYTES
+from amk.isa.machine import FRAGMENT_BYTES, KV_BLOCK_ROWS, KV_STREAM_LAG
 from amk.isa.matvec import MatVec
-from amk.schedule.proof.report import Report
-from amk.schedule.proof.subject import Subject
+from amk.schedule.proof.report import Region, Report
+from amk.schedule.proof.subject import Flags, Ints, Subject
 
 COPY_BYTES = 16  # bulk copies begin at multiples of this
 
 
-def check_streams(subject: Subject, report: Report) -> None:
-    """The chunk that a consumer takes next is the one that its task expects, on every SM."""
-    program = subject.program
+def check_streams(subject: Subject, silent: Flags, report: Report) -> None:
+    """The chunk that a consumer takes next is the one that its task expects, on every SM. `silent` tasks stream nothing at any position."""
+    program, first = subject.program, 0
     for sm, (queue, stream) in enumerate(zip(program.queues, program.streams, strict=True)):
-        expected = tuple(index for index, task in enumerate(queue) if task.streamed)
-        if stream == expected and all(type(entry) is int for entry in stream):
-            continue
-        at = next((i for i, (a, b) in enumerate(zip(stream, expected, strict=False)) if a != b), min(len(stream), len(expected)))
-        found = _entry(stream, at, len(queue))
-        wanted = _entry(expected, at, len(queue))
-        tasks = [(sm, entry) for entry in (found, wanted) if isinstance(entry, int)]
-        said = f"the stream of SM {sm} must have its queue's order, but its entry {at} is {_told(found)} where the queue has {_told(wanted)}"
-        report.add("ring", said, tasks)
+        quiet = set(np.flatnonzero(silent[first : first + len(queue)]).tolist())
+        first += len(queue)
+        expected = [index for index, task in enumerate(queue) if task.streamed and index not in quiet]
+        entries = [_entry(entry, len(queue)) for entry in stream]
+        found = [entry for entry in entries if not (entry in quiet and queue[int(entry)].streamed)]
+        if found != expected:
+            at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), min(len(found), len(expected)))
+            _report_order(sm, at, found, expected, report)
 
 
-def _entry(entries: tuple[Any, ...], at: int, tasks: int) -> int | str:
-    if at >= len(entries):
+def _entry(entry: object, tasks: int) -> int:
+    """The place in the queue that a stream entry names, -1 for none."""
+    return entry if type(entry) is int and 0 <= entry < tasks else -1
+
+
+def _report_order(sm: int, at: int, found: list[int], expected: list[int], report: Report) -> None:
+    is_, wanted = (entries[at] if at < len(entries) else None for entries in (found, expected))
+    tasks = [(sm, entry) for entry in (is_, wanted) if entry is not None and entry >= 0]
+    said = f"the stream of SM {sm} must have its queue's order, but where the queue goes on with {_told(wanted)} it has {_told(is_)}"
+    report.add("ring", said, tasks)
+
+
+def _told(entry: int | None) -> str:
+    if entry is None:
         return "nothing"
-    entry = entries[at]
-    return entry if type(entry) is int and 0 <= entry < tasks else "no task of this queue"
+    return f"task {entry}" if entry >= 0 else "an entry that is no task of this queue"
 
 
-def _told(entry: int | str) -> str:
-    return f"task {entry}" if isinstance(entry, int) else entry
-
-
-def check_chunks(subject: Subject, report: Report) -> bool:
+def check_chunks(subject: Subject, silent: Flags, report: Report) -> bool:
     """Whether every chunk fits a stage, reported where not; without that no task's chunks or scratch can be told."""
     machine = subject.program.machine
     before = report.found["ring"]
     if machine.stage_bytes % COPY_BYTES:
         report.add("ring", f"machine.stage_bytes must be a multiple of {COPY_BYTES}, but is {machine.stage_bytes}")
-    fragments = FRAGMENT_BYTES * machine.consumer_warps
     for words in subject.words:
-        if issubclass(words.cls, MatVec) and fragments > machine.stage_bytes:
-            said = f"need {fragments} bytes a chunk, one fragment a consumer warp, but a stage has {machine.stage_bytes}"
-            report.add("ring", f"{subject.names(words.ids)} {said}", subject.ids(words.ids[:16]))
-        elif words.cls is Attention and machine.kv_block_bytes > machine.stage_bytes:
-            said = f"stream KV blocks of {machine.kv_block_bytes} bytes, but a stage has {machine.stage_bytes}"
-            report.add("ring", f"{subject.names(words.ids)} {said}", subject.ids(words.ids[:16]))
-        elif words.cls.streamed and not issubclass(words.cls, MatVec | Attention):
-            _own_chunks(subject, words.ids.tolist(), report)
+        ids = words.ids[~silent[words.ids]]
+        if issubclass(words.cls, MatVec):
+            _chunk(subject, ids, FRAGMENT_BYTES * machine.consumer_warps, "chunks of one fragment a consumer warp,", report)
+        elif words.cls is Attention:
+            _chunk(subject, ids, machine.kv_block_bytes, "KV blocks of", report)
+        elif words.cls.streamed:
+            _own_chunks(subject, ids.tolist(), report)
     return report.found["ring"] == before
+
+
+def _chunk(subject: Subject, ids: Ints, size: int, what: str, report: Report) -> None:
+    stage = subject.program.machine.stage_bytes
+    if len(ids) and size > stage:
+        report.add("ring", f"{subject.names(ids)} stream {what} {size} bytes, but a stage has {stage}", subject.ids(ids[:16]))
 
 
 def _own_chunks(subject: Subject, tasks: list[int], report: Report) -> None:
@@ -70,7 +80,25 @@ def _own_chunks(subject: Subject, tasks: list[int], report: Report) -> None:
             report.add("ring", f"{subject.names([number])} {said}", subject.ids([number]))
 
 
-def scratch_bytes(subject: Subject) -> np.ndarray[Any, np.dtype[np.int64]]:
+def check_lag(subject: Subject, silent: Flags, report: Report) -> None:
+    """A KV row may be streamed KV_STREAM_LAG tokens after its own; that token must have ended, and none may wait for its own end."""
+    lag = subject.program.machine.kv_lag
+    streaming = [i for words in subject.words if words.cls is Attention for i in words.ids[~silent[words.ids]].tolist()]
+    if not streaming:
+        return
+    if lag > KV_STREAM_LAG:
+        position = 2 * KV_BLOCK_ROWS  # the first one that streams rows
+        row = position - KV_STREAM_LAG
+        task = subject.tasks[streaming[0]]
+        region = Region(f"L{getattr(task, 'layer', 0)} KV rows", row, row + 1)
+        told = f"stream {region} at position {position}, but wait only for the end of position {position - lag} (machine.kv_lag {lag})"
+        report.add("race", f"{subject.names(streaming)} {told}", subject.ids(streaming[:16]), [region])
+    if lag < 1:
+        said = f"machine.kv_lag must be at least 1, but is {lag}: {subject.names(streaming)} would wait for the end of their own token"
+        report.add("deadlock", said, subject.ids(streaming[:16]))
+
+
+def scratch_bytes(subject: Subject) -> Ints:
     """Scratch that each task needs. It depends on few words, so equal ones are asked once."""
     machine = subject.program.machine
     asked: dict[Any, int] = {}

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from math import isfinite
 from typing import Any
 
-from amk.isa.machine import ELEMENT_BYTES, KV_BLOCK_ROWS, KV_STREAM_LAG, TILE_ROWS, Machine
+from amk.isa.machine import ELEMENT_BYTES, KV_BLOCK_ROWS, TILE_ROWS, Machine
 from amk.isa.matvec import X_NARROW, X_NORM
 from amk.schedule.program import Buffer, Constant, KvCache, Matrix, MatVecShape, Program
 from amk.schedule.proof.limits import Limits
@@ -23,13 +23,13 @@ def check_tables(program: Program, limits: Limits, report: Report) -> bool:
     """Reports what is wrong with the tables; False if tasks cannot be looked at because of it."""
     if not _types(program, report):
         return False
-    before = len(report.found), report.found.total()
+    before = report.found.total()
     _machine(program.machine, limits, report)
     _buffers(program, report)
     _matrices(program, limits, report)
     _vectors(program, report)
     _queues(program, limits, report)
-    sound = before == (len(report.found), report.found.total())
+    sound = before == report.found.total()
     if sound:
         _cache(program, report)
         _threads(program.machine, limits, report)
@@ -106,7 +106,9 @@ def _machine(machine: Machine, limits: Limits, report: Report) -> None:
 def _buffers(program: Program, report: Report) -> None:
     for number, buffer in enumerate(program.buffers):
         where = f"buffer {number} ({buffer.name})"
-        known = _text(report, f"{where}: kind", buffer.kind, PACKET_KINDS) and _text(report, f"{where}: space", buffer.space, ("arena", "weights"))
+        known = _text(report, f"{where}: kind", buffer.kind, PACKET_KINDS) and _text(
+            report, f"{where}: space", buffer.space, ("arena", "weights")
+        )
         sized = _integers(report, where, buffer, ("offset", "packets"), 0)
         if known and sized and buffer.space == "arena" and buffer.offset + buffer.packets > program.arena_packets:
             region = Region(str(buffer.name), 0, buffer.packets)
@@ -151,7 +153,9 @@ def _cache(program: Program, report: Report) -> None:
         report.add("bounds", f"kv.rows must be a multiple of {KV_BLOCK_ROWS}, but is {kv.rows}")
     if kv.rows < machine.context:
         region = Region("kv", kv.rows, machine.context)
-        report.add("bounds", f"the KV window of position {machine.context - 1} goes past the cache of {kv.rows} rows: {region}", regions=[region])
+        report.add(
+            "bounds", f"the KV window of position {machine.context - 1} goes past the cache of {kv.rows} rows: {region}", regions=[region]
+        )
     if kv.heads != machine.kv_heads:
         report.add("kind", f"kv.heads must be machine.kv_heads ({machine.kv_heads}), but is {kv.heads}")
 
@@ -159,15 +163,6 @@ def _cache(program: Program, report: Report) -> None:
 def _threads(machine: Machine, limits: Limits, report: Report) -> None:
     threads = block_threads(machine)
     if threads > limits.threads:
-        report.add("resources", f"a block may have at most {limits.threads} threads, but {machine.consumer_warps} consumer warps need {threads}")
-
-
-def check_lag(program: Program, report: Report) -> None:
-    """For programs that stream KV rows: row p - 17 may be streamed at position p, so its token must have ended, and not be this one."""
-    lag = program.machine.kv_lag
-    if lag > KV_STREAM_LAG:
-        region = Region("kv row of position minus", KV_STREAM_LAG, lag)
-        said = f"a feeder streams the KV row {KV_STREAM_LAG} tokens old, but waits only for the end of the token {lag} tokens ago (machine.kv_lag)"
-        report.add("race", said, regions=[region])
-    if lag < 1:
-        report.add("deadlock", f"machine.kv_lag must be at least 1, but is {lag}: a feeder would wait for the end of a token that needs its chunks")
+        report.add(
+            "resources", f"a block may have at most {limits.threads} threads, but {machine.consumer_warps} consumer warps need {threads}"
+        )

@@ -1,8 +1,9 @@
 """The waits of one token as a graph, run to its end: what cannot happen is a deadlock, what happens gives an order.
 
-Events of an SM: the watcher's release of a task, the consumers' part of a task (of a tile, where tiles differ), the storer's. The W consumers
-are one actor here: nothing leaves the SM before all of them have arrived. The feeder is left out: with the stream in queue order (ring.py),
-at least one stage and kv_lag >= 1, a chunk waits only for slots that the consumers free before they ask for it, and for earlier tokens.
+Events of an SM: the watcher's release of a task, the consumers' part of a task (of a tile, where tiles differ), the storer's. The W
+consumers are one actor here: nothing leaves the SM before all of them have arrived. The feeder is left out: with the stream in queue
+order (ring.py), at least one stage and kv_lag >= 1, a chunk waits only for slots that the consumers free before they ask for it, and for
+earlier tokens.
 Every wait is for this token or an earlier one, so a token that always ends lets every later one end: from the second token on, a counter
 needs at most as many new arrivals as in the first.
 
@@ -24,10 +25,10 @@ from amk.schedule.proof.subject import Flags, Ints, Subject
 
 @dataclass(frozen=True)
 class Nodes:
-    """Data nodes: one a task, or one a tile where a stored task reads tile by tile. A node's publishes come after its reads and those of its task's earlier nodes.
+    """Data nodes: one a task, or one a tile where a stored task reads tile by tile.
 
-    `first[task]` and `count[task]` give a task's nodes, `task[node]` the way back. `publisher[w]` is the node of publish w, `reader[r]` that of
-    read r of the matching's groups.
+    A node's publishes come after its reads and those of its task's earlier nodes. `first[task]` and `count[task]` give a task's nodes,
+    `task[node]` the way back. `publisher[w]` is the node of publish w, `reader[r]` that of read r of the matching's groups.
     """
 
     first: Ints
@@ -218,7 +219,7 @@ class _Waits:
         awaited = np.array([t.done_counter in self.thresholds for t in self.subject.tasks], dtype=bool)
         tasks = np.flatnonzero(awaited)
         done[self.nodes.first[tasks] + self.nodes.count[tasks] - 1] = tasks
-        return done.tolist()  # type: ignore[no-any-return]  # numpy's tolist is not typed by shape
+        return done.tolist()
 
     def _greedy(self, missing: list[int], after: list[int], offset: list[int], done: list[int]) -> list[int]:
         machine, tasks = self.subject.program.machine, self.subject.tasks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,15 +28,20 @@ class Checker:
     report: Report
     broken: Flags
 
-    def need(self, words: Words, holds: Flags, kind: Kind, said: Callable[[int], str], *, breaks: bool = False) -> None:
-        """Reports each task where `holds` is False with `said(row)`, a sentence that goes on after the task's name."""
+    def need(self, words: Words, holds: Flags, kind: Kind, sentence: str, **values: Ints | int) -> None:
+        """Reports each task where `holds` is False: `sentence` goes on after the task's name, its {fields} are the task's `values`."""
         for row in np.flatnonzero(~holds).tolist():
-            task = int(words.ids[row])
-            self.broken[task] |= breaks
             if self.report.full(kind):
                 self.report.count(kind, 1)
-            else:
-                self.report.add(kind, f"{self.subject.names([task])} {said(row)}", self.subject.ids([task]))
+                continue
+            task = int(words.ids[row])
+            told = {name: value if isinstance(value, int) else int(value[row]) for name, value in values.items()}
+            self.report.add(kind, f"{self.subject.names([task])} {sentence.format(**told)}", self.subject.ids([task]))
+
+    def must(self, words: Words, holds: Flags, kind: Kind, sentence: str, **values: Ints | int) -> None:
+        """`need` of something without which the task's footprint cannot be asked for."""
+        self.broken[words.ids[~holds]] = True
+        self.need(words, holds, kind, sentence, **values)
 
 
 def check_words(subject: Subject, report: Report) -> Flags:
@@ -56,69 +60,60 @@ def check_words(subject: Subject, report: Report) -> Flags:
         elif words.cls is SwiGlu:
             _swiglu(checker, words)
         elif words.cls is Sample:
-            checker.need(words, words.column["count"] >= 1, "bounds", lambda row: "must read at least one candidate, but reads none", breaks=True)
+            checker.must(words, words.column["count"] >= 1, "bounds", "must read at least one candidate, but reads none")
     return ~checker.broken
 
 
 def _counters(checker: Checker, words: Words) -> None:
-    known = len(checker.subject.program.counters)
+    has = len(checker.subject.program.counters)
     for name in ("wait_counter", "done_counter"):
         at = words.column[name]
-        said = _said(lambda row, at=at, name=name: f"names {name} {at[row]}, but the program has {known} counters")
-        checker.need(words, (at == NONE) | (at < known), "bounds", said)
-
-
-def _said(sentence: Callable[[int], str]) -> Callable[[int], str]:
-    return sentence
+        checker.need(
+            words, (at == NONE) | (at < has), "bounds", f"names {name} {{at}}, but the program has {{has}} counters", at=at, has=has
+        )
 
 
 def _matvec(checker: Checker, words: Words) -> None:
-    program, column = checker.subject.program, words.column
+    matrices, column = checker.subject.program.matrices, words.column
     weight, rows, cols = column["weight"], column["rows"], column["cols"]
-    known = weight < len(program.matrices)
-    checker.need(words, known, "bounds", lambda row: f"names matrix {weight[row]} of {len(program.matrices)}", breaks=True)
+    known = weight < len(matrices)
+    checker.must(words, known, "bounds", "names matrix {weight}, but the program has {has}", weight=weight, has=len(matrices))
     at = np.where(known, weight, 0)
-    has_rows, has_cols = _looked_up([m.rows for m in program.matrices], at), _looked_up([m.cols for m in program.matrices], at)
-    same = ~known | ((rows == has_rows) & (cols == has_cols))
-    checker.need(
-        words,
-        same,
-        "kind",
-        lambda row: f"takes a matrix of {rows[row]} by {cols[row]}, but {program.matrices[at[row]].name} is {has_rows[row]} by {has_cols[row]}",
-        breaks=True,
-    )
-    _tiles(checker, words, known & same)
+    has_rows, has_cols = _looked_up([m.rows for m in matrices], at), _looked_up([m.cols for m in matrices], at)
+    agreed = known & (rows == has_rows) & (cols == has_cols)
+    said = "takes a matrix of {rows} by {cols}, but matrix {at} is {has_rows} by {has_cols}"
+    checker.must(words, ~known | agreed, "kind", said, rows=rows, cols=cols, at=at, has_rows=has_rows, has_cols=has_cols)
+    _tiles(checker, words, agreed)
     _shape(checker, words)
     _inside_constant(checker, words, "gain", cols, needed=(column["flags"] & X_NORM) > 0)
     _inside_constant(checker, words, "bias", rows, needed=column["bias"] >= 0)
     if words.cls is GemvGlu:
-        interleaved = np.array([m.layout == "interleave8" and m.rows % TILE_ROWS == 0 for m in program.matrices] or [False])
-        needs = "needs gate and up rows interleaved by 8 in whole tiles, but its matrix is not laid out so"
-        checker.need(words, ~(known & same) | interleaved[at], "kind", lambda row: needs)
+        interleaved = np.array([m.layout == "interleave8" and m.rows % TILE_ROWS == 0 for m in matrices] or [False])[at]
+        checker.need(words, ~agreed | interleaved, "kind", "needs gate and up rows interleaved by 8 in whole tiles, but its matrix is not")
     if words.cls is GemvHead:
-        vocab = program.machine.vocab
-        checker.need(words, rows == vocab, "kind", lambda row: f"takes a head of {rows[row]} rows, but the vocabulary has {vocab}")
+        vocab = checker.subject.program.machine.vocab
+        said = "takes a head of {rows} rows, but the vocabulary has {vocab}"
+        checker.need(words, rows == vocab, "kind", said, rows=rows, vocab=vocab)
 
 
 def _tiles(checker: Checker, words: Words, agreed: Flags) -> None:
     tile0, tiles = words.column["tile0"], words.column["tiles"]
     has = -(-words.column["rows"] // TILE_ROWS)
     inside = (tile0 >= 0) & (tiles >= 1) & (tile0 + tiles <= has)
-    said = _said(lambda row: f"takes tiles {tile0[row]}:{tile0[row] + tiles[row]}, but its matrix has tiles 0:{has[row]}")
-    checker.need(words, ~agreed | inside, "bounds", said, breaks=True)
+    said = "takes tiles {tile0}:{stop}, but its matrix has tiles 0:{has}"
+    checker.must(words, ~agreed | inside, "bounds", said, tile0=tile0, stop=tile0 + tiles, has=has)
 
 
 def _shape(checker: Checker, words: Words) -> None:
     shapes = checker.subject.program.shapes
     shape, cols, flags = words.column["shape"], words.column["cols"], words.column["flags"]
     known = shape < len(shapes)
-    checker.need(words, known, "bounds", lambda row: f"names shape {shape[row]} of {len(shapes)}")
+    checker.need(words, known, "bounds", "names shape {shape}, but the program has {has}", shape=shape, has=len(shapes))
     at = np.where(known, shape, 0)
-    same = (cols == _looked_up([s.cols for s in shapes], at)) & (flags == _looked_up([s.flags for s in shapes], at))
-    said = _said(
-        lambda row: f"has {cols[row]} columns and flags {flags[row]}, but shape {shape[row]} is compiled for {shapes[at[row]].cols} and {shapes[at[row]].flags}"
-    )
-    checker.need(words, ~known | same, "kind", said)
+    has_cols, has_flags = _looked_up([s.cols for s in shapes], at), _looked_up([s.flags for s in shapes], at)
+    same = (cols == has_cols) & (flags == has_flags)
+    said = "has {cols} columns and flags {flags}, but shape {at} is compiled for {has_cols} and {has_flags}"
+    checker.need(words, ~known | same, "kind", said, cols=cols, flags=flags, at=at, has_cols=has_cols, has_flags=has_flags)
 
 
 def _looked_up(values: list[int], at: Ints) -> Ints:
@@ -126,61 +121,66 @@ def _looked_up(values: list[int], at: Ints) -> Ints:
 
 
 def _inside_constant(checker: Checker, words: Words, name: str, count: Ints, needed: Flags) -> None:
-    """Elements [word, word + count) must lie within one constant, where they are needed."""
+    """Elements [word, word + count) must lie within the constants, where they are needed."""
     constants = sorted(checker.subject.program.constants, key=lambda c: (c.start, c.count))
-    starts = np.array([c.start for c in constants], dtype=np.int64)
-    stops = np.maximum.accumulate(np.array([c.start + c.count for c in constants], dtype=np.int64)) if constants else starts
+    starts = np.array([c.start for c in constants] or [0], dtype=np.int64)
+    stops = np.maximum.accumulate(np.array([c.start + c.count for c in constants] or [0], dtype=np.int64))
     at = words.column[name]
     place = np.searchsorted(starts, at, side="right") - 1
-    stop = stops[np.maximum(place, 0)] if constants else np.zeros_like(at)
-    inside = (at >= 0) & (place >= 0) & (at + count <= stop)
-    said = _said(lambda row: f"reads constants [{at[row]}:{at[row] + count[row]}] as its {name}, but no constant lies there")
-    checker.need(words, ~needed | inside, "bounds", said)
+    inside = (at >= 0) & (place >= 0) & (at + count <= stops[np.maximum(place, 0)])
+    said = f"reads constants [{{at}}:{{stop}}] as its {name}, but no constant lies there"
+    checker.need(words, ~needed | inside, "bounds", said, at=at, stop=at + count)
 
 
 def _attention(checker: Checker, words: Words) -> None:
     program, column = checker.subject.program, words.column
-    machine, kv = program.machine, program.kv
-    q0, nq, head, group = column["q0"], column["nq"], column["kv_head"], machine.heads // machine.kv_heads
-    layer, split, splits, unit = column["layer"], column["split"], column["splits"], column["unit_rows"]
-    checker.need(words, layer < kv.layers, "bounds", lambda row: f"is in layer {layer[row]}, but the KV cache has {kv.layers}")
-    known = head < min(machine.kv_heads, kv.heads)
-    checker.need(words, known, "bounds", lambda row: f"takes KV head {head[row]}, but the KV cache has {min(machine.kv_heads, kv.heads)}")
-    sized = (nq >= 1) & (nq <= MAX_GROUP)
-    checker.need(words, sized, "kind", lambda row: f"takes {nq[row]} query heads, but must take 1 to {MAX_GROUP}", breaks=True)
-    grouped = (q0 >= head * group) & (q0 + nq <= (head + 1) * group)
-    owns = _said(lambda row: f"takes query heads {q0[row]}:{q0[row] + nq[row]}, but KV head {head[row]} serves {head[row] * group}:{(head[row] + 1) * group}")
-    checker.need(words, ~(known & sized) | grouped, "kind", owns)
-    checker.need(words, split < splits, "bounds", lambda row: f"is split {split[row]} of {splits[row]}", breaks=True)
+    layer, split, splits, unit, window = (column[name] for name in ("layer", "split", "splits", "unit_rows", "window"))
+    said = "is in layer {layer}, but the KV cache has {has}"
+    checker.need(words, layer < program.kv.layers, "bounds", said, layer=layer, has=program.kv.layers)
+    checker.must(words, split < splits, "bounds", "is split {split} of {splits}", split=split, splits=splits)
     whole = (unit >= KV_BLOCK_ROWS) & (unit % KV_BLOCK_ROWS == 0)
-    checker.need(words, whole, "kind", lambda row: f"deals units of {unit[row]} rows, but a unit must be whole blocks of {KV_BLOCK_ROWS}", breaks=True)
-    window = column["window"]
-    checker.need(words, window >= 0, "bounds", lambda row: f"has a window of {window[row]} rows, but must have 0 (none) or more", breaks=True)
-    dim = np.full_like(q0, machine.head_dim)
+    said = "deals units of {unit} rows, but a unit must be whole blocks of {block}"
+    checker.must(words, whole, "kind", said, unit=unit, block=KV_BLOCK_ROWS)
+    checker.must(words, window >= 0, "bounds", "has a window of {window} rows, but must have 0 (none) or more", window=window)
+    _heads(checker, words)
+    dim = np.full_like(layer, program.machine.head_dim)
     for name in ("q_gain", "k_gain"):
         _inside_constant(checker, words, name, dim, needed=column[name] >= 0)
+
+
+def _heads(checker: Checker, words: Words) -> None:
+    machine, kv = checker.subject.program.machine, checker.subject.program.kv
+    q0, nq, head, group = words.column["q0"], words.column["nq"], words.column["kv_head"], machine.heads // machine.kv_heads
+    has = min(machine.kv_heads, kv.heads)
+    checker.need(words, head < has, "bounds", "takes KV head {head}, but the KV cache has {has}", head=head, has=has)
+    sized = (nq >= 1) & (nq <= MAX_GROUP)
+    checker.must(words, sized, "kind", "takes {nq} query heads, but must take 1 to {most}", nq=nq, most=MAX_GROUP)
+    first, stop = head * group, (head + 1) * group
+    grouped = (q0 >= first) & (q0 + nq <= stop) | (head >= has) | ~sized
+    said = "takes query heads {q0}:{q1}, but KV head {head} serves {first}:{stop}"
+    checker.need(words, grouped, "kind", said, q0=q0, q1=q0 + nq, head=head, first=first, stop=stop)
 
 
 def _embed(checker: Checker, words: Words) -> None:
     start, cols, hidden = words.column["col0"], words.column["cols"], checker.subject.program.machine.hidden
     inside = (start >= 0) & (cols >= 1) & (start + cols <= hidden)
-    said = _said(lambda row: f"gathers columns {start[row]}:{start[row] + cols[row]}, but an embedding row has {hidden}")
-    checker.need(words, inside, "bounds", said, breaks=True)
+    said = "gathers columns {start}:{stop}, but an embedding row has {hidden}"
+    checker.must(words, inside, "bounds", said, start=start, stop=start + cols, hidden=hidden)
 
 
 def _rmsnorm(checker: Checker, words: Words) -> None:
     start, count, cols = words.column["col0"], words.column["count"], words.column["cols"]
     inside = (start >= 0) & (count >= 1) & (start + count <= cols)
-    said = _said(lambda row: f"publishes columns {start[row]}:{start[row] + count[row]} of a norm over {cols[row]}")
-    checker.need(words, inside, "bounds", said, breaks=True)
-    aligned = (start % 16 == 0) & ((count % 16 == 0) | (start + count == cols))
-    checker.need(words, aligned, "kind", lambda row: f"must begin and end at multiples of 16 columns, but takes {count[row]} from {start[row]}")
+    said = "publishes columns {start}:{stop} of a norm over {cols}"
+    checker.must(words, inside, "bounds", said, start=start, stop=start + count, cols=cols)
+    aligned = (start % TILE_ROWS == 0) & ((count % TILE_ROWS == 0) | (start + count == cols))
+    said = "must begin and end at multiples of 16 columns, but takes {count} from {start}"
+    checker.need(words, aligned, "kind", said, start=start, count=count)
     _inside_constant(checker, words, "gain", cols, needed=np.ones(len(start), dtype=bool))
 
 
 def _swiglu(checker: Checker, words: Words) -> None:
-    start, count = words.column["col0"], words.column["count"]
-    inside = (start >= 0) & (count >= 1)
-    checker.need(words, inside, "bounds", lambda row: f"takes columns {start[row]}:{start[row] + count[row]}", breaks=True)
-    narrow = checker.subject.program.machine.narrow
-    checker.need(words, start % narrow == 0, "kind", lambda row: f"must begin at a whole packet of {narrow} elements, but begins at {start[row]}")
+    start, count, narrow = words.column["col0"], words.column["count"], checker.subject.program.machine.narrow
+    checker.must(words, (start >= 0) & (count >= 1), "bounds", "takes columns {start}:{stop}", start=start, stop=start + count)
+    said = "must begin at a whole packet of {narrow} elements, but begins at {start}"
+    checker.need(words, start % narrow == 0, "kind", said, start=start, narrow=narrow)
