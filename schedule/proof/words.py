@@ -39,7 +39,7 @@ class Checker:
             self.report.add(kind, f"{self.subject.names([task])} {sentence.format(**told)}", self.subject.ids([task]))
 
     def must(self, words: Words, holds: Flags, kind: Kind, sentence: str, **values: Ints | int) -> None:
-        """`need` of something without which the task's footprint cannot be asked for."""
+        """`need` of something without which the task's footprint or waits cannot be asked for."""
         self.broken[words.ids[~holds]] = True
         self.need(words, holds, kind, sentence, **values)
 
@@ -68,9 +68,8 @@ def _counters(checker: Checker, words: Words) -> None:
     has = len(checker.subject.program.counters)
     for name in ("wait_counter", "done_counter"):
         at = words.column[name]
-        checker.need(
-            words, (at == NONE) | (at < has), "bounds", f"names {name} {{at}}, but the program has {{has}} counters", at=at, has=has
-        )
+        said = f"names {name} {{at}}, but the program has {{has}} counters"
+        checker.must(words, (at == NONE) | (at < has), "bounds", said, at=at, has=has)
 
 
 def _matvec(checker: Checker, words: Words) -> None:
