@@ -10,7 +10,6 @@ from amk.eval.soundness.footprint import turning_positions
 from amk.isa.abi import NONE
 from amk.isa.attention import MAX_GROUP, Attention
 from amk.isa.embed import Embed
-from amk.isa.gemv_head import GemvHead
 from amk.isa.instruction import Access, Instruction
 from amk.isa.machine import KV_BLOCK_ROWS, TILE_ROWS, chunk_plan
 from amk.isa.matvec import MatVec
@@ -36,7 +35,7 @@ def _problems(program: Program) -> Iterator[Unsafe]:
     for position in sorted({*turning_positions(program), program.machine.context - 1}):
         yield from _accesses(program, position)
         yield from _kv_coverage(program, position)
-    yield from _logits(program)
+    yield from _tiles(program)
     yield from _kv_visibility(program)
 
 
@@ -98,6 +97,9 @@ def _attention(program: Program, task: Attention) -> Iterator[Unsafe]:
         yield Unsafe("bounds", f"attention: {machine.context} positions, but the cache has {kv.rows} rows")
     if not (1 <= task.nq <= MAX_GROUP and 0 <= task.split < task.splits):
         yield Unsafe("kind", "attention: heads or split outside the task's group")
+    group = machine.heads // machine.kv_heads
+    if not task.kv_head * group <= task.q0 <= task.q0 + task.nq <= (task.kv_head + 1) * group:
+        yield Unsafe("kind", f"attention: query heads that KV head {task.kv_head} does not serve")
     if task.unit_rows < KV_BLOCK_ROWS or task.unit_rows % KV_BLOCK_ROWS:
         yield Unsafe("kind", f"attention: {task.unit_rows} rows a unit")
     if machine.context > 2 * KV_BLOCK_ROWS and machine.kv_blocks_per_chunk < 1:
@@ -157,13 +159,13 @@ def _kv_coverage(program: Program, position: int) -> Iterator[Unsafe]:
             yield Unsafe("coverage", f"the splits of layer {layer}, KV head {head} do not cover its window once")
 
 
-def _logits(program: Program) -> Iterator[Unsafe]:
-    heads = [task for queue in program.queues for task in queue if isinstance(task, GemvHead)]
-    for weight in {task.weight for task in heads}:
-        mine = [task for task in heads if task.weight == weight]
-        tiles = Counter(tile for task in mine for tile in range(task.tile0, task.tile0 + task.tiles))
-        if tiles != Counter(range(-(-mine[0].rows // TILE_ROWS))):
-            yield Unsafe("coverage", "the head tasks do not cover the logits once")
+def _tiles(program: Program) -> Iterator[Unsafe]:
+    """Every tile of every matrix is computed once: a tile that nobody computes is an output that is not covered."""
+    tasks = [task for queue in program.queues for task in queue if isinstance(task, MatVec)]
+    for number, matrix in enumerate(program.matrices):
+        tiles = Counter(tile for task in tasks if task.weight == number for tile in range(task.tile0, task.tile0 + task.tiles))
+        if tiles != Counter(range(-(-matrix.rows // TILE_ROWS))):
+            yield Unsafe("coverage", f"the tasks do not cover the tiles of matrix {matrix.name} once")
 
 
 def _kv_visibility(program: Program) -> Iterator[Unsafe]:

@@ -1,0 +1,103 @@
+"""The validator against the explorer and the trace checker: a part of the measurement that `dev/verify_full.py` makes in full."""
+
+from __future__ import annotations
+
+import json
+from random import Random
+
+import pytest
+
+from amk.eval.soundness.explorer import explore
+from amk.eval.soundness.lowerings import VARIANTS, lowering
+from amk.eval.soundness.mutants import MUTATIONS, mutate
+from amk.eval.soundness.random_programs import MAX_SMS, MAX_TASKS, random_program
+from amk.eval.soundness.trace import check_traces
+from amk.eval.soundness.verify import Case, Outcome, case_program, judge_all, run_verify, summary
+
+PARTS = 4  # so that the workers of pytest share them
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_validator_accepts_nothing_unsafe_and_nearly_everything_safe(part: int) -> None:
+    found = run_verify(programs=4000, mutants=60, seed=1000 + part, processes=1)
+    assert found["programs"]["false_accepts"] == [] and found["mutants"]["false_accepts"] == []
+    assert found["programs"]["raised"] == [] and found["mutants"]["raised"] == []
+    assert found["programs"]["cases"] == 4000 and found["programs"]["safe_share"] >= 0.3
+    assert found["programs"]["false_reject_share"] <= 0.05 and found["mutants"]["false_reject_share"] <= 0.05
+    assert found["passed"]
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_explorer_and_trace_checker_agree(part: int) -> None:
+    """They share the footprint and the static rules, but no line of what decides on deadlocks and races."""
+    for number in range(1500):
+        _, program = case_program(("program", 2000 + part, number))
+        explored, traced = explore(program, tokens=3), check_traces(program, Random(number), tokens=3, orders=4)
+        assert (explored is None) == (traced is None), (number, explored, traced)
+
+
+def test_a_case_is_the_same_program_every_time() -> None:
+    for case in (("program", 5, 17), ("mutant", 5, 17)):
+        assert case_program(case) == case_program(case)
+
+
+def test_programs_without_mutations_are_small_and_mostly_safe() -> None:
+    programs = [random_program(Random(number)) for number in range(200)]
+    assert all(program.task_count <= MAX_TASKS and program.machine.sms <= MAX_SMS for program in programs)
+    assert sum(explore(program) is None for program in programs) >= 180
+
+
+def test_every_mutation_changes_some_lowering() -> None:
+    for name, mutation in MUTATIONS.items():
+        made = (mutation(Random(number), lowering(number)) for number in range(24))
+        assert any(mutant is not None and mutant != lowering(number) for number, mutant in enumerate(made)), name
+
+
+def test_lowerings_themselves_are_safe() -> None:
+    for variant in range(0, VARIANTS, 16):
+        assert check_traces(lowering(variant), Random(variant), orders=2) is None
+
+
+def test_mutate_names_what_it_did() -> None:
+    program = random_program(Random(3))
+    name, mutant = mutate(Random(4), program)
+    assert name in MUTATIONS and mutant != program
+
+
+def test_processes_and_their_number_change_no_outcome() -> None:
+    counts = [run_verify(programs=120, mutants=4, seed=9, processes=n) for n in (1, 2)]
+    assert [c["programs"] for c in counts[:1]] == [c["programs"] for c in counts[1:]] and counts[0]["mutants"] == counts[1]["mutants"]
+    assert json.loads(json.dumps(counts[0])) == counts[0]
+
+
+def test_progress_is_told_and_no_time_means_no_cases() -> None:
+    told: list[tuple[int, int]] = []
+    run_verify(programs=60, mutants=0, seed=0, progress=lambda done, wanted: told.append((done, wanted)), processes=1)
+    assert told[-1] == (60, 60)
+    assert run_verify(programs=60, mutants=0, minutes=0.0, processes=1)["programs"]["cases"] == 0
+
+
+def test_a_run_without_cases_does_not_pass() -> None:
+    assert not run_verify(programs=60, mutants=0, minutes=0.0, processes=1)["passed"]
+
+
+def test_summary_counts_every_wrong_verdict() -> None:
+    outcomes = [
+        Outcome("0/program/0", (), None, None),
+        Outcome("0/program/1", ("drop_check",), "[race] a", None),
+        Outcome("0/program/2", ("drop_wait",), None, ("[race] b",)),
+        Outcome("0/program/3", (), "[deadlock] c", ("[deadlock] d",)),
+        Outcome("0/program/4", (), "[deadlock] e", None, raised="KeyError: 1"),
+        Outcome("0/program/5", (), None, None, too_large=True),
+    ]
+    found = summary(outcomes)
+    assert (found["cases"], found["safe"], found["too_large"]) == (5, 2, 1)
+    assert found["unsafe"] == {"deadlock": 2, "race": 1}
+    assert [line["case"] for line in found["false_accepts"]] == ["0/program/1"]
+    assert [line["case"] for line in found["false_rejects"]] == ["0/program/2"] and found["false_reject_share"] == 0.5
+    assert [line["case"] for line in found["raised"]] == ["0/program/4"]
+
+
+def test_judge_all_keeps_the_order_of_cases() -> None:
+    cases: tuple[Case, ...] = tuple(("program", 0, number) for number in range(5))
+    assert [outcome.case for outcome in judge_all(cases)] == [f"0/program/{number}" for number in range(5)]
