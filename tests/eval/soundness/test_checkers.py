@@ -113,8 +113,8 @@ def program_of(
     )
 
 
-def kind_of(found: Unsafe | None) -> str | None:
-    return found and found.kind
+def kind_of(found: Unsafe | None) -> str:
+    return "safe" if found is None else found.kind
 
 
 def test_a_decoder_in_order_is_safe(check: Check) -> None:
