@@ -13,6 +13,7 @@ constexpr int KV_BLOCK_BYTES = 2 * KV_HALF_BYTES;
 constexpr int KV_BLOCKS_PER_CHUNK = STAGE_BYTES / KV_BLOCK_BYTES;
 constexpr int PARTIAL_HEAD = 2;  // maximum (base 2) and sum before a partial's values
 constexpr int PARTIAL_ROW = HD + PARTIAL_HEAD;
+constexpr bool TWO_PART = !WIDE && GROUP <= 4;  // q and the probabilities as a rounded part and its error, in columns h and h + 4
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float NEG_INF = -1e30f;  // finite, so that differences of masked maxima are 0, not NaN
 
@@ -57,7 +58,8 @@ __device__ __forceinline__ bool stream_attention(Feeder& f, const AttentionTask&
 // Scratch of one attention task.
 struct AttentionScratch {
   float* base;
-  __device__ uint8_t* q(int head) const { return reinterpret_cast<uint8_t*>(base) + head * HD * ELEMENT_BYTES; }
+  // Row of q in scratch: heads, and where columns are free the rounding errors of the heads.
+  __device__ uint8_t* q(int row) const { return reinterpret_cast<uint8_t*>(base) + row * HD * ELEMENT_BYTES; }
   __device__ float* new_k() const { return base + GROUP * HD; }
   __device__ float* new_v() const { return base + (GROUP + 1) * HD; }
   __device__ float* partial(int part, int head) const { return base + (GROUP + 2) * HD + (part * GROUP + head) * PARTIAL_ROW; }
@@ -154,8 +156,14 @@ __device__ __forceinline__ void prepare_rows(Consumer& c, const AttentionTask& t
       if constexpr (QK_NORM) row.normalise(b.constant(task.q_gain), c.lane);
       row.rotate(angle);
       const float scale = LOG2E * rsqrtf((float)HEAD_DIM);
-      row.each(c.lane, [&](int d, float v) { store_element(s.q(r), d, v * scale); });
-      for (int d = HEAD_DIM + c.lane; d < HD; d += 32) store_element(s.q(r), d, 0.f);
+      row.each(c.lane, [&](int d, float v) {
+        store_element(s.q(r), d, v * scale);
+        if constexpr (TWO_PART) store_element(s.q(GROUP + r), d, v * scale - round_element(v * scale));
+      });
+      for (int d = HEAD_DIM + c.lane; d < HD; d += 32) {
+        store_element(s.q(r), d, 0.f);
+        if constexpr (TWO_PART) store_element(s.q(GROUP + r), d, 0.f);
+      }
     } else {
       const bool is_k = r == task.nq;
       if (is_k) row.read(c, b.buffer(task.k_buf) + task.k_start, token.expect(task.k_tag));
@@ -199,10 +207,11 @@ struct BlockSoftmax {
   bool any = false;
 
   __device__ __forceinline__ void begin(const AttentionScratch& s, int nq, int lane) {
-    const int head = lane >> 2, t = lane & 3;
+    const int column = lane >> 2, t = lane & 3, head = TWO_PART ? column & 3 : column;
+    const int row = TWO_PART && column >= 4 ? GROUP + head : head;
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) {
-      q[i] = head < nq ? *reinterpret_cast<const uint2*>(s.q(head) + (i * 16 + t * 4) * 2) : make_uint2(0, 0);
+      q[i] = head < nq ? *reinterpret_cast<const uint2*>(s.q(row) + (i * 16 + t * 4) * 2) : make_uint2(0, 0);
 #pragma unroll
       for (int j = 0; j < 4; ++j) o[i][j] = 0.f;
     }
@@ -221,6 +230,10 @@ struct BlockSoftmax {
     }
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) multiply(d, fragment(block, i, lane), q[i].x, q[i].y);
+    if constexpr (TWO_PART) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) d[j] += __shfl_xor_sync(~0u, d[j], 2);  // columns h and h + 4: both lanes have the whole score
+    }
     const bool low = g >= from && g < to, high = g + 8 >= from && g + 8 < to;
     if (!low) d[0] = d[1] = NEG_INF;
     if (!high) d[2] = d[3] = NEG_INF;
@@ -235,9 +248,15 @@ struct BlockSoftmax {
       const float scale = fast_exp2(old - m[col]);
       p[col] = low ? fast_exp2(d[col] - m[col]) : 0.f;
       p[col + 2] = high ? fast_exp2(d[col + 2] - m[col]) : 0.f;
-      l[col] = l[col] * scale + round_element(p[col]) + round_element(p[col + 2]);
+      l[col] = l[col] * scale + weight(p[col]) + weight(p[col + 2]);
 #pragma unroll
       for (int i = 0; i < STEPS; ++i) { o[i][col] *= scale; o[i][col + 2] *= scale; }
+    }
+    if constexpr (TWO_PART) {
+      if (lane & 2) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) p[j] -= round_element(p[j]);
+      }
     }
     const uint32_t b0 = transpose8(pack2(p[0], p[1])), b1 = transpose8(pack2(p[2], p[3]));
 #pragma unroll
@@ -249,6 +268,12 @@ struct BlockSoftmax {
   }
   __device__ __forceinline__ void finish(const AttentionScratch& s, int part, int nq, int lane) {
     const int g = lane >> 2, t = lane & 3;
+    if constexpr (TWO_PART) {
+#pragma unroll
+      for (int i = 0; i < STEPS; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) o[i][j] += __shfl_xor_sync(~0u, o[i][j], 2);
+    }
 #pragma unroll
     for (int col = 0; col < 2; ++col) {
       float sum = l[col];
@@ -267,6 +292,11 @@ struct BlockSoftmax {
   }
 
  private:
+  // What a probability weighs in the output product.
+  static __device__ __forceinline__ float weight(float p) {
+    if constexpr (TWO_PART) return round_element(p) + round_element(p - round_element(p));
+    return round_element(p);
+  }
   static __device__ __forceinline__ uint32_t transpose8(uint32_t v) {
     uint32_t r;
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
@@ -336,6 +366,7 @@ __device__ __forceinline__ void attend_new_row(const AttentionScratch& s, int nq
       float q;
       if constexpr (WIDE) q = reinterpret_cast<const float*>(s.q(h))[d];
       else q = unpack_low(reinterpret_cast<const uint16_t*>(s.q(h))[d]);
+      if constexpr (TWO_PART) q += unpack_low(reinterpret_cast<const uint16_t*>(s.q(GROUP + h))[d]);
       score = fmaf(q, s.new_k()[d], score);
     }
     score = warp_sum(score);
@@ -496,7 +527,8 @@ __device__ __forceinline__ void consume_attention(Consumer& c, const AttentionTa
 
   const uint32_t used = used_partials(seen, tail);
   const int size = task.nq * (HEAD_DIM + PARTIAL_HEAD);
-  uint64_t* partials = b.buffer(task.part_buf) + task.q0 * (task.splits - 1) * (HEAD_DIM + PARTIAL_HEAD);
+  uint64_t* partials = nullptr;  // a task that is never split has no buffer for them
+  if (task.splits > 1) partials = b.buffer(task.part_buf) + task.q0 * (task.splits - 1) * (HEAD_DIM + PARTIAL_HEAD);
   if (tail) publish_output(c, task, s, used, partials, span.active - 1, token);
   else publish_partial(c, task, s, used, partials + (task.split - 1) * size, token.tag(task.part_tag));
   c.arrive_done(task.done_counter);

@@ -15,10 +15,11 @@ import numpy as np
 from amk.isa.abi import I32, U16
 from amk.isa.instruction import F32, Access, Instruction, Memory, Publishes
 from amk.isa.machine import KV_BLOCK_ROWS, KvSpan, Machine, kv_span, split_blocks
-from amk.isa.rounding import round_to
+from amk.isa.rounding import round_to, two_part
 
 LOG2E = float(np.log2(np.e))
 MAX_GROUP = 8  # query heads of one task: the N of mma.m16n8k16
+TWO_PART_GROUP = MAX_GROUP // 2  # up to this many heads, q and probabilities go in as a rounded part and its error
 PARTIAL_HEAD = 2  # packets before a partial's values: running maximum (base 2) and sum
 
 
@@ -148,7 +149,11 @@ class Attention(Instruction):
 
     def _query(self, memory: Memory, q: F32, position: int) -> F32:
         heads = self._rotate(memory, q.reshape(self.nq, -1), self.q_gain, position)
-        return round_to(heads * np.float32(LOG2E / memory.machine.head_dim**0.5), memory.machine.dtype)
+        return self._operand(heads * np.float32(LOG2E / memory.machine.head_dim**0.5), memory.machine.dtype)
+
+    def _operand(self, values: F32, dtype: str) -> F32:
+        """q and the probabilities as the products take them: in two parts where the 8 columns hold each head twice."""
+        return two_part(values, dtype) if self.nq <= TWO_PART_GROUP else round_to(values, dtype)
 
     def _append(self, memory: Memory, k: F32, v: F32, position: int) -> None:
         dtype = memory.machine.dtype
@@ -162,7 +167,7 @@ class Attention(Instruction):
         v = np.concatenate([v for _, v in rows])
         scores = q @ k.T
         m = scores.max(axis=1, keepdims=True)
-        p = round_to(np.exp2(scores - m), memory.machine.dtype)
+        p = self._operand(np.exp2(scores - m), memory.machine.dtype)
         return m, p.sum(axis=1, keepdims=True, dtype=np.float32), p @ v
 
     def _merge(self, machine: Machine, own: tuple[F32, F32, F32], partials: F32) -> tuple[F32, F32, F32]:

@@ -10,7 +10,7 @@ import numpy as np
 from amk.isa.abi import I32, NONE, U16
 from amk.isa.instruction import F32, Access, Instruction, Memory
 from amk.isa.machine import TILE_ROWS, Machine, chunk_plan
-from amk.isa.rounding import round_to
+from amk.isa.rounding import two_part
 
 X_NARROW = 1  # x comes as narrow packets, not fp32 packets
 X_NORM = 2  # x is RMS-normalised: gain applied when read, scale after the product
@@ -62,9 +62,10 @@ class MatVec(Instruction):
         return [plan.chunk_bytes(c) for c in range(plan.chunks)] * self.tiles
 
     def shared_bytes(self, machine: Machine) -> int:
-        """x as elements, each consumer warp its own K slice."""
+        """x as elements, each consumer warp its own K slice; fp32 packets take two 16-bit elements each, the value and its rounding error."""
         plan = chunk_plan(machine, self.cols)
-        return plan.warps * plan.high * machine.fragment_columns * machine.element_bytes
+        parts = 1 if self.flags & X_NARROW or machine.dtype == "fp32" else 2
+        return parts * plan.warps * plan.high * machine.fragment_columns * machine.element_bytes
 
     def flops(self, machine: Machine, position: int) -> int:
         return 2 * TILE_ROWS * self.tiles * self.cols
@@ -76,7 +77,7 @@ class MatVec(Instruction):
             squares = float((x * x).sum())
             x = x * memory.constant(self.gain, self.cols)[columns]
         w = memory.matrix(self.weight)[first : min(self.rows, first + self.tiles * TILE_ROWS), columns]
-        return w @ round_to(x, memory.machine.dtype), squares
+        return w @ two_part(x, memory.machine.dtype), squares
 
     def product(self, memory: Memory) -> F32:
         """fp32 rows of the task (padding rows left out): W x, scaled and biased."""

@@ -20,3 +20,10 @@ def round_to(values: npt.NDArray[Any], dtype: str) -> F32:
     bits = x.view(np.uint32)
     rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) & np.uint32(0xFFFF0000)
     return np.where(np.isfinite(x), rounded.view(np.float32), x)
+
+
+def two_part(values: npt.NDArray[Any], dtype: str) -> F32:
+    """`values` as the sum of two elements of `dtype`: the rounded value and its rounding error, rounded again."""
+    x = np.ascontiguousarray(values, dtype=np.float32)
+    rounded = round_to(x, dtype)
+    return rounded if dtype == "fp32" else rounded + round_to(x - rounded, dtype)

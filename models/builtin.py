@@ -33,7 +33,7 @@ _SMOLLM2_SHAPE = _llama(576, 30, 9, 3, 1536, 49152, 8192, rope_theta=100_000.0, 
 RANDOM: Mapping[str, Mapping[str, Any]] = MappingProxyType({
     "toy": _llama(64, 1, 4, 2, 128, 257, 2048, head_dim=16, dtype="float32"),
     "toy-2L": _llama(64, 2, 4, 2, 128, 257, 2048, head_dim=16, tie_word_embeddings=True),
-    "small": _llama(256, 4, 8, 2, 704, 1003, 4096, head_dim=64),
+    "small": _llama(256, 3, 8, 2, 704, 1003, 4096, head_dim=64),
     "smollm2-135m-shape": _SMOLLM2_SHAPE,
     "llama-3.2-1b-shape": _llama(
         2048, 16, 32, 8, 8192, 128256, 131072,

@@ -19,7 +19,13 @@ struct Plan {
   static constexpr int FULL_BYTES = PER_CHUNK * CONSUMER_WARPS * FRAGMENT_BYTES;
   static constexpr int LAST_BYTES = (LAST_LOW * CONSUMER_WARPS + HIGH_WARPS) * FRAGMENT_BYTES;
   static constexpr int SLICE = HIGH * FRAGMENT_COLUMNS;  // elements of x a warp keeps, at most
+  static constexpr int SLICE_BYTES = SLICE * ELEMENT_BYTES;
 };
+
+// fp32 activations keep their precision: column 0 of the product takes x rounded to the element type, column 1 the rounding error. The
+// tensor core multiplies 8 columns whether they are used or not.
+template <int FLAGS>
+constexpr bool TWO_COLUMNS = !WIDE && !(FLAGS & X_NARROW);
 
 template <int COLUMNS>
 __device__ __forceinline__ bool stream_tiles(Feeder& f, const uint8_t*& at, int tiles) {
@@ -98,7 +104,11 @@ struct Slice {
       b *= gains.y;
     }
     if constexpr (WIDE) *reinterpret_cast<float2*>(to + at * 4) = make_float2(a, b);
-    else *reinterpret_cast<uint32_t*>(to + at * 2) = pack2(a, b);
+    else {
+      const uint32_t rounded = pack2(a, b);
+      *reinterpret_cast<uint32_t*>(to + at * 2) = rounded;
+      *reinterpret_cast<uint32_t*>(to + P::SLICE_BYTES + at * 2) = pack2(a - unpack_low(rounded), b - unpack_high(rounded));
+    }
     return squares;
   }
 };
@@ -123,14 +133,20 @@ struct Sums {
     for (int j = 0; j < N; ++j)
       if (j < count) add_one(j, a[j], x + j * FRAGMENT_COLUMNS * ELEMENT_BYTES, c.lane);
   }
-  __device__ __forceinline__ void store(float* part, int lane) {
+  // The rows' sums over this warp's K slice; `two`: column 1 holds the product with the rounding errors.
+  __device__ __forceinline__ void store(float* part, int lane, bool two) {
     if constexpr (WIDE) {
       float v = (acc[0][0] + acc[1][0]) + (acc[2][0] + acc[3][0]);
       v += __shfl_xor_sync(~0u, v, 1);
       if (!(lane & 1)) part[lane >> 1] = v;
     } else if ((lane & 3) == 0) {
-      part[lane >> 2] = (acc[0][0] + acc[1][0]) + (acc[2][0] + acc[3][0]);
-      part[8 + (lane >> 2)] = (acc[0][2] + acc[1][2]) + (acc[2][2] + acc[3][2]);
+      float low = (acc[0][0] + acc[1][0]) + (acc[2][0] + acc[3][0]), high = (acc[0][2] + acc[1][2]) + (acc[2][2] + acc[3][2]);
+      if (two) {
+        low += (acc[0][1] + acc[1][1]) + (acc[2][1] + acc[3][1]);
+        high += (acc[0][3] + acc[1][3]) + (acc[2][3] + acc[3][3]);
+      }
+      part[lane >> 2] = low;
+      part[8 + (lane >> 2)] = high;
     }
   }
 
@@ -156,7 +172,8 @@ __device__ __forceinline__ void multiply_tiles(Consumer& c, const MatVecTask& ta
   const Block& b = c.b;
   const uint64_t* x = b.buffer(task.x_buf) + task.x_start;
   const float* gain = b.constant(task.gain);
-  uint8_t* kept = reinterpret_cast<uint8_t*>(b.scratch()) + c.warp * P::SLICE * ELEMENT_BYTES;
+  constexpr bool TWO = TWO_COLUMNS<FLAGS>;
+  uint8_t* kept = reinterpret_cast<uint8_t*>(b.scratch()) + c.warp * P::SLICE_BYTES * (TWO ? 2 : 1);
   const bool high = c.warp < P::HIGH_WARPS;
   const int tiles = task.tiles;
 
@@ -167,6 +184,7 @@ __device__ __forceinline__ void multiply_tiles(Consumer& c, const MatVecTask& ta
   __syncwarp();
   if constexpr (FLAGS & X_NORM) squares = warp_sum(squares);
 
+  const uint8_t* mine = kept + (TWO && c.lane >> 2 == 1 ? P::SLICE_BYTES : 0);  // lanes 4 to 7 hold column 1
   const int last = high ? P::LAST_HIGH : P::LAST_LOW;
   const int warp_last = (c.warp * P::LAST_LOW + min_of(c.warp, P::HIGH_WARPS)) * FRAGMENT_BYTES;
   constexpr int KEPT_CHUNK = P::PER_CHUNK * FRAGMENT_COLUMNS * ELEMENT_BYTES;
@@ -176,14 +194,14 @@ __device__ __forceinline__ void multiply_tiles(Consumer& c, const MatVecTask& ta
 #pragma unroll UNROLL
     for (int k = 0; k + 1 < P::CHUNKS; ++k) {
       const uint8_t* chunk = c.wait_chunk() + c.warp * P::PER_CHUNK * FRAGMENT_BYTES;
-      sums.template add<P::PER_CHUNK>(c, chunk, kept + k * KEPT_CHUNK, P::PER_CHUNK);
+      sums.template add<P::PER_CHUNK>(c, chunk, mine + k * KEPT_CHUNK, P::PER_CHUNK);
       c.release_chunk();
     }
     const uint8_t* chunk = c.wait_chunk() + warp_last;
-    sums.template add<P::LAST_HIGH>(c, chunk, kept + (P::CHUNKS - 1) * KEPT_CHUNK, P::HIGH_WARPS ? last : P::LAST_HIGH);
+    sums.template add<P::LAST_HIGH>(c, chunk, mine + (P::CHUNKS - 1) * KEPT_CHUNK, P::HIGH_WARPS ? last : P::LAST_HIGH);
     c.release_chunk();
     float* part = c.wait_reduction_slot();
-    sums.store(part, c.lane);
+    sums.store(part, c.lane, TWO);
     if ((FLAGS & X_NORM) && c.lane == 1) part[TILE_ROWS] = squares;
     c.fill_reduction_slot();
   }

@@ -39,7 +39,7 @@ def test_a_hang_ends_by_itself_and_the_next_evaluation_works(actor: str) -> None
 def test_a_machine_works_again_after_a_hang_of_its_own() -> None:
     vm = machine(model(), spin_limit=1 << 16)
     expected = outputs(vm)
-    vm.counters.fill_(-(2**31))  # every hint far in the past: watchers wait in vain
+    vm.counters.fill_(-(2**30))  # every hint far in the past: watchers wait in vain
     with pytest.raises(LaunchFailed) as failure:
         outputs(vm)
     assert failure.value.kind == "timeout"
