@@ -1,7 +1,7 @@
 """Every overwrite of a packet comes after what it must: docs/machine.md, "A slot of the arena".
 
 Each piece of the arena has its publishes of one token in a row; after the last comes the first of the next token. A publish must come after
-every reader of the value before it or, where that has no reader, after the publish of that value.
+every reader of the value before it. Where that has no reader, nothing can tell that it is there: only its own thread may write again.
 """
 
 from __future__ import annotations
@@ -128,42 +128,17 @@ class _Prover:
         return [n for n in self._members(group) if not before.holds(self.rank[n]) and not (here and n == node)]
 
     def unread(self) -> None:
-        """A value that nobody reads must be there before it is overwritten: something that read another packet of its publish says so."""
+        """A value that nobody reads is overwritten by its own publish of the next token alone: one thread's stores to a packet stay in order.
+
+        Another packet of the publish that was read tells nothing about this one.
+        """
         read = np.zeros(len(self.m.written.owner), dtype=bool)
         read[self.m.source[self.m.source >= 0]] = True
-        which = ~read & ~(self.turns.next_token & self.one_token)
-        pieces = np.flatnonzero(which)
-        if not len(pieces):
-            return
-        old, new = self.m.written.owner[pieces], self.m.written.owner[self.turns.then[pieces]]
-        later = self.turns.next_token[pieces]
-        checkers = self._checkers(np.unique(old))
-        key = (old * len(self.m.writes) + new) * 2 + later
-        for at in np.unique(key, return_index=True)[1].tolist():
-            a, b, next_token = int(old[at]), int(new[at]), bool(later[at])
-            node = int(self.nodes.publisher[b])
-            if not any(self._seen(group, node, next_token) for group in checkers.get(a, ())):
-                self._tell_writers(a, b, next_token, self._written_region(int(pieces[at])))
-
-    def _checkers(self, publishes: Ints) -> dict[int, list[int]]:
-        """The groups that check any packet of each of these publishes."""
-        known = self.m.source >= 0
-        publish, group = self.m.written.owner[self.m.source[known]], self.m.read.owner[known]
-        keep = np.isin(publish, publishes)
-        found: dict[int, list[int]] = {}
-        pairs = np.unique(np.stack([publish[keep], group[keep]]), axis=1)
-        for p, g in pairs.T.tolist():
-            found.setdefault(p, []).append(g)
-        return found
-
-    def _seen(self, group: int, node: int, next_token: bool) -> bool:
-        """Whether some read of a group comes before a node of this (or the next) token."""
-        carried = bool(self.m.groups.carried[group])
-        if carried and not next_token:
-            return False
-        here = carried == next_token
-        before = self.ancestors.before[node] if here else self._past(node)
-        return any(before.holds(self.rank[n]) or (here and n == node) for n in self._members(group))
+        old, new = self.m.written.owner, self.m.written.owner[self.turns.then]
+        loose = np.flatnonzero(~read & (old != new) & ~(self.turns.next_token & self.one_token))
+        key = (old[loose] * len(self.m.writes) + new[loose]) * 2 + self.turns.next_token[loose]
+        for at in loose[np.unique(key, return_index=True)[1]].tolist():
+            self._tell_writers(int(old[at]), int(new[at]), bool(self.turns.next_token[at]), self._written_region(at))
 
     def _region(self, read_piece: int) -> Region:
         group = int(self.m.read.owner[read_piece])
@@ -192,5 +167,6 @@ class _Prover:
             return
         a, b = int(self.m.writes.task[old]), int(self.m.writes.task[new])
         when = " of the next token" if next_token else ""
-        said = f"{self.subject.names([a])} and {self.subject.names([b])}{when} both publish {region} and nothing orders them"
+        both = f"{self.subject.names([a])} and {self.subject.names([b])}{when} both publish {region}"
+        said = f"{both} and nothing orders them: nobody reads the first"
         self.report.add("race", said, self.subject.ids([a, b]), [region])

@@ -289,32 +289,46 @@ def test_a_storers_read_is_ordered_before_the_publishes_of_its_tile_and_later_on
     assert found.regions[0] == ("r", 16, 32)
 
 
-def test_an_overwrite_in_the_next_token_must_come_after_this_tokens_readers() -> None:
-    """y hangs off x but its reader does not reach the sample, so the next token's y may come before it is read."""
-
-    def program(*, joined: bool) -> Program:
-        b = Builder(MACHINE)
-        token = b.value("token", "u32", 1)
-        x, y, c = b.value("x", "f32", 16), b.value("y", "f32", 16), b.value("c", "f32", 16)
-        b.add(0, Embed(token_buf=token.buffer, token_tag=token.tag, out_buf=x.buffer, out_tag=x.tag, col0=0, cols=16))
-        b.product(Gemv, b.matrix("w0", 16, 16), x, y, 1, lambda _: 1)
-        b.product(Gemv, b.matrix("w1", 16, 16), y, c, 1, lambda _: 1)
-        head(b, c if joined else x, token)
-        return b.program()
-
-    assert rejections(program(joined=True)) == ()
-    found = rejections(program(joined=False))
-    assert {r.kind for r in found} == {"race"} and any("of the next token" in r.message for r in found)
-
-
-def test_a_single_token_program_has_no_next_token() -> None:
-    b = Builder(replace(MACHINE, context=1))
-    token, x, y = b.value("token", "u32", 1), b.value("x", "f32", 16), b.value("y", "f32", 16)
+def side_branch(context: int, *, joined: bool) -> Program:
+    """x -> y -> c. The head reads c, or else x, and then nothing that the next token waits for comes after the reader of y."""
+    b = Builder(replace(MACHINE, context=context))
+    token = b.value("token", "u32", 1)
+    x, y, c = b.value("x", "f32", 16), b.value("y", "f32", 16), b.value("c", "f32", 16)
     b.add(0, Embed(token_buf=token.buffer, token_tag=token.tag, out_buf=x.buffer, out_tag=x.tag, col0=0, cols=16))
     b.product(Gemv, b.matrix("w0", 16, 16), x, y, 1, lambda _: 1)
-    head(b, x, token)
-    assert rejections(b.program()) == ()
-    assert kinds(machine(b.program(), context=2)) == {"race"}
+    b.product(Gemv, b.matrix("w1", 16, 16), y, c, 1, lambda _: 1)
+    head(b, c if joined else x, token)
+    return b.program()
+
+
+def test_an_overwrite_in_the_next_token_must_come_after_this_tokens_readers() -> None:
+    assert rejections(side_branch(96, joined=True)) == ()
+    found = rejections(side_branch(96, joined=False))
+    assert {r.kind for r in found} == {"race"} and all("of the next token" in r.message for r in found)
+    assert {r.regions[0] for r in found} == {("x", 0, 16), ("y", 0, 16)}
+
+
+def test_a_context_of_one_row_has_no_next_token() -> None:
+    assert rejections(side_branch(1, joined=False)) == ()
+    assert kinds(side_branch(2, joined=False)) == {"race"}
+
+
+def test_packets_that_nobody_reads_are_overwritten_by_their_own_publish_alone() -> None:
+    """y has two tiles and one is read: that says nothing about the other one's packets, which z overlaps or not."""
+
+    def program(overlap: int) -> Program:
+        b = Builder(MACHINE)
+        token = b.value("token", "u32", 1)
+        x, y = b.value("x", "f32", 16), b.value("y", "f32", 32)
+        z = b.value("z", "f32", 16, offset=b.buffers[y.buffer].offset + 32 - overlap)
+        b.add(0, Embed(token_buf=token.buffer, token_tag=token.tag, out_buf=x.buffer, out_tag=x.tag, col0=0, cols=16))
+        b.product(Gemv, b.matrix("w0", 32, 16), x, y, 2, lambda _: 1)
+        b.product(Gemv, b.matrix("w1", 16, 16), y, z, 1, lambda _: 0)
+        head(b, z, token)
+        return b.program()
+
+    assert rejections(program(0)) == ()
+    assert "nobody reads the first" in only(program(1), "race").message
 
 
 # ---- coverage, bounds and kinds ------------------------------------------------------------------------------------------------------
