@@ -15,6 +15,7 @@ struct Barriers {
   uint64_t slot_full[REDUCTION_SLOTS], slot_free[REDUCTION_SLOTS];  // reduction: written by all consumers / read by the storer
   uint64_t consumers;                                    // the consumers meet
   uint32_t released;                                     // tasks the watcher has released since the launch began
+  uint32_t claimed;                                      // the stream this block eats
   uint32_t finished;                                     // consumers that have finished a token, summed over tokens
 };
 static_assert(sizeof(Barriers) <= BARRIER_BYTES, "the barriers must fit the space the host reserves for them");

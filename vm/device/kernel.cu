@@ -45,7 +45,7 @@ __device__ __forceinline__ uint32_t claim_stream(const Params& p) {
 
 extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) megakernel(const __grid_constant__ Params p) {
   extern __shared__ __align__(1024) uint8_t shared[];
-  __shared__ uint32_t claimed;
+  uint32_t& claimed = reinterpret_cast<Barriers*>(shared + BARRIER_OFFSET)->claimed;
   if (threadIdx.x == 0) claimed = claim_stream(p);
   __syncthreads();
   const uint32_t sm = claimed;

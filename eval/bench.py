@@ -1,0 +1,100 @@
+"""Latency of a program on the live card: CUDA events, warm-up, quantiles, beside the card's plain-read bandwidth of the same run."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from amk.eval.card import foreign_processes
+from amk.eval.errors import RunVoid
+from amk.eval.verdict import Latency, Samples
+from amk.schedule.cost import streamed_bytes
+from amk.schedule.targets import Target
+from amk.vm.build import compile_kernel
+from amk.vm.cuda import UnprovenCudaVM, check
+
+LAUNCH_TOKENS = 64  # tokens of the launch that is timed; a position is its middle
+READ_BLOCKS_PER_SM = (1, 2, 4, 8, 16)
+LEAST_READ_GBS = {"h200": 4550.0}  # a card that reads slower is not the card the floor speaks of
+WARM_UP, SAMPLES = 4, 15
+READ_BYTES = 2 << 30
+
+
+def read_bandwidth_gbs(target: Target, repeats: int = 5) -> float:
+    """The best plain read of 2 GiB over several grids, GB/s (10^9). RunVoid if the card reads slower than a card of its name must."""
+    import torch
+    from cuda.bindings import driver
+
+    source = (Path(__file__).parent / "plain_read.cuh").read_text()
+    module = check(driver.cuModuleLoadData(compile_kernel(source, target.arch, "plain_read").cubin))
+    function = check(driver.cuModuleGetFunction(module, b"plain_read"))
+    data = torch.randint(-(2**62), 2**62, (READ_BYTES // 8,), dtype=torch.int64, device="cuda")
+    out = torch.zeros(4, dtype=torch.int32, device="cuda")
+    best = min(_read_ms(driver, function, data, out, target.sms * n) for n in READ_BLOCKS_PER_SM for _ in range(repeats))
+    driver.cuModuleUnload(module)
+    gbs = READ_BYTES / best / 1e6
+    least = LEAST_READ_GBS.get(target.name, 0.0)
+    if gbs < least:
+        raise RunVoid(f"the card's plain read must reach {least:.0f} GB/s for a measurement, but reached {gbs:.0f}; is it shared or hot?")
+    return gbs
+
+
+def _read_ms(driver: Any, function: Any, data: Any, out: Any, blocks: int) -> float:
+    import torch
+
+    values = (ctypes.c_void_p(data.data_ptr()), ctypes.c_ulonglong(data.numel() // 2), ctypes.c_void_p(out.data_ptr()))
+    arguments = (ctypes.c_void_p * 3)(*(ctypes.addressof(value) for value in values))
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    stream = torch.cuda.current_stream().cuda_stream
+    check((*driver.cuLaunchKernel(function, blocks, 1, 1, 1024, 1, 1, 0, stream, ctypes.addressof(arguments), 0), None))
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end))
+
+
+def launch_start(position: int, context: int) -> tuple[int, int]:
+    """First position and tokens of the launch that measures `position`: 64 tokens centred on it, from it below 32, cut at the context."""
+    start = position if position < LAUNCH_TOKENS // 2 else position - LAUNCH_TOKENS // 2
+    return start, min(LAUNCH_TOKENS, context - start)
+
+
+def samples_us(machine: UnprovenCudaVM, start: int, steps: int, count: int = SAMPLES) -> list[float]:
+    """Microseconds a token of `count` launches of `steps` tokens from `start`, after warm-up."""
+    times = [machine.decode([1], start, steps=steps).elapsed_us for _ in range(WARM_UP + count)]
+    return [t / steps for t in times[WARM_UP:] if t is not None]
+
+
+def quantiles(samples: list[float]) -> Samples:
+    p10, p50, p90 = (float(q) for q in np.quantile(samples, [0.1, 0.5, 0.9]))
+    return Samples(p10, p50, p90, len(samples))
+
+
+def measure(machine: UnprovenCudaVM, target: Target, position: int, bandwidth_gbs: float, digests: tuple[str, str]) -> Latency:
+    """Latency of the machine's program at `position`. RunVoid if another process is on the card before or after."""
+    _refuse_company()
+    start, steps = launch_start(position, machine.context)
+    many, single = samples_us(machine, start, steps), samples_us(machine, position, 1)
+    _refuse_company()
+    return Latency(
+        program_digest=digests[0],
+        binary_digest=digests[1],
+        kind="measured-gpu",
+        position=position,
+        latency_us=quantiles(many).p50,
+        streamed_bytes=streamed_bytes(machine.program, position),
+        bandwidth_gbs=bandwidth_gbs,
+        bandwidth_kind="measured",
+        spec_bandwidth_gbs=target.bandwidth_gbs,
+        samples=quantiles(many),
+        single_launch_us=quantiles(single).p50,
+    )
+
+
+def _refuse_company() -> None:
+    others = foreign_processes()
+    if others:
+        raise RunVoid(f"the card must be free of other processes to be measured, but process {others[0]} is on it; measure again later")

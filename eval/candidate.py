@@ -1,0 +1,62 @@
+"""A config on its way to a verdict: parsed, lowered, proven; every refusal is a reason, not an exception."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from amk.eval.card import Place
+from amk.eval.verdict import Facts
+from amk.schedule.compile import compile_program, effective_config, notes
+from amk.schedule.config import parse_config
+from amk.schedule.cost import streamed_bytes
+from amk.schedule.digest import program_digest, schedule_id
+from amk.schedule.knobs import Config
+from amk.schedule.model import ModelSpec
+from amk.schedule.program import Program
+from amk.schedule.targets import Target
+from amk.schedule.validate import Limits, ValidProgram, validate
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """`program` is None exactly where there are `rejections`; `effective` is the config as the program realises it."""
+
+    facts: Facts
+    program: ValidProgram | None = None
+    rejections: tuple[str, ...] = ()
+    effective: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def prepare(spec: ModelSpec, place: Place, config: Any, context: int | None = None) -> Candidate:
+    """Takes JSON data as a config through the compiler and the proof. Never raises for a bad config."""
+    facts = Facts(model=spec.name, gpu=place.target.name, device=place.device, dtype=spec.dtype, device_name=place.device_name)
+    parsed = parse_config(config)
+    if not isinstance(parsed, Config):
+        return Candidate(facts, rejections=tuple(map(str, parsed)))
+    program = compile_program(spec, parsed, place.target, context=context)
+    if not isinstance(program, Program):
+        return Candidate(facts, rejections=tuple(map(str, program)))
+    facts = program_facts(facts, program)
+    proof = validate(program, limits(place.target))
+    if not isinstance(proof, ValidProgram):
+        return Candidate(facts, rejections=tuple(map(str, proof)))
+    return Candidate(facts, proof, (), effective_config(parsed, program), tuple(notes(parsed, program)))
+
+
+def limits(target: Target) -> Limits:
+    """What a program may use on the target."""
+    return Limits(shared_bytes=target.shared_bytes)
+
+
+def program_facts(facts: Facts, program: Program) -> Facts:
+    return replace(
+        facts,
+        schedule_id=schedule_id(program),
+        program_digest=program_digest(program),
+        tasks=program.task_count,
+        n_buffers=len(program.buffers),
+        n_counters=len(program.counters),
+        weight_mb=round(streamed_bytes(program, 0) / 1e6, 3),
+    )

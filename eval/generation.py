@@ -1,0 +1,130 @@
+"""Tokens from a prompt: launches of many tokens, stopped at stop tokens, compared with the source model where asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from amk.eval.errors import UsageError
+from amk.eval.session import Session
+from amk.vm.interface import DecodeMachine
+
+TOKENS_A_LAUNCH = 256
+OnToken = Callable[[int, int, str], None]
+
+
+def prompt_tokens(session: Session, text: str | None, ids: Sequence[int] | None) -> tuple[list[int], Any]:
+    """The prompt as token ids, and the tokenizer (None where the model has none). UsageError for no prompt, two, or unknown ids."""
+    if (text is None) == (ids is None):
+        raise UsageError("prompt: must be given once, as text or as ids")
+    tokenizer = session.model.tokenizer()
+    if text is not None:
+        if tokenizer is None:
+            raise UsageError(f"prompt: must be ids for {session.model.spec.name}, which has no tokenizer")
+        ids = tokenizer(text)["input_ids"]
+    assert ids is not None
+    vocab = session.model.spec.vocab
+    wrong = [i for i in ids if not 0 <= i < vocab]
+    if wrong or not ids:
+        raise UsageError(f"prompt: must be at least one token id from 0 to {vocab - 1}, but got {wrong[0] if wrong else 'none'}")
+    return list(ids), tokenizer
+
+
+def generate(
+    session: Session,
+    *,
+    prompt: str | None = None,
+    prompt_ids: Sequence[int] | None = None,
+    max_tokens: int = 64,
+    stop: Sequence[str] = (),
+    verify: bool = False,
+    config: Any = None,
+    on_token: OnToken | None = None,
+) -> dict[str, Any]:
+    """Greedy tokens after the prompt; the fields of product's `generate`. UsageError for what does not fit the context."""
+    tokens, tokenizer = prompt_tokens(session, prompt, prompt_ids)
+    if max_tokens < 1:
+        raise UsageError(f"max_tokens: must be at least 1, but got {max_tokens}")
+    candidate = session.prepare({} if config is None else config)
+    if candidate.program is None:
+        raise UsageError("config: " + "; ".join(candidate.rejections))
+    context = candidate.program.program.machine.context
+    if len(tokens) + max_tokens > context + 1:
+        raise UsageError(f"prompt: {len(tokens)} tokens and {max_tokens} new ones must fit the context of {context}")
+    facts, machine = session.load(candidate, max_steps=max(TOKENS_A_LAUNCH, len(tokens) + max_tokens))
+    try:
+        new, reason, elapsed = _decode(machine, session, tokens, max_tokens, stop, tokenizer, on_token)
+    finally:
+        machine.close()
+    text = tokenizer.decode(new) if tokenizer else None
+    per_token = elapsed / (len(tokens) + len(new) - 1) if elapsed else None
+    result = {
+        "text": text,
+        "tokens": [*tokens, *new],
+        "generated": new,
+        "prompt_tokens": len(tokens),
+        "tokens_per_second": 1e6 / per_token if per_token else None,
+        "latency_us_per_token": per_token,
+        "divergence_index": None,
+        "matches_eager": None,
+        "near_tie": None,
+        "stop_reason": reason,
+        "device": session.place.device,
+        "device_name": facts.device_name,
+        "model": session.model.spec.name,
+        "gpu": session.place.target.name,
+        "schedule_id": facts.schedule_id,
+    }
+    return result | (compare(session, tokens, new) if verify else {})
+
+
+def _decode(
+    machine: DecodeMachine, session: Session, prompt: list[int], count: int, stop: Sequence[str], tokenizer: Any, on_token: OnToken | None
+) -> tuple[list[int], str, float | None]:
+    """New tokens, why they end, and the device's microseconds (None on the CPU). The prompt and as many tokens as fit share a launch."""
+    new: list[int] = []
+    pending, position, elapsed = list(prompt), 0, 0.0
+    piece = TOKENS_A_LAUNCH if machine_is_quick(session) else 1
+    while True:
+        steps = len(pending) + min(piece, count - len(new)) - 1
+        out = machine.decode(pending, position, steps=steps)
+        elapsed += out.elapsed_us or 0.0
+        position += steps
+        for token in out.tokens[len(pending) - 1 :]:
+            if token in session.model.spec.stop_tokens:
+                return new, "stop_token", elapsed or None
+            new.append(token)
+            if on_token:
+                on_token(len(new) - 1, token, tokenizer.decode([token]) if tokenizer else "")
+            if stop and tokenizer and any(s in tokenizer.decode(new) for s in stop):
+                return new, "stop_text", elapsed or None
+            if len(new) == count:
+                return new, "max_tokens", elapsed or None
+        pending = [out.tokens[-1]]
+
+
+def machine_is_quick(session: Session) -> bool:
+    """On the card a launch of many tokens costs milliseconds; on the CPU each token is awaited for."""
+    return session.place.device == "cuda"
+
+
+def compare(session: Session, prompt: list[int], new: list[int]) -> dict[str, Any]:
+    """Where the new tokens leave the source model's greedy choice, given the same tokens before; near ties (eval.tolerance) are excused."""
+    import torch
+
+    if not new:
+        return {"divergence_index": None, "matches_eager": True, "near_tie": False}
+    eager = session.model.eager("fp32", session.place.device)
+    device = next(eager.parameters()).device
+    with torch.inference_mode():
+        logits = eager(torch.tensor([[*prompt, *new[:-1]]], device=device)).logits[0, len(prompt) - 1 :].float().cpu()
+    chosen = torch.tensor(new)
+    gaps = logits.max(dim=1).values - logits[torch.arange(len(new)), chosen]
+    excused = gaps < session.tolerance().tie * logits.std(dim=1)
+    differs = gaps > 0
+    wrong = (differs & ~excused).nonzero().flatten().tolist()
+    return {
+        "divergence_index": wrong[0] if wrong else None,
+        "matches_eager": not wrong,
+        "near_tie": bool((differs & excused).any()),
+    }

@@ -1,0 +1,172 @@
+"""A model on a device: judges candidates and generates tokens. It keeps what candidates share: weights and the oracle's reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from amk.eval.bench import measure, read_bandwidth_gbs
+from amk.eval.candidate import Candidate, prepare
+from amk.eval.card import Place
+from amk.eval.errors import EnvironmentProblem, UsageError
+from amk.eval.oracle import Finding, Reference, default_plan, judge, make_reference
+from amk.eval.tolerance import Tolerance, tolerance
+from amk.eval.verdict import Facts, Judgement, Latency, Verdict, failed, judged, rejected
+from amk.models.model import Model
+from amk.models.registry import resolve
+from amk.schedule.cost import latency_us, streamed_bytes
+from amk.vm.build import Binary, BuildFailed, compile_kernel
+from amk.vm.cuda import CudaVM, UnprovenCudaVM
+from amk.vm.interface import DecodeMachine, LaunchFailed
+from amk.vm.reference import ReferenceVM
+from amk.vm.source import kernel_source
+
+LATENCY_POSITION = 128
+PREDICTION_NOTE = "latency is predicted by the cost model for the data sheet's bandwidth: nothing was measured"
+
+
+class Session:
+    """Everything about one model in one place; see Place for what "cuda" and "cpu" mean."""
+
+    def __init__(self, model: str, place: Place, progress: Callable[[str], None] | None = None) -> None:
+        self.place = place
+        self.model: Model = resolve(model, progress=progress)
+        self._progress = progress or (lambda _: None)
+        self._references: dict[int, Reference] = {}
+        self._bandwidth: float | None = None
+
+    def tolerance(self) -> Tolerance:
+        return tolerance(self.model.spec.dtype, self.model.spec.layers)
+
+    def prepare(self, config: Any, context: int | None = None) -> Candidate:
+        return prepare(self.model.spec, self.place, config, context)
+
+    def evaluate(self, config: Any) -> Verdict:
+        """The verdict on one config: rejected, or judged and (if correct) timed. EnvironmentProblem if its binary does not build."""
+        candidate = self.prepare(config)
+        if candidate.program is None:
+            return rejected(candidate.facts, candidate.rejections)
+        facts, machine = self.load(candidate)
+        try:
+            self._progress("judging against the source model")
+            finding = judge(machine, self.reference(machine.context), self.tolerance())
+            judgement = _judgement(facts, finding)
+            latency = self.latency(candidate, facts, machine, LATENCY_POSITION) if finding.correct else None
+        except LaunchFailed as failure:
+            return failed(facts, "timeout" if failure.kind == "timeout" else "crash", str(failure))
+        finally:
+            machine.close()
+        predicted = (PREDICTION_NOTE,) if latency and latency.kind == "predicted" else ()
+        return judged(facts, judgement, latency, [*candidate.notes, *predicted])
+
+    def load(self, candidate: Candidate, max_steps: int = 512) -> tuple[Facts, DecodeMachine]:
+        """The candidate's machine on this session's device, and its facts with the binary's digest."""
+        assert candidate.program is not None
+        if self.place.device == "cpu":
+            return candidate.facts, ReferenceVM(candidate.program, self.model.weights)
+        binary = self.build(candidate)
+        self._progress("loading weights")
+        machine = CudaVM(candidate.program, self.model.weights, arch=self.place.target.arch, binary=binary, max_steps=max_steps)
+        return replace(candidate.facts, binary_digest=binary.digest), machine
+
+    def build(self, candidate: Candidate) -> Binary:
+        assert candidate.program is not None
+        self._progress("building the kernel")
+        try:
+            return compile_kernel(kernel_source(candidate.program.program), self.place.target.arch)
+        except BuildFailed as problem:
+            raise EnvironmentProblem(f"build: {problem}") from problem
+
+    def reference(self, context: int) -> Reference:
+        """The source model's side of the judgement, made once for a context."""
+        if context not in self._references:
+            self._progress("running the source model")
+            plan = default_plan(self.model.spec, context, self.place.device)
+            eager = self.model.eager("fp32", self.place.device)
+            self._references[context] = make_reference(self.model.spec, eager, plan)
+        return self._references[context]
+
+    def latency(self, candidate: Candidate, facts: Facts, machine: DecodeMachine, position: int) -> Latency:
+        """Measured on the card, predicted on the CPU."""
+        assert candidate.program is not None
+        position = min(position, machine.context - 1)
+        if self.place.device == "cpu":
+            return self._predicted(candidate, facts, position)
+        self._progress("measuring")
+        assert facts.program_digest is not None and facts.binary_digest is not None and isinstance(machine, UnprovenCudaVM)
+        return measure(machine, self.place.target, position, self.bandwidth(), (facts.program_digest, facts.binary_digest))
+
+    def bandwidth(self) -> float:
+        """The card's plain-read bandwidth, GB/s, measured once a session."""
+        if self._bandwidth is None:
+            self._bandwidth = read_bandwidth_gbs(self.place.target)
+        return self._bandwidth
+
+    def _predicted(self, candidate: Candidate, facts: Facts, position: int) -> Latency:
+        assert candidate.program is not None and facts.program_digest is not None
+        target, program = self.place.target, candidate.program.program
+        return Latency(
+            program_digest=facts.program_digest,
+            binary_digest=facts.binary_digest,
+            kind="predicted",
+            position=position,
+            latency_us=latency_us(program, target, position),
+            streamed_bytes=streamed_bytes(program, position),
+            bandwidth_gbs=target.bandwidth_gbs,
+            bandwidth_kind="spec",
+            spec_bandwidth_gbs=target.bandwidth_gbs,
+        )
+
+    def bench(self, config: Any, positions: Sequence[int]) -> dict[str, Any]:
+        """Verdict and a latency a position. UsageError for a position outside the context."""
+        candidate = self.prepare(config)
+        if candidate.program is None:
+            return {"verdict": rejected(candidate.facts, candidate.rejections).to_json(), "rows": []}
+        context = candidate.program.program.machine.context
+        outside = [p for p in positions if not 0 <= p < context]
+        if outside:
+            raise UsageError(f"positions: must lie in 0..{context - 1} for this model, but got {outside[0]}")
+        verdict = self.evaluate(config)
+        if not verdict.correct:
+            return {"verdict": verdict.to_json(), "rows": []}
+        facts, machine = self.load(candidate)
+        try:
+            rows = [_row(self.latency(candidate, facts, machine, position)) for position in positions]
+        finally:
+            machine.close()
+        return {"verdict": verdict.to_json(), "rows": rows}
+
+
+def _judgement(facts: Facts, finding: Finding) -> Judgement:
+    assert facts.program_digest is not None
+    return Judgement(
+        program_digest=facts.program_digest,
+        binary_digest=facts.binary_digest,
+        correct=finding.correct,
+        rel_err=finding.rel_err,
+        max_abs_err=finding.max_abs_err,
+        top1_agreement=finding.top1_agreement,
+        tolerance_used=finding.tolerance_used,
+        near_ties=finding.near_ties,
+        positions=finding.positions,
+        failures=finding.failures,
+    )
+
+
+def _row(latency: Latency) -> dict[str, Any]:
+    """One line of the latency table; a latency under its floor is not a result."""
+    honest = not latency.under_floor
+    samples = latency.samples
+    return {
+        "position": latency.position,
+        "latency_us": latency.latency_us if honest else None,
+        "latency_kind": latency.kind if honest else None,
+        "single_launch_us": latency.single_launch_us if honest else None,
+        "pct_of_roofline": 100 * latency.bound_us / latency.latency_us if honest else None,
+        "bound_us": latency.bound_us,
+        "bandwidth_gbs": latency.bandwidth_gbs,
+        "bandwidth_kind": latency.bandwidth_kind,
+        "streamed_bytes": latency.streamed_bytes,
+        "samples": {"p10": samples.p10, "p50": samples.p50, "p90": samples.p90, "n": samples.n} if samples else None,
+    }
