@@ -83,19 +83,23 @@ def check_splits(subject: Subject, positions: Ints, report: Report) -> None:
         groups.setdefault((task.layer, task.kv_head), []).append(i)
     if not groups:
         return
-    kv = subject.program.kv
-    for layer in range(min(kv.layers, 1 + max(layer for layer, _ in groups))):
-        absent = [head for head in range(kv.heads) if (layer, head) not in groups]
-        if absent:
-            report.add(
-                "coverage",
-                f"no attention task takes KV heads {absent[:8]} of layer {layer}",
-                regions=[Region(f"L{layer} KV heads", absent[0], absent[-1] + 1)],
-            )
-    if max(layer for layer, _ in groups) + 1 < kv.layers:
-        report.add("coverage", f"the KV cache has {kv.layers} layers, but attention stops at layer {max(layer for layer, _ in groups)}")
+    _check_heads(subject, set(groups), report)
     for key, tasks in groups.items():
         _check_group(subject, key, tasks, positions, report)
+
+
+def _check_heads(subject: Subject, taken: set[tuple[int, int]], report: Report) -> None:
+    """Every KV head of every layer of the cache is taken by somebody."""
+    kv = subject.program.kv
+    layers = 1 + max(layer for layer, _ in taken)
+    for layer in range(min(kv.layers, layers)):
+        absent = next((head for head in range(kv.heads) if (layer, head) not in taken), None)
+        if absent is not None:
+            region = Region(f"L{layer} KV heads", absent, absent + 1)
+            report.add("coverage", f"no attention task takes {region}", regions=[region])
+    if layers < kv.layers:
+        region = Region("KV layers", layers, kv.layers)
+        report.add("coverage", f"no attention task takes {region}", regions=[region])
 
 
 def _check_group(subject: Subject, key: tuple[int, int], ids: list[int], positions: Ints, report: Report) -> None:

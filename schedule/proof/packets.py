@@ -11,6 +11,8 @@ from amk.schedule.proof.limits import Limits
 from amk.schedule.proof.report import Region, Report
 from amk.schedule.proof.subject import Ints, Subject
 
+MOST_EDGES = 1 << 21  # so that two of them, a tag and a kind are one 64-bit key
+
 
 @dataclass(frozen=True)
 class Pieces:
@@ -67,6 +69,9 @@ def match(subject: Subject, footprint: Footprint, limits: Limits, report: Report
     """Matches every checked read with the publishes of its tag; None (reported) if the arena is cut too finely to be proven."""
     reads, writes = footprint.reads.take(footprint.reads.tag > 0), footprint.writes
     edges = np.unique(np.concatenate([reads.start, reads.stop, writes.start, writes.stop]))
+    if len(edges) > MOST_EDGES:
+        report.add("resources", f"accesses must have at most {MOST_EDGES} edges to be proven, but have {len(edges)}")
+        return None
     groups = _groups(reads, edges)
     work = int(_lengths(edges, writes.start, writes.stop).sum() + _lengths(edges, groups.start, groups.stop).sum())
     if work > limits.pieces:

@@ -128,7 +128,7 @@ class _Prover:
         return [n for n in self._members(group) if not before.holds(self.rank[n]) and not (here and n == node)]
 
     def unread(self) -> None:
-        """A value that nobody reads is overwritten by its own publish of the next token alone: one thread's stores to a packet stay in order.
+        """A value that nobody reads is overwritten by its own publish of the next token alone: a thread's stores to a packet stay in order.
 
         Another packet of the publish that was read tells nothing about this one.
         """

@@ -104,7 +104,7 @@ def scratch_bytes(subject: Subject) -> Ints:
     asked: dict[Any, int] = {}
     needs = np.zeros(len(subject.tasks), dtype=np.int64)
     for words in subject.words:
-        names = {MatVec: ("cols",), Attention: ("nq",)}
+        names = {MatVec: ("cols", "flags"), Attention: ("nq",)}
         shared = next((keys for cls, keys in names.items() if issubclass(words.cls, cls)), None)
         if shared is None and words.cls.shared_bytes is Instruction.shared_bytes:
             continue

@@ -96,7 +96,7 @@ def _machine(machine: Machine, limits: Limits, report: Report) -> None:
         report.add("resources", f"machine.context must be from 1 to {limits.context} rows, but is {_shown(machine.context)}")
     if not _integer(machine.tags, 1, limits.tags):
         report.add("resources", f"machine.tags must be from 1 to {limits.tags}, but is {_shown(machine.tags)}")
-    if _integers(report, "machine", machine, ("head_dim",), 2) and machine.head_dim % 2:
+    if _integers(report, "machine", machine, ("head_dim",), 2, 0xFFFF) and machine.head_dim % 2:
         report.add("kind", f"machine.head_dim must be even, because RoPE rotates its halves, but is {machine.head_dim}")
     heads = (machine.heads, machine.kv_heads)
     if all(_integer(n, 1, MOST) for n in heads) and heads[0] % heads[1]:

@@ -398,7 +398,7 @@ def test_every_kv_head_is_attended_to() -> None:
     program = DECODER
     for site in other:
         program = changed(program, site, layer=1)
-    assert "no attention task takes KV heads [1] of layer 0" in only_of(program, "coverage")
+    assert "no attention task takes L0 KV heads[1:2]" in only_of(program, "coverage")
 
 
 def test_a_partial_is_for_its_tail_alone() -> None:

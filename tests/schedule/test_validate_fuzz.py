@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from amk.isa.instruction import Instruction
 from amk.schedule.program import Program
 from amk.schedule.proven import ValidProgram
 from amk.schedule.validate import Rejection, validate
-from amk.tests.schedule.builder import Sizes, decoder
+from amk.tests.schedule.builder import Sizes, changed, decoder, find
 
 DECODER = decoder(Sizes())
 INTEGERS = (-(1 << 80), -(1 << 31), -17, -1, 0, 1, 2, 15, 16, 17, 0xFFFE, 0xFFFF, 1 << 16, (1 << 31) - 1, 1 << 31, 1 << 63, 1 << 80)
@@ -57,6 +58,26 @@ def test_it_never_raises_on_spoiled_fields(seed: int, strange: bool) -> None:
 def test_it_never_raises_on_empty_or_absent_tables(table: str) -> None:
     for value in ((), None, 0, "text", [1], ((),), (None,)):
         assert answer(replace(DECODER, **{table: value})) or value in ((), None)
+
+
+@pytest.mark.parametrize("table", ("machine", "kv", "buffers", "matrices", "shapes", "constants"))
+def test_every_integer_of_a_table_may_be_any_integer(table: str) -> None:
+    value = getattr(DECODER, table)
+    record = value[0] if isinstance(value, tuple) else value
+    for name in (f.name for f in fields(record) if type(getattr(record, f.name)) is int):
+        for number in INTEGERS:
+            other = replace(record, **{name: number})
+            answer(replace(DECODER, **{table: (other, *value[1:]) if isinstance(value, tuple) else other}))
+
+
+@pytest.mark.parametrize(
+    "cls", sorted({type(task) for queue in DECODER.queues for task in queue}, key=lambda cls: cls.stem), ids=lambda cls: cls.stem
+)
+def test_every_word_of_a_task_may_be_any_integer(cls: type[Instruction]) -> None:
+    at = find(DECODER, cls)[-1]
+    for name in (f.name for f in fields(cls)):
+        for number in INTEGERS:
+            answer(changed(DECODER, at, **{name: number}))
 
 
 def test_empty_queues_are_a_program_without_outputs() -> None:
