@@ -310,6 +310,14 @@ def other_lag(random: Random, program: Program) -> Program | None:
     return _machine(program, kv_lag=random.choice((0, 1, 2, 17, 18, program.machine.kv_lag + 1)))
 
 
+def grow_ring(random: Random, program: Program) -> Program | None:
+    return _machine(program, stages=program.machine.stages * random.choice((2, 16)))
+
+
+def shrink_scratch(random: Random, program: Program) -> Program | None:
+    return replace(program, scratch_bytes=program.scratch_bytes - random.choice((4, 64)))
+
+
 def shrink_tags(random: Random, program: Program) -> Program | None:
     return _machine(program, tags=program.machine.tags - 1)
 
@@ -346,6 +354,8 @@ MUTATIONS: dict[str, Mutation] = {
         shrink_slots,
         shrink_inflight,
         other_lag,
+        grow_ring,
+        shrink_scratch,
         shrink_tags,
     )
 }
@@ -363,6 +373,8 @@ COARSE = frozenset(  # mutations that nearly always break a rule of form, so tha
         "spoil_matrix",
         "shrink_cache",
         "shrink_stage",
+        "grow_ring",
+        "shrink_scratch",
         "shrink_tags",
     )
 )

@@ -10,11 +10,15 @@ from amk.eval.soundness.footprint import turning_positions
 from amk.isa.abi import NONE
 from amk.isa.attention import MAX_GROUP, Attention
 from amk.isa.embed import Embed
+from amk.isa.gemv_head import GemvHead
 from amk.isa.instruction import Access, Instruction
 from amk.isa.machine import KV_BLOCK_ROWS, TILE_ROWS, chunk_plan
 from amk.isa.matvec import MatVec
 from amk.isa.rmsnorm import RmsNorm
+from amk.isa.sample import Sample
 from amk.schedule.program import Program
+
+BLOCK_BYTES = 232_448  # shared memory of a block on an H200, which the validator takes where it is told nothing
 
 
 def static_problem(program: Program) -> Unsafe | None:
@@ -36,6 +40,7 @@ def _problems(program: Program) -> Iterator[Unsafe]:
         yield from _accesses(program, position)
         yield from _kv_coverage(program, position)
     yield from _tiles(program)
+    yield from _token(program)
     yield from _kv_visibility(program)
 
 
@@ -45,6 +50,8 @@ def _machine(program: Program) -> Iterator[Unsafe]:
         yield Unsafe("kind", f"{len(program.queues)} queues and {len(program.streams)} streams for {machine.sms} SMs")
     if machine.stages < 1 or machine.inflight < 1 or machine.reduction_slots < 1 or machine.consumer_warps < 1:
         yield Unsafe("deadlock", "the ring, the copies in flight and the reduction slots must each be at least one")
+    if machine.stages * machine.stage_bytes + program.scratch_bytes > BLOCK_BYTES:
+        yield Unsafe("resources", f"{machine.stages} stages of {machine.stage_bytes} bytes and the scratch do not fit a block")
 
 
 def _buffers(program: Program) -> Iterator[Unsafe]:
@@ -57,6 +64,10 @@ def _words(program: Program, task: Instruction) -> Iterator[Unsafe]:
     for counter in (task.wait_counter, task.done_counter):
         if counter != NONE and not 0 <= counter < len(program.counters):
             yield Unsafe("resources", f"{task.stem}: counter {counter} of {len(program.counters)}")
+    if task.shared_bytes(program.machine) > program.scratch_bytes:
+        yield Unsafe(
+            "resources", f"{task.stem}: {task.shared_bytes(program.machine)} bytes of scratch, but there are {program.scratch_bytes}"
+        )
     if isinstance(task, MatVec):
         yield from _matrix(program, task)
     elif isinstance(task, Attention):
@@ -166,6 +177,19 @@ def _tiles(program: Program) -> Iterator[Unsafe]:
         tiles = Counter(tile for task in tasks if task.weight == number for tile in range(task.tile0, task.tile0 + task.tiles))
         if tiles != Counter(range(-(-matrix.rows // TILE_ROWS))):
             yield Unsafe("coverage", f"the tasks do not cover the tiles of matrix {matrix.name} once")
+
+
+def _token(program: Program) -> Iterator[Unsafe]:
+    """One task hands out the token, and it has seen the candidate of every task of the head."""
+    tasks = [task for queue in program.queues for task in queue]
+    samples = [task for task in tasks if isinstance(task, Sample)]
+    if len(samples) > 1:
+        yield Unsafe("coverage", f"{len(samples)} tasks hand out the token")
+    for sample in samples:
+        for head in (task for task in tasks if isinstance(task, GemvHead)):
+            seen = (head.out_buf, head.out_tag) == (sample.in_buf, sample.in_tag) and head.out_start + 2 <= 2 * sample.count
+            if not seen:
+                yield Unsafe("coverage", "sample does not see the candidate of a head task")
 
 
 def _kv_visibility(program: Program) -> Iterator[Unsafe]:
