@@ -42,5 +42,9 @@ class RmsNorm(Instruction):
         y = round_to(x[part] * scale * memory.constant(self.gain, self.cols)[part], memory.machine.dtype)
         return [(self.writes(memory.machine, position)[0], y)]
 
+    def shared_bytes(self, machine: Machine) -> int:
+        """A sum of squares a consumer warp, and the task's columns as fp32, kept until all of x has been read."""
+        return 4 * (machine.consumer_warps + self.count)
+
     def flops(self, machine: Machine, position: int) -> int:
         return 2 * self.cols + 2 * self.count

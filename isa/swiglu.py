@@ -42,5 +42,9 @@ class SwiGlu(Instruction):
         gate, up = (memory.read(access) for access in self.reads(memory.machine, position))
         return [(self.writes(memory.machine, position)[0], round_to(silu(gate) * up, memory.machine.dtype))]
 
+    def shared_bytes(self, machine: Machine) -> int:
+        """The task's elements as fp32, kept until all have been read."""
+        return 4 * self.count
+
     def flops(self, machine: Machine, position: int) -> int:
         return 6 * self.count
