@@ -28,11 +28,11 @@ def read_bandwidth_gbs(target: Target, repeats: int = 5) -> float:
     import torch
     from cuda.bindings import driver
 
+    data = torch.randint(-(2**62), 2**62, (READ_BYTES // 8,), dtype=torch.int64, device="cuda")
+    out = torch.zeros(4, dtype=torch.int32, device="cuda")
     source = (Path(__file__).parent / "plain_read.cuh").read_text()
     module = check(driver.cuModuleLoadData(compile_kernel(source, target.arch, "plain_read").cubin))
     function = check(driver.cuModuleGetFunction(module, b"plain_read"))
-    data = torch.randint(-(2**62), 2**62, (READ_BYTES // 8,), dtype=torch.int64, device="cuda")
-    out = torch.zeros(4, dtype=torch.int32, device="cuda")
     best = min(_read_ms(driver, function, data, out, target.sms * n) for n in READ_BLOCKS_PER_SM for _ in range(repeats))
     driver.cuModuleUnload(module)
     gbs = READ_BYTES / best / 1e6

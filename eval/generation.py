@@ -6,7 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from amk.eval.errors import UsageError
+from amk.eval.oracle import relative_error, rounding_points
 from amk.eval.session import Session
+from amk.eval.tolerance import FP32_ERROR, TIE
+from amk.models.rounded import rounded
+from amk.models.source import SourceRun
+from amk.schedule.program import Program
 from amk.vm.interface import DecodeMachine
 
 TOKENS_A_LAUNCH = 256
@@ -75,7 +80,7 @@ def generate(
         "gpu": session.place.target.name,
         "schedule_id": facts.schedule_id,
     }
-    return result | (compare(session, tokens, new) if verify else {})
+    return result | (compare(session, candidate.program.program, tokens, new) if verify else {})
 
 
 def _decode(
@@ -108,23 +113,24 @@ def machine_is_quick(session: Session) -> bool:
     return session.place.device == "cuda"
 
 
-def compare(session: Session, prompt: list[int], new: list[int]) -> dict[str, Any]:
+def compare(session: Session, program: Program, prompt: list[int], new: list[int]) -> dict[str, Any]:
     """Where the new tokens leave the source model's greedy choice, given the same tokens before; near ties (eval.tolerance) are excused."""
     import torch
 
     if not new:
         return {"divergence_index": None, "matches_eager": True, "near_tie": False}
     eager = session.model.eager("fp32", session.place.device)
-    device = next(eager.parameters()).device
-    with torch.inference_mode():
-        logits = eager(torch.tensor([[*prompt, *new[:-1]]], device=device)).logits[0, len(prompt) - 1 :].float().cpu()
-    chosen = torch.tensor(new)
-    gaps = logits.max(dim=1).values - logits[torch.arange(len(new)), chosen]
-    excused = gaps < session.tolerance().tie * logits.std(dim=1)
-    differs = gaps > 0
-    wrong = (differs & ~excused).nonzero().flatten().tolist()
+    tokens, first = [*prompt, *new[:-1]], len(prompt) - 1
+    judged = range(first, len(tokens))
+    logits = SourceRun(eager).feed(tokens, judged)
+    with rounded(eager, rounding_points(program)):
+        moved = SourceRun(eager).feed(tokens, judged)
+    expected = torch.tensor([max(FP32_ERROR, relative_error(m, r)) for m, r in zip(moved, logits, strict=True)])
+    gaps = logits.max(dim=1).values - logits[torch.arange(len(new)), torch.tensor(new)]
+    excused = gaps < TIE * expected * logits.std(dim=1)
+    wrong = ((gaps > 0) & ~excused).nonzero().flatten().tolist()
     return {
         "divergence_index": wrong[0] if wrong else None,
         "matches_eager": not wrong,
-        "near_tie": bool((differs & excused).any()),
+        "near_tie": bool(((gaps > 0) & excused).any()),
     }

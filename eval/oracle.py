@@ -3,26 +3,32 @@
 The reference is the source model in fp32, run once over one sequence: a random prompt, its own greedy continuation, then random
 tokens up to the last late position. The machine decodes the prompt and goes on by its own choice; where it chooses another token
 than the source, it is put back on the source's track (teacher forcing) and judged on. Late positions begin from KV rows
-of the source's own cache, so position 2000 costs no 2000 steps. Statistics and tolerances: docs/tolerances.md.
+of the source's own cache, so position 2000 costs no 2000 steps. The statistics and their limits: docs/tolerances.md.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from amk.eval.tolerance import NEAR_TIE_SHARE, Tolerance
+from amk.eval.tolerance import FP32_ERROR, LATE, MAX_EXPECTED, NEAR_TIE_SHARE, TIE, TYPICAL, WORST
+from amk.isa.attention import TWO_PART_GROUP, Attention
+from amk.isa.rmsnorm import RmsNorm
+from amk.models.rounded import RoundingPoints, rounded
 from amk.models.source import SourceRun
-from amk.schedule.model import ModelSpec
+from amk.schedule.model import DType, ModelSpec
+from amk.schedule.program import Program
 from amk.vm.interface import DecodeMachine
 
 if TYPE_CHECKING:
     import torch
 
 LATE_POSITIONS = (127, 1023, 8000)
+KvRows = Callable[[int, int], "tuple[torch.Tensor, torch.Tensor]"]
 
 
 @dataclass(frozen=True)
@@ -37,52 +43,71 @@ class Plan:
 
 
 def default_plan(spec: ModelSpec, context: int, device: str) -> Plan:
-    """Positions that fit `context`, past the longest sliding window where there is one; fewer steps where each is slow.
-
-    The reference machine needs about a second for a token of a deep model, the card well under a millisecond.
-    """
+    """Positions that fit `context`, one past each sliding window; fewer steps for a deep model on the CPU, where each takes long."""
     slow = device == "cpu" and spec.layers > 4
-    late_steps = 2 if slow else 4
-    windows = {w + 3 for w in spec.windows if w is not None}
-    wanted = {*LATE_POSITIONS[: 2 if device == "cpu" else 3], *(windows if device != "cpu" or max(windows, default=0) < 4096 else ())}
-    last = context - late_steps
-    late = sorted(p for p in wanted if p <= last)
-    steps = min(context, 17 if slow else 48)
-    return Plan(prompt=min(8, steps), steps=steps, late=tuple(p for p in late if p >= steps), late_steps=late_steps)
+    late_steps = 4
+    furthest = 2048 if device == "cpu" else 16384  # the source model's own prefill up to there is what late positions cost
+    wanted = {*LATE_POSITIONS, *(w + 3 for w in spec.windows if w is not None)}
+    steps = min(context, 32 if slow else 48)
+    late = sorted(p for p in wanted if steps <= p <= min(furthest, context - late_steps))
+    return Plan(prompt=min(8, steps), steps=steps, late=tuple(late), late_steps=late_steps)
+
+
+def rounding_points(program: Program) -> RoundingPoints:
+    """Where the program rounds activations."""
+    tasks = [task for queue in program.queues for task in queue]
+    return RoundingPoints(
+        dtype=_dtype(program.machine.dtype),
+        norms=any(isinstance(task, RmsNorm) for task in tasks),
+        attention_operands=any(isinstance(task, Attention) and task.nq > TWO_PART_GROUP for task in tasks),
+    )
+
+
+def _dtype(name: str) -> DType:
+    known: dict[str, DType] = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32"}
+    return known[name]
 
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """Steps `start`, start + 1, ...: input `tokens`, and the source's `logits` [steps, vocab] after each. KV rows before it are the source's."""
+    """Steps `start`, start + 1, ...: input `tokens`, the source's `logits` [steps, vocab] after each, and the relative error that
+    rounding alone is `expected` to cause at each. KV rows before `start` are the source's.
+    """
 
     start: int
     tokens: tuple[int, ...]
     logits: torch.Tensor
+    expected: tuple[float, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """The source model's side of a judgement; it depends on model and plan alone, so one serves every program of a model."""
+    """The source model's side of a judgement. It depends on the model, the plan and the rounding points alone, so it serves many programs."""
 
     plan: Plan
+    dtype: DType
     layers: int
     early: Segment
     late: tuple[Segment, ...]
-    kv: Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
+    kv: KvRows
 
 
-def make_reference(spec: ModelSpec, eager: Any, plan: Plan) -> Reference:
-    """Runs `eager` (the source model in fp32) once over the plan's sequence."""
+def make_reference(spec: ModelSpec, eager: Any, plan: Plan, points: RoundingPoints) -> Reference:
+    """Runs `eager` (the source model in fp32) over the plan's sequence, and over its judged tokens once more with rounding."""
+    import torch
+
     rng = np.random.default_rng(plan.seed)
     run = SourceRun(eager)
     early = _early(run, _prompt(spec, plan, rng), plan)
     end = max((p + plan.late_steps for p in plan.late), default=plan.steps)
     rest = [int(t) for t in rng.integers(0, spec.vocab, end - plan.steps)]
     judged = [p + i for p in plan.late for i in range(plan.late_steps)]
-    logits = run.feed(rest, [p - plan.steps for p in judged])
-    n = plan.late_steps
-    late = [Segment(p, tuple(run.tokens[p : p + n]), logits[i * n : (i + 1) * n]) for i, p in enumerate(plan.late)]
-    return Reference(plan, spec.layers, early, tuple(late), run.kv)
+    late = run.feed(rest, [p - plan.steps for p in judged])
+    starts = [(0, plan.steps), *((p, plan.late_steps) for p in plan.late)]
+    parts = torch.split(torch.cat([early, late]), [steps for _, steps in starts])
+    with rounded(eager, points):
+        segments = [_segment(run, start, logits) for (start, _), logits in zip(starts, parts, strict=True)]
+    return Reference(plan, points.dtype, spec.layers, segments[0], tuple(segments[1:]), run.kv)
 
 
 def _prompt(spec: ModelSpec, plan: Plan, rng: np.random.Generator) -> list[int]:
@@ -90,78 +115,102 @@ def _prompt(spec: ModelSpec, plan: Plan, rng: np.random.Generator) -> list[int]:
     return tokens if spec.bos_token is None else [spec.bos_token, *tokens[1:]]
 
 
-def _early(run: SourceRun, prompt: list[int], plan: Plan) -> Segment:
+def _early(run: SourceRun, prompt: list[int], plan: Plan) -> torch.Tensor:
+    """Logits after each of the first tokens: the prompt and its greedy continuation."""
     import torch
 
     parts = [run.feed(prompt, range(len(prompt)))]
     for _ in range(plan.steps - len(prompt)):
         parts.append(run.feed([int(parts[-1][-1].argmax())], [0]))
-    return Segment(0, tuple(run.tokens), torch.cat(parts))
+    return torch.cat(parts)
+
+
+def _segment(run: SourceRun, start: int, logits: torch.Tensor) -> Segment:
+    """A segment of the run's tokens; inside `rounded`, where the source model shows what rounding does to its logits."""
+    tokens = run.tokens[start : start + len(logits)]
+    moved = run.fork(start).feed(tokens, range(len(tokens)))
+    expected = [max(FP32_ERROR, relative_error(m, r)) for m, r in zip(moved, logits, strict=True)]
+    return Segment(start, tuple(tokens), logits, tuple(expected))
+
+
+def relative_error(logits: torch.Tensor, reference: torch.Tensor) -> float:
+    """|m - r| / |r - mean r| in fp64; infinite where a logit is not finite.
+
+    The mean is left out of the denominator, not of the error: no choice depends on it, and a large one would hide errors.
+    """
+    import torch
+
+    if not bool(torch.isfinite(logits).all()):
+        return math.inf
+    wanted = reference.double()
+    return float((logits.double() - wanted).norm() / (wanted - wanted.mean()).norm())
 
 
 @dataclass(frozen=True)
 class Step:
-    """One judged step: relative and absolute error of its logits, and whether it chose the source's token, or one nearly tied with it.
+    """One judged step: errors of its logits, the error that rounding was expected to cause, and what token it chose.
 
-    `consistent`: the token that the machine chose is the lowest with the largest of its own logits.
+    `agrees`: the source's token, or one of equal logit. `near_tie`: one nearly tied with it. `consistent`: the token is the first with the
+    largest of the machine's own logits.
     """
 
     position: int
     rel_err: float
+    expected: float
     max_abs_err: float
     agrees: bool
     near_tie: bool
     consistent: bool
 
 
-def compare(position: int, token: int, logits: torch.Tensor, reference: torch.Tensor, tie: float) -> Step:
-    """Judges the fp32 logits [vocab] and the chosen token of one step; anything that is not finite is an infinite error."""
-    import torch
-
-    spread = reference - reference.mean()
-    error = logits.double() - reference.double()
-    finite = bool(torch.isfinite(error).all())
+def compare(position: int, token: int, logits: torch.Tensor, reference: torch.Tensor, expected: float) -> Step:
+    """Judges the fp32 logits [vocab] and the chosen token of one step; a logit that is not finite is an infinite error."""
+    error = relative_error(logits, reference)
     best = int(reference.argmax())
-    known = 0 <= token < len(reference)
-    gap = float(reference[best] - reference[token]) if known else float("inf")
+    gap = float(reference[best] - reference[token]) if 0 <= token < len(reference) else math.inf
     return Step(
         position=position,
-        rel_err=float(error.norm() / spread.double().norm()) if finite else float("inf"),
-        max_abs_err=float(error.abs().max()) if finite else float("inf"),
-        agrees=token == best or gap == 0,
-        near_tie=gap < tie * float(spread.std()),
-        consistent=finite and token == int(logits.argmax()),
+        rel_err=error,
+        expected=expected,
+        max_abs_err=float((logits - reference).abs().max()) if math.isfinite(error) else math.inf,
+        agrees=gap == 0,
+        near_tie=gap < TIE * expected * float(reference.std()),
+        consistent=math.isfinite(error) and token == int(logits.argmax()),
     )
 
 
-def judge_steps(machine: DecodeMachine, reference: Reference, limits: Tolerance) -> tuple[list[Step], list[Step]]:
+def judge_steps(machine: DecodeMachine, reference: Reference) -> tuple[list[Step], list[Step]]:
     """Runs the machine over the reference's segments: the early steps and the late ones. LaunchFailed if a launch does not finish."""
-    early = _decode_along(machine, reference.early, reference.plan.prompt, limits.tie)
+    early = _decode_along(machine, reference.early, reference.plan.prompt)
     late: list[Step] = []
     for segment in reference.late:
         for layer in range(reference.layers):
             machine.seed_kv(layer, *reference.kv(layer, segment.start))
-        late += _decode_along(machine, segment, len(segment.tokens), limits.tie)
+        late += _decode_along(machine, segment, len(segment.tokens))
     return early, late
 
 
-def _decode_along(machine: DecodeMachine, segment: Segment, forced: int, tie: float) -> list[Step]:
-    """Steps of a segment: `forced` tokens are the segment's, then the machine's own while they agree with the source's."""
+def _decode_along(machine: DecodeMachine, segment: Segment, forced: int) -> list[Step]:
+    """Steps of a segment: the first `forced` tokens are the segment's, then the machine's own while they agree with the source's."""
     steps: list[Step] = []
     total = len(segment.tokens)
     while len(steps) < total:
         at = len(steps)
         out = machine.decode(segment.tokens[at : max(forced, at + 1)], segment.start + at, steps=total - at, logits=True)
-        if out.logits is None or tuple(out.logits.shape) != (total - at, segment.logits.shape[1]) or len(out.tokens) != total - at:
-            raise ValueError(f"decode must give {total - at} tokens with logits [{total - at}, {segment.logits.shape[1]}]")
+        _require_shape(out.logits, len(out.tokens), total - at, segment.logits.shape[1])
         for token, logits in zip(out.tokens, out.logits, strict=True):
             i = len(steps)
-            steps.append(compare(segment.start + i, token, logits, segment.logits[i], tie))
+            steps.append(compare(segment.start + i, token, logits, segment.logits[i], segment.expected[i]))
             if i + 1 >= forced and i + 1 < total and token != segment.tokens[i + 1]:
-                # A wrong token ends free running for good; after a near tie it goes on from the source's token.
+                # After a near tie it goes on alone from the source's token; after a wrong one it stays on the source's track.
                 forced = i + 2 if steps[-1].near_tie else total
                 break
     return steps
+
+
+def _require_shape(logits: Any, tokens: int, steps: int, vocab: int) -> None:
+    if logits is None or tuple(logits.shape) != (steps, vocab) or tokens != steps:
+        raise ValueError(f"decode must give {steps} tokens with logits [{steps}, {vocab}]")
 
 
 @dataclass(frozen=True)
@@ -178,49 +227,71 @@ class Finding:
     failures: tuple[str, ...]
 
 
-def judge(machine: DecodeMachine, reference: Reference, limits: Tolerance) -> Finding:
-    """The judgement of a machine loaded with the reference's model. LaunchFailed if a launch does not finish."""
-    early, late = judge_steps(machine, reference, limits)
-    return find(early, late, limits)
+def judge(machine: DecodeMachine, reference: Reference) -> Finding:
+    """The finding on a machine loaded with the reference's model. LaunchFailed if a launch does not finish."""
+    early, late = judge_steps(machine, reference)
+    return find(early, late, reference.dtype)
 
 
-def find(early: Sequence[Step], late: Sequence[Step], limits: Tolerance) -> Finding:
+def find(early: Sequence[Step], late: Sequence[Step], dtype: DType) -> Finding:
     """Weighs judged steps against the limits."""
     steps = [*early, *late]
-    worst = max(steps, key=lambda s: s.rel_err)
+    shares = {f"logit error over the first {len(early)} positions": _typical(early) / TYPICAL}
+    if late:
+        shares[f"logit error over {len(late)} late positions"] = _typical(late) / LATE
+    position, worst = max((pair for group in (early, late) for pair in _single(group)), key=lambda pair: pair[1])
+    shares[f"logit error at position {position}"] = worst / WORST
+    failures = [f"{name}: must stay below its limit, but is {share:.3g} of it" for name, share in shares.items() if not share < 1]
     excused = sum(s.near_tie and not s.agrees for s in steps)
-    used = {
-        f"mean relative logit error over the first {len(early)} positions": _mean(early) / limits.mean,
-        f"mean relative logit error over {len(late)} late positions": _mean(late) / limits.mean,
-        f"relative logit error at position {worst.position}": worst.rel_err / limits.worst,
-    }
-    failures = [f"{name}: must stay below its tolerance, but is {share:.3g} of it" for name, share in used.items() if not share < 1]
-    failures += _token_failures(steps, excused)
+    failures += [*_token_failures(steps, excused), *_unjudgeable(steps, dtype)]
     return Finding(
         correct=not failures,
-        rel_err=_mean(steps),
+        rel_err=_rms([s.rel_err for s in steps]),
         max_abs_err=max(s.max_abs_err for s in steps),
         top1_agreement=sum(s.agrees for s in steps) / len(steps),
-        tolerance_used=max(used.values()),
+        tolerance_used=max(shares.values()),
         near_ties=excused,
         positions=tuple(s.position for s in steps),
         failures=tuple(failures),
     )
 
 
-def _mean(steps: Sequence[Step]) -> float:
-    return sum(s.rel_err for s in steps) / len(steps) if steps else 0.0
+def _rms(values: Sequence[float]) -> float:
+    return math.sqrt(sum(v * v for v in values) / len(values))
+
+
+def _typical(steps: Sequence[Step]) -> float:
+    """Geometric mean over positions of error energy over expected energy: a few wild positions of a real model do not decide it.
+
+    An error below FP32_ERROR counts as that.
+    """
+    ratios = [max(s.rel_err, FP32_ERROR) / s.expected for s in steps]
+    return math.inf if math.inf in ratios else math.exp(2 * sum(map(math.log, ratios)) / len(ratios))
+
+
+def _single(steps: Sequence[Step]) -> list[tuple[int, float]]:
+    """Position and error energy over the larger of its own and the group's mean expected energy."""
+    mean = _rms([s.expected for s in steps]) if steps else 0.0
+    return [(s.position, (s.rel_err / max(s.expected, mean)) ** 2) for s in steps]
 
 
 def _token_failures(steps: Sequence[Step], excused: int) -> list[str]:
     failures = []
     wrong = [s.position for s in steps if not s.agrees and not s.near_tie]
     if wrong:
-        failures.append(f"greedy token differs from the source model's at position {wrong[0]}, where it has no near tie ({len(wrong)} in all)")
+        where = f"position {wrong[0]}" + (f" and {len(wrong) - 1} more" if wrong[1:] else "")
+        failures.append(f"greedy tokens must be the source model's but for near ties, but differ at {where}")
     # Of a short run, one near tie is always allowed.
-    if excused > max(1, NEAR_TIE_SHARE * len(steps)):
-        failures.append(f"tokens that differ at near ties: must be at most {NEAR_TIE_SHARE:.0%}, but are {excused} of {len(steps)}")
+    if excused > max(1.0, NEAR_TIE_SHARE * len(steps)):
+        failures.append(f"tokens that differ at near ties must be at most {NEAR_TIE_SHARE:.0%}, but are {excused} of {len(steps)}")
     inconsistent = [s.position for s in steps if not s.consistent]
     if inconsistent:
-        failures.append(f"the token chosen is not the largest of the machine's own logits at position {inconsistent[0]}")
+        failures.append(f"the token chosen must be the first with the largest of the machine's own logits, but is not at position {inconsistent[0]}")
     return failures
+
+
+def _unjudgeable(steps: Sequence[Step], dtype: DType) -> list[str]:
+    expected = _rms([s.expected for s in steps])
+    if expected <= MAX_EXPECTED[dtype]:
+        return []
+    return [f"rounding to {dtype} alone must move the source model's logits by at most {MAX_EXPECTED[dtype]:.3g}, but moves them by {expected:.3g}"]

@@ -10,12 +10,13 @@ from amk.eval.bench import measure, read_bandwidth_gbs
 from amk.eval.candidate import Candidate, prepare
 from amk.eval.card import Place
 from amk.eval.errors import EnvironmentProblem, UsageError
-from amk.eval.oracle import Finding, Reference, default_plan, judge, make_reference
-from amk.eval.tolerance import Tolerance, tolerance
+from amk.eval.oracle import Finding, Reference, default_plan, judge, make_reference, rounding_points
 from amk.eval.verdict import Facts, Judgement, Latency, Verdict, failed, judged, rejected
 from amk.models.model import Model
 from amk.models.registry import resolve
+from amk.models.rounded import RoundingPoints
 from amk.schedule.cost import latency_us, streamed_bytes
+from amk.schedule.program import Program
 from amk.vm.build import Binary, BuildFailed, compile_kernel
 from amk.vm.cuda import CudaVM, UnprovenCudaVM
 from amk.vm.interface import DecodeMachine, LaunchFailed
@@ -33,11 +34,8 @@ class Session:
         self.place = place
         self.model: Model = resolve(model, progress=progress)
         self._progress = progress or (lambda _: None)
-        self._references: dict[int, Reference] = {}
+        self._references: dict[tuple[int, RoundingPoints], Reference] = {}
         self._bandwidth: float | None = None
-
-    def tolerance(self) -> Tolerance:
-        return tolerance(self.model.spec.dtype, self.model.spec.layers)
 
     def prepare(self, config: Any, context: int | None = None) -> Candidate:
         return prepare(self.model.spec, self.place, config, context)
@@ -50,7 +48,7 @@ class Session:
         facts, machine = self.load(candidate)
         try:
             self._progress("judging against the source model")
-            finding = judge(machine, self.reference(machine.context), self.tolerance())
+            finding = judge(machine, self.reference(candidate.program.program))
             judgement = _judgement(facts, finding)
             latency = self.latency(candidate, facts, machine, LATENCY_POSITION) if finding.correct else None
         except LaunchFailed as failure:
@@ -78,14 +76,15 @@ class Session:
         except BuildFailed as problem:
             raise EnvironmentProblem(f"build: {problem}") from problem
 
-    def reference(self, context: int) -> Reference:
-        """The source model's side of the judgement, made once for a context."""
-        if context not in self._references:
+    def reference(self, program: Program) -> Reference:
+        """The source model's side of the judgement, made once for programs that round at the same places."""
+        context, points = program.machine.context, rounding_points(program)
+        if (context, points) not in self._references:
             self._progress("running the source model")
             plan = default_plan(self.model.spec, context, self.place.device)
             eager = self.model.eager("fp32", self.place.device)
-            self._references[context] = make_reference(self.model.spec, eager, plan)
-        return self._references[context]
+            self._references[context, points] = make_reference(self.model.spec, eager, plan, points)
+        return self._references[context, points]
 
     def latency(self, candidate: Candidate, facts: Facts, machine: DecodeMachine, position: int) -> Latency:
         """Measured on the card, predicted on the CPU."""

@@ -115,7 +115,7 @@ def _matrix_std(spec: ModelSpec, kind: str) -> float:
 
 def _residual_std(spec: ModelSpec) -> float:
     """What one attention or MLP block adds to the residual stream, per element."""
-    share = min(0.7, 1.65 * math.sqrt(2 * math.log(spec.vocab) / spec.hidden))
+    share = min(0.5, 1.65 * math.sqrt(2 * math.log(spec.vocab) / spec.hidden))
     return _matrix_std(spec, "embed") * math.sqrt((1 / share**2 - 1) / (2 * spec.layers))
 
 

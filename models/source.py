@@ -44,3 +44,12 @@ class SourceRun:
         """K (after norm and RoPE) and V of the first `rows` positions of a layer, each [kv_heads, rows, head_dim]."""
         cached = self._cache.layers[layer]
         return cached.keys[0, :, :rows], cached.values[0, :, :rows]
+
+    def fork(self, rows: int) -> SourceRun:
+        """A run of its own that has seen the first `rows` tokens of this one."""
+        run = SourceRun(self._eager)
+        for layer in range(len(self._cache.layers)):
+            keys, values = self.kv(layer, rows)
+            run._cache.update(keys[None], values[None], layer)
+        run.tokens = self.tokens[:rows]
+        return run

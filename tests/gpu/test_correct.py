@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 
-from amk.eval.oracle import Finding, Plan, default_plan, judge, make_reference
-from amk.eval.tolerance import tolerance
+from amk.eval.oracle import Finding, Plan, default_plan, judge, make_reference, rounding_points
 from amk.models.model import Model
 from amk.tests.gpu.machines import llama, machine, named
 
@@ -22,7 +21,7 @@ PLAN = Plan(prompt=8, steps=40, late=(127, 1000), late_steps=4)
 
 def judged(model: Model, config: dict[str, Any] | None = None, plan: Plan = PLAN, context: int = 1024) -> Finding:
     vm = machine(model, config, context)
-    finding = judge(vm, make_reference(model.spec, model.eager("fp32", "cuda"), plan), tolerance(model.spec.dtype, model.spec.layers))
+    finding = judge(vm, make_reference(model.spec, model.eager("fp32", "cuda"), plan, rounding_points(vm.program)))
     vm.close()
     return finding
 

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from amk.eval.oracle import Finding, Plan, Reference, judge, make_reference
-from amk.eval.tolerance import tolerance
+from amk.eval.oracle import Finding, Plan, Reference, judge, make_reference, rounding_points
 from amk.models.model import Model
 from amk.schedule.model import weight_shapes
 from amk.tests.gpu.machines import card, llama, named, program, proven
@@ -30,7 +29,8 @@ def model(name: str) -> Model:
 @cache
 def reference(name: str) -> Reference:
     plan = Plan(PLAN.prompt, PLAN.steps, tuple(p for p in PLAN.late if p + 4 <= context(name)), 4)
-    return make_reference(model(name).spec, model(name).eager("fp32", "cuda"), plan)
+    points = rounding_points(program(model(name), context=context(name)))
+    return make_reference(model(name).spec, model(name).eager("fp32", "cuda"), plan, points)
 
 
 def context(name: str) -> int:
@@ -45,7 +45,7 @@ def finding(name: str, source: Any = None, edit: tuple[str, str] | None = None) 
         assert edit[0] in text, f"the mutant must find the code it changes: {edit[0]}"
         text = text.replace(*edit)
     vm = CudaVM(proven(p), source or m.weights, arch=card().arch, binary=compile_kernel(text, card().arch))
-    result = judge(vm, reference(name), tolerance(m.spec.dtype, m.spec.layers))
+    result = judge(vm, reference(name))
     vm.close()
     return result
 
