@@ -17,14 +17,14 @@ from amk.vm.build import compile_kernel
 from amk.vm.cuda import UnprovenCudaVM, check
 
 LAUNCH_TOKENS = 64  # tokens of the launch that is timed; a position is its middle
-READ_BLOCKS_PER_SM = (1, 2, 4, 8, 16)
+READ_BLOCKS_PER_SM = (2, 4, 8, 16)
 LEAST_READ_GBS = {"h200": 4550.0}  # a card that reads slower is not the card the floor speaks of
 WARM_UP, SAMPLES = 4, 15
-READ_BYTES = 2 << 30
+READ_BYTES = 4 << 30
 
 
-def read_bandwidth_gbs(target: Target, repeats: int = 5) -> float:
-    """The best plain read of 2 GiB over several grids, GB/s (10^9). RunVoid if the card reads slower than a card of its name must."""
+def read_bandwidth_gbs(target: Target, repeats: int = 8) -> float:
+    """The best plain read of 4 GiB over several grids, GB/s (10^9). RunVoid if the card reads slower than a card of its name must."""
     import torch
     from cuda.bindings import driver
 
