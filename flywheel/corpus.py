@@ -133,6 +133,7 @@ def _problems(record: Mapping[str, Any]) -> list[str]:
         "pct_of_roofline must be floor over latency in percent": not numbers or _is_share(record["pct_of_roofline"], bound, latency),
         "samples must be p10, p50, p90 and n": sampled,
         "samples must rise from p10 to p90": not sampled or samples["p10"] <= samples["p50"] <= samples["p90"],
+        "latency_us must lie between p10 and p90": not (numbers and sampled) or samples["p10"] <= latency <= samples["p90"],
         "positions must name what was judged": isinstance(record["positions"], list | tuple) and len(record["positions"]) > 0,
         "program_digest and binary_digest must name what ran": _are_names(record, DIGESTS),
         "device_name and commit must name the card and the code": _are_names(record, ("device_name", "commit")),
