@@ -22,12 +22,14 @@ from amk import harness
 
 DONE, JUDGED_AND_FAILED, USAGE, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 130
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="AutoMegaKernel: one model, one megakernel.")
+HELP = "AutoMegaKernel: one model, one megakernel."
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=HELP)
 
-Model = Annotated[str, typer.Argument(help="toy, toy-2L, small, smollm2-135m, a shape name, a HuggingFace id, a checkpoint folder or a GGUF file")]
+MODELS = "toy, toy-2L, small, smollm2-135m, a shape name, a HuggingFace id, a checkpoint folder or a GGUF file"
+Model = Annotated[str, typer.Argument(help=MODELS)]
 Gpu = Annotated[str | None, typer.Option(help="target GPU; default: the live card, else h200")]
 Device = Annotated[str, typer.Option(help="auto, cuda or cpu")]
-ConfigFile = Annotated[str | None, typer.Option("--config", help="ScheduleConfig as a JSON file, or - for stdin; default: the default config")]
+ConfigFile = Annotated[str | None, typer.Option("--config", help="ScheduleConfig as a JSON file, - for stdin; default: the default")]
 
 
 class CommandFailed(Exception):
@@ -86,14 +88,17 @@ def tell_verdict(verdict: dict[str, Any]) -> None:
     say(f"{verdict['model']} on {verdict['gpu']} ({verdict['device']}): {verdict['status']}")
     if verdict["latency_us"] is not None:
         share = verdict["pct_of_roofline"]
-        say(f"{verdict['latency_us']:.1f} us a token at position {verdict['latency_position']} ({verdict['latency_kind']}), {share:.1f} % of the roofline")
+        where = f"at position {verdict['latency_position']} ({verdict['latency_kind']})"
+        say(f"{verdict['latency_us']:.1f} us a token {where}, {share:.1f} % of the roofline")
     for reason in (*verdict["rejections"], *verdict["notes"]):
         say(f"  {reason}")
 
 
 @app.command()
 def propose(
-    model: Model, gpu: Gpu = None, config: Annotated[str | None, typer.Option("--incumbent", help="config to start from (JSON file or -)")] = None
+    model: Model,
+    gpu: Gpu = None,
+    config: Annotated[str | None, typer.Option("--incumbent", help="config to start from (JSON file or -)")] = None,
 ) -> None:
     """The incumbent config and everything that may be changed about it."""
     put(harness.propose(model, gpu, incumbent=read_config(config)))
@@ -125,9 +130,8 @@ def loop(
         say(f"trial {row['trial']} {row['source']}: {row['tag']}{latency}")
 
     corpus = results.with_name("corpus.jsonl")
-    result = harness.loop(
-        model, gpu, budget, device, seed=seed, results_path=results, corpus_path=corpus, explore_fraction=explore, on_trial=tell, progress=say
-    )
+    paths: dict[str, Any] = {"results_path": results, "corpus_path": corpus}
+    result = harness.loop(model, gpu, budget, device, seed=seed, explore_fraction=explore, on_trial=tell, progress=say, **paths)
     put(result)
     finish(result["n_correct"] > 0)
 

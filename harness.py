@@ -197,7 +197,7 @@ def loop(
 def doctor() -> dict[str, Any]:
     """What this machine offers: Python, packages, compiler, card."""
     card = live_card()
-    packages = ("torch", "transformers", "numpy", "cuda-core", "cuda-bindings", "cuda-toolkit", "safetensors", "gguf", "typer", "jsonschema")
+    packages = ("torch", "transformers", "numpy", "cuda-core", "cuda-bindings", "cuda-toolkit", "safetensors", "gguf", "typer")
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -247,7 +247,12 @@ def knobs() -> list[dict[str, Any]]:
 
 
 def verify(
-    *, programs: int = 2000, mutants: int = 400, seed: int = 0, minutes: float | None = None, progress: Callable[[int, int], None] | None = None
+    *,
+    programs: int = 2000,
+    mutants: int = 400,
+    seed: int = 0,
+    minutes: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measures the validator against the explorer and the trace checker (eval.soundness)."""
     for name, value in (("programs", programs), ("mutants", mutants)):

@@ -47,7 +47,7 @@ def _read_ms(driver: Any, function: Any, data: Any, out: Any, blocks: int) -> fl
 
     values = (ctypes.c_void_p(data.data_ptr()), ctypes.c_ulonglong(data.numel() // 2), ctypes.c_void_p(out.data_ptr()))
     arguments = (ctypes.c_void_p * 3)(*(ctypes.addressof(value) for value in values))
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     begin.record()
     stream = torch.cuda.current_stream().cuda_stream
     check((*driver.cuLaunchKernel(function, blocks, 1, 1, 1024, 1, 1, 0, stream, ctypes.addressof(arguments), 0), None))

@@ -82,7 +82,7 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """The source model's side of a judgement. It depends on the model, the plan and the rounding points alone, so it serves many programs."""
+    """The source model's side of a judgement: it depends on model, plan and rounding points alone, so it serves many programs."""
 
     plan: Plan
     dtype: DType
@@ -198,6 +198,7 @@ def _decode_along(machine: DecodeMachine, segment: Segment, forced: int) -> list
         at = len(steps)
         out = machine.decode(segment.tokens[at : max(forced, at + 1)], segment.start + at, steps=total - at, logits=True)
         _require_shape(out.logits, len(out.tokens), total - at, segment.logits.shape[1])
+        assert out.logits is not None
         for token, logits in zip(out.tokens, out.logits, strict=True):
             i = len(steps)
             steps.append(compare(segment.start + i, token, logits, segment.logits[i], segment.expected[i]))
@@ -286,7 +287,8 @@ def _token_failures(steps: Sequence[Step], excused: int) -> list[str]:
         failures.append(f"tokens that differ at near ties must be at most {NEAR_TIE_SHARE:.0%}, but are {excused} of {len(steps)}")
     inconsistent = [s.position for s in steps if not s.consistent]
     if inconsistent:
-        failures.append(f"the token chosen must be the first with the largest of the machine's own logits, but is not at position {inconsistent[0]}")
+        where = f"position {inconsistent[0]}"
+        failures.append(f"the token chosen must be the first with the largest of the machine's own logits, but is not at {where}")
     return failures
 
 
@@ -294,4 +296,5 @@ def _unjudgeable(steps: Sequence[Step], dtype: DType) -> list[str]:
     expected = _rms([s.expected for s in steps])
     if expected <= MAX_EXPECTED[dtype]:
         return []
-    return [f"rounding to {dtype} alone must move the source model's logits by at most {MAX_EXPECTED[dtype]:.3g}, but moves them by {expected:.3g}"]
+    limit = f"at most {MAX_EXPECTED[dtype]:.3g}, but moves them by {expected:.3g}"
+    return [f"rounding to {dtype} alone must move the source model's logits by {limit}"]

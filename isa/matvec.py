@@ -62,7 +62,7 @@ class MatVec(Instruction):
         return [plan.chunk_bytes(c) for c in range(plan.chunks)] * self.tiles
 
     def shared_bytes(self, machine: Machine) -> int:
-        """x as elements, each consumer warp its own K slice; fp32 packets take two 16-bit elements each, the value and its rounding error."""
+        """x as elements, each consumer warp its own K slice; an fp32 packet takes two 16-bit elements: the value and its rounding error."""
         plan = chunk_plan(machine, self.cols)
         parts = 1 if self.flags & X_NARROW or machine.dtype == "fp32" else 2
         return parts * plan.warps * plan.high * machine.fragment_columns * machine.element_bytes

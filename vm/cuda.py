@@ -143,7 +143,6 @@ class UnprovenCudaVM:
     ) -> None:
         import torch
 
-        torch.cuda.init()
         self.program, self.context = program, program.machine.context
         torch.zeros(1, device="cuda")  # the primary context that driver calls below use
         self.weights = weights or DeviceWeights(program, source)
@@ -160,7 +159,7 @@ class UnprovenCudaVM:
         self.tokens_in = torch.zeros(max_steps, dtype=torch.int32, device="cuda")
         self.tokens_out = torch.zeros(max_steps, dtype=torch.int32, device="cuda")
         self.logits = torch.empty((1, m.vocab), dtype=torch.float32, device="cuda")
-        self.image = torch.from_numpy(program_image(program, self.weights.offsets)).to("cuda")
+        self.image = torch.from_numpy(program_image(program, self.weights.offsets.tolist())).to("cuda")
         self.buffers = torch.tensor([b.offset for b in program.buffers], dtype=torch.int32, device="cuda")
         self.epoch, self.launches = 0, 0
         cards = torch.cuda.get_device_properties("cuda").multi_processor_count
@@ -199,7 +198,7 @@ class UnprovenCudaVM:
         self._logit_rows(steps if logits else 1)
         self.tokens_in[: len(tokens)] = torch.tensor(list(tokens), dtype=torch.int32)
         self.tokens_out[:steps] = -1
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         self.launch(len(tokens), position, steps)
         end.record()

@@ -35,11 +35,13 @@ def pack_rows(machine: Machine, keys: torch.Tensor, values: torch.Tensor) -> tor
 
 def _k_fragments(k: torch.Tensor) -> torch.Tensor:
     """[h, b, 16 rows, d] to [h, b, d / 16, g, t, pair, row half, 2]."""
-    pieces = k.unflatten(2, (2, 8)).unflatten(4, (-1, 4, 2, 2))  # h b hi g | piece t pair e
+    h, b, _, d = k.shape
+    pieces = k.reshape(h, b, 2, 8, d // 16, 4, 2, 2)  # h b hi g | piece t pair e
     return pieces.permute(0, 1, 4, 3, 5, 6, 2, 7).contiguous()
 
 
 def _v_fragments(v: torch.Tensor) -> torch.Tensor:
     """[h, b, 16 rows, d] to [h, b, d / 16, g (dim), t (row), row half, dim half, 2 rows]."""
-    pieces = v.unflatten(2, (2, 4, 2)).unflatten(5, (-1, 2, 8))  # h b rowhalf t e | piece dimhalf g
+    h, b, _, d = v.shape
+    pieces = v.reshape(h, b, 2, 4, 2, d // 16, 2, 8)  # h b rowhalf t e | piece dimhalf g
     return pieces.permute(0, 1, 5, 7, 3, 2, 6, 4).contiguous()
