@@ -1,14 +1,19 @@
 """AutoMegaKernel: a decoder model compiled into one persistent CUDA megakernel."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from amk.harness import evaluate, generate, loop, propose
 
 __all__ = ["evaluate", "generate", "loop", "propose"]
 
 
 def __getattr__(name: str) -> Any:
-    """The harness's verbs, imported when first asked for: `import amk` stays cheap."""
-    if name not in __all__:
-        raise AttributeError(f"module 'amk' has no attribute {name!r}")
-    from amk import harness
+    """The harness loads at the first use of a verb: importing one of our packages costs that package alone."""
+    if name in __all__:
+        from amk import harness
 
-    return getattr(harness, name)
+        return getattr(harness, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,7 @@
-"""`amk`: a thin command line over the harness. stdout carries JSON, stderr what people read, the exit code the outcome."""
+"""`amk VERB`: the harness on the command line. stdout carries JSON, stderr everything else, the exit code the outcome.
+
+0 done (for a judged program: valid and correct), 1 judged and failed, 2 usage, 3 environment, 130 interrupted.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,13 @@ if __name__ == "__main__" and not __package__:
     amk_bootstrap.register()
 
 import json
+import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 from rich.console import Console
@@ -20,266 +25,334 @@ from rich.table import Table
 
 from amk import harness
 
-DONE, JUDGED_AND_FAILED, USAGE, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 130
+OK, FAILED, USAGE, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 130
+Answer = Callable[[Any], None]
 
-HELP = "AutoMegaKernel: one model, one megakernel."
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=HELP)
+app = typer.Typer(
+    name="amk",
+    help="Compiles a decoder model into one persistent CUDA megakernel, proves it, checks it and measures it.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 
-MODELS = "toy, toy-2L, small, smollm2-135m, a shape name, a HuggingFace id, a checkpoint folder or a GGUF file"
-Model = Annotated[str, typer.Argument(help=MODELS)]
-Gpu = Annotated[str | None, typer.Option(help="target GPU; default: the live card, else h200")]
-Device = Annotated[str, typer.Option(help="auto, cuda or cpu")]
-ConfigFile = Annotated[str | None, typer.Option("--config", help="ScheduleConfig as a JSON file, - for stdin; default: the default")]
-
-
-class CommandFailed(Exception):
-    """What the user got wrong, or what the machine lacks: one sentence and an exit code."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-def say(text: str) -> None:
-    """Progress, for people."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def put(result: Any) -> None:
-    """One JSON object on stdout."""
-    print(json.dumps(result, allow_nan=False), flush=True)
-
-
-def read_config(source: str | None) -> Any:
-    """The config's JSON data; CommandFailed (usage) if it cannot be read or is not an object."""
-    if source is None:
-        return None
-    try:
-        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as problem:
-        raise CommandFailed(f"config: must be a readable file, but {source} is not: {problem}", USAGE) from problem
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as problem:
-        raise CommandFailed(f"config: must be JSON, but {source} is not: {problem}", USAGE) from problem
-    if not isinstance(config, dict):
-        raise CommandFailed(f"config: must be a JSON object, but {source} holds a {type(config).__name__}", USAGE)
-    return config
-
-
-def read_integers(name: str, text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as problem:
-        raise CommandFailed(f"{name}: must be integers separated by commas, but got {text!r}", USAGE) from problem
-
-
-def finish(passed: bool) -> None:
-    """Ends the command with the outcome of a judgement."""
-    raise typer.Exit(DONE if passed else JUDGED_AND_FAILED)
-
-
-def passed(verdict: dict[str, Any]) -> bool:
-    return bool(verdict["valid"]) and verdict["correct"] is True
-
-
-def tell_verdict(verdict: dict[str, Any]) -> None:
-    """The verdict in a line or two, on stderr."""
-    say(f"{verdict['model']} on {verdict['gpu']} ({verdict['device']}): {verdict['status']}")
-    if verdict["latency_us"] is not None:
-        share = verdict["pct_of_roofline"]
-        where = f"at position {verdict['latency_position']} ({verdict['latency_kind']})"
-        say(f"{verdict['latency_us']:.1f} us a token {where}, {share:.1f} % of the roofline")
-    for reason in (*verdict["rejections"], *verdict["notes"]):
-        say(f"  {reason}")
+Model = Annotated[str, typer.Argument(help="a built-in name, a checkpoint folder, a GGUF file or a HuggingFace id", show_default=False)]
+Gpu = Annotated[str | None, typer.Option(help="the target; the live card, else h200, where none is named", show_default=False)]
+Device = Annotated[str, typer.Option(help="where to judge: auto, cuda or cpu")]
+ConfigFile = Annotated[
+    str | None, typer.Option("--config", metavar="FILE|-", help="the ScheduleConfig as JSON; - reads stdin", show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 
 
 @app.command()
-def propose(
-    model: Model,
-    gpu: Gpu = None,
-    config: Annotated[str | None, typer.Option("--incumbent", help="config to start from (JSON file or -)")] = None,
-) -> None:
-    """The incumbent config and everything that may be changed about it."""
-    put(harness.propose(model, gpu, incumbent=read_config(config)))
+def propose(model: Model, gpu: Gpu = None) -> int:
+    """The incumbent config, its id and the search space."""
+    with _answers() as answer:
+        answer(harness.propose(model, gpu))
+    return OK
 
 
 @app.command("eval")
-def evaluate(model: Model, gpu: Gpu = None, config: ConfigFile = None, device: Device = "auto") -> None:
-    """One verdict; exit code 0 if the config is valid and the program correct."""
-    verdict = harness.evaluate(model, gpu, read_config(config), device, progress=say)
-    tell_verdict(verdict)
-    put(verdict)
-    finish(passed(verdict))
+def evaluate(model: Model, gpu: Gpu = None, config: ConfigFile = None, device: Device = "auto") -> int:
+    """One verdict; exits 0 only for a program that is valid and correct."""
+    data = _read_config(config)
+    with _answers() as answer:
+        verdict = harness.evaluate(model, gpu, data, device, progress=_say)
+        answer(verdict)
+    return _judged(verdict)
 
 
 @app.command()
 def loop(
     model: Model,
     gpu: Gpu = None,
-    budget: Annotated[int, typer.Option(help="configs to try")] = 8,
+    budget: Annotated[int, typer.Option(min=1, help="configs to try")] = 8,
     device: Device = "auto",
-    seed: Annotated[int, typer.Option(help="seed of the proposals")] = 0,
-    results: Annotated[Path, typer.Option(help="log of trials; their folders go beside it")] = Path("workspace/results.tsv"),
-    explore: Annotated[float, typer.Option(help="share of proposals drawn from the whole space")] = 0.35,
-) -> None:
-    """Keep or revert over a budget of configs."""
-
-    def tell(row: dict[str, Any]) -> None:
-        latency = "" if row["latency_us"] is None else f" {row['latency_us']:.1f} us ({row['latency_kind']})"
-        say(f"trial {row['trial']} {row['source']}: {row['tag']}{latency}")
-
-    corpus = results.with_name("corpus.jsonl")
-    paths: dict[str, Any] = {"results_path": results, "corpus_path": corpus}
-    result = harness.loop(model, gpu, budget, device, seed=seed, explore_fraction=explore, on_trial=tell, progress=say, **paths)
-    put(result)
-    finish(result["n_correct"] > 0)
+    seed: Annotated[int, typer.Option(help="seed of the search")] = 0,
+    results: Annotated[Path | None, typer.Option(help="results.tsv to append to; in workspace/ where none is named")] = None,
+) -> int:
+    """Keep or revert over several configs; exits 0 if any of them is correct."""
+    with _answers() as answer:
+        found = harness.loop(
+            model, gpu, budget, device, seed=seed, results_path=results, on_trial=lambda row: _say(_trial_line(row, budget)), progress=_say
+        )
+        answer(found)
+    return OK if found["n_correct"] else FAILED
 
 
 @app.command("compile")
-def compile_command(
+def compile_model(
     model: Model,
-    out: Annotated[Path, typer.Option("-o", "--out", help="folder to write into")],
+    out: Annotated[Path, typer.Option("--out", "-o", file_okay=False, help="folder for program, kernel and report", show_default=False)],
     gpu: Gpu = None,
     config: ConfigFile = None,
     device: Device = "auto",
-    regime: Annotated[str, typer.Option(help="what the program is compiled for: single-stream")] = harness.REGIME,
-) -> None:
-    """Import, lower, prove, judge, build, measure; writes program, kernel and report."""
-    if regime != harness.REGIME:
-        raise CommandFailed(f"regime: must be {harness.REGIME}, but got {regime!r}", USAGE)
-    result = harness.compile_model(model, gpu, out, read_config(config), device, progress=say)
-    tell_verdict(result["verdict"])
-    put(result)
-    finish(passed(result["verdict"]))
+) -> int:
+    """Import, lower, prove, judge, build and measure; writes program, kernel and report."""
+    data = _read_config(config)
+    with _answers() as answer:
+        built = harness.compile_model(model, gpu, out, data, device, progress=_say)
+        answer(built)
+    return _judged(built["verdict"])
 
 
 @app.command()
 def generate(
     model: Model,
     gpu: Gpu = None,
-    prompt: Annotated[str | None, typer.Option(help="text to continue")] = None,
-    prompt_ids: Annotated[str | None, typer.Option(help="token ids to continue, separated by commas")] = None,
-    max_tokens: Annotated[int, typer.Option(help="new tokens at most")] = 64,
-    stop: Annotated[list[str] | None, typer.Option(help="text that ends generation (may be given again)")] = None,
-    stream: Annotated[bool, typer.Option("--stream", help="one JSON object a token, then the result")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="compare with the source model")] = False,
+    prompt: Annotated[str | None, typer.Option(help="text to continue", show_default=False)] = None,
+    prompt_ids: Annotated[str | None, typer.Option(metavar="1,2,3", help="token ids to continue", show_default=False)] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="new tokens at most")] = 64,
+    stop: Annotated[list[str] | None, typer.Option(help="text to stop at; may be given again", show_default=False)] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="compare the tokens with the source model's")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="one JSON line a token, then the result")] = False,
     config: ConfigFile = None,
     device: Device = "auto",
-) -> None:
-    """Greedy tokens from the megakernel."""
-    result = harness.generate(
-        model,
-        gpu,
-        prompt=prompt,
-        prompt_ids=None if prompt_ids is None else read_integers("prompt-ids", prompt_ids),
-        max_tokens=max_tokens,
-        stop=stop or (),
-        verify=verify,
-        config_dict=read_config(config),
-        device=device,
-        on_token=(lambda index, token, text: put({"index": index, "token": token, "text": text})) if stream else None,
-        progress=say,
-    )
-    put(result)
-    finish(result["matches_eager"] is not False)
+) -> int:
+    """Greedy tokens from the megakernel; with --verify exits 1 where they differ from the source model's."""
+    ids, data = _whole_numbers(prompt_ids, "--prompt-ids"), _read_config(config)
+    with _answers() as answer:
+
+        def on_token(index: int, token: int, text: str) -> None:
+            answer({"index": index, "token": token, "text": text})
+
+        result = harness.generate(
+            model,
+            gpu,
+            prompt=prompt,
+            prompt_ids=ids,
+            max_tokens=max_tokens,
+            stop=stop or (),
+            verify=verify,
+            config_dict=data,
+            device=device,
+            on_token=on_token if stream else None,
+            progress=_say,
+        )
+        answer(result)
+    return FAILED if result["matches_eager"] is False else OK
 
 
 @app.command()
 def bench(
     model: Model,
     gpu: Gpu = None,
-    positions: Annotated[str, typer.Option(help="positions of the KV cache, separated by commas")] = "16,128,1024",
+    positions: Annotated[str, typer.Option(metavar="P,P,...", help="token positions to measure at")] = "16,128,1024",
     config: ConfigFile = None,
     device: Device = "auto",
-) -> None:
-    """A latency a position, beside the roofline."""
-    wanted = read_integers("positions", positions)
-    result = harness.bench(model, gpu, positions=wanted, config_dict=read_config(config), device=device, progress=say)
-    put(result)
-    finish(passed(result["verdict"]))
-
-
-AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of a table")]
-
-
-@app.command()
-def doctor(json_only: AsJson = False) -> None:
-    """What this machine offers."""
-    facts = harness.doctor()
-    if json_only:
-        put(facts)
-        return
-    table = Table("what", "found", title="AutoMegaKernel doctor")
-    for name, value in facts.items():
-        shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
-        table.add_row(name, shown)
-    Console().print(table)
+) -> int:
+    """A latency at each position, of a program found correct in the same run."""
+    places, data = _whole_numbers(positions, "--positions"), _read_config(config)
+    with _answers() as answer:
+        table = harness.bench(model, gpu, positions=places or (), config_dict=data, device=device, progress=_say)
+        answer(table)
+    return _judged(table["verdict"])
 
 
 @app.command()
-def knobs(json_only: AsJson = False) -> None:
-    """The knob table."""
-    found = harness.knobs()
-    if json_only:
-        put(found)
-        return
-    table = Table("knob", "values", "default", "meaning", "read by", title="Everything a config may change")
-    for knob in found:
-        table.add_row(knob["name"], ", ".join(map(str, knob["choices"])), str(knob["default"]), knob["meaning"], knob["consumer"])
-    Console().print(table)
+def doctor(as_json: AsJson = False) -> int:
+    """What this machine offers: packages, compiler, card."""
+    with _answers() as answer:
+        facts = harness.doctor()
+        if as_json:
+            answer(facts)
+    if not as_json:
+        _print_facts(facts)
+    return OK if facts["ready"]["cpu"] else ENVIRONMENT
+
+
+@app.command()
+def knobs(as_json: AsJson = False) -> int:
+    """Every knob of the config: choices, default, meaning and what consumes it."""
+    with _answers() as answer:
+        table = harness.knobs()
+        if as_json:
+            answer(table)
+    if not as_json:
+        _print_knobs(table)
+    return OK
 
 
 @app.command()
 def verify(
-    programs: Annotated[int, typer.Option(help="random small programs")] = 2000,
-    mutants: Annotated[int, typer.Option(help="mutants of real lowerings")] = 400,
-    seed: Annotated[int, typer.Option(help="seed of the cases")] = 0,
-    minutes: Annotated[float | None, typer.Option(help="stop after so many minutes")] = None,
-) -> None:
-    """Measures the validator against an exhaustive explorer and a trace checker."""
-    result = harness.verify(
-        programs=programs, mutants=mutants, seed=seed, minutes=minutes, progress=lambda done, wanted: say(f"{done} of {wanted} cases")
-    )
-    put(result)
-    finish(bool(result["passed"]))
+    programs: Annotated[int, typer.Option(min=0, help="random small programs")] = 2000,
+    mutants: Annotated[int, typer.Option(min=0, help="mutants of real lowerings")] = 400,
+    seed: Annotated[int, typer.Option(help="seed of the programs")] = 0,
+    minutes: Annotated[float | None, typer.Option(min=0, help="stop after this time", show_default=False)] = None,
+) -> int:
+    """Measures the validator against what programs really do; exits 1 for any false accept, or too many false rejects."""
+    with _answers() as answer:
+        result = harness.verify(programs=programs, mutants=mutants, seed=seed, minutes=minutes, progress=_tenths())
+        answer(result)
+    return OK if result["passed"] else FAILED
 
 
-def fail(message: str, exit_code: int) -> int:
-    """One JSON object on stdout, one sentence on stderr."""
-    sentence = " ".join(message.split())
-    put({"error": sentence})
-    say(f"amk: {sentence}")
-    return exit_code
+def _judged(verdict: dict[str, Any]) -> int:
+    return OK if verdict["valid"] and verdict["correct"] else FAILED
+
+
+def _read_config(source: str | None) -> dict[str, Any] | None:
+    """The config in a file, or on stdin for "-"; a usage error for anything but one JSON object without repeated keys."""
+    if source is None:
+        return None
+    try:
+        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+        config = json.loads(data.decode("utf-8-sig"), parse_constant=_no_constant, object_pairs_hook=_unique_keys)
+    except OSError as problem:
+        _refuse("--config", f"must be a readable file, but {source} is not: {problem.strerror}")
+    except (ValueError, RecursionError) as problem:
+        where = "stdin" if source == "-" else source
+        _refuse("--config", f"must be JSON, but {where} is not: {problem}")
+    if not isinstance(config, dict):
+        _refuse("--config", f"must be a JSON object, but got {json.dumps(config)[:60]}")
+    return config
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A repeated key would silently hide a value that somebody set."""
+    keys = [key for key, _ in pairs]
+    repeated = sorted({key for key in keys if keys.count(key) > 1})
+    if repeated:
+        raise ValueError(f"key {repeated[0]!r} stands there twice")
+    return dict(pairs)
+
+
+def _whole_numbers(text: str | None, option: str) -> list[int] | None:
+    """ "1,2,3" as numbers; a usage error names the first piece that is none."""
+    if text is None:
+        return None
+    numbers = []
+    for piece in text.split(","):
+        if not (piece.strip().isascii() and piece.strip().isdigit() and len(piece) < 20):
+            _refuse(option, f"must be whole numbers with commas between them, but got {piece.strip()!r}")
+        numbers.append(int(piece))
+    return numbers
+
+
+def _refuse(option: str, sentence: str) -> NoReturn:
+    raise typer.BadParameter(sentence, param_hint=option)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _tenths() -> Callable[[int, int], None]:
+    """Progress of many cases: a line whenever another tenth of them is done."""
+    said = 0
+
+    def tell(done: int, wanted: int) -> None:
+        nonlocal said
+        if wanted and done * 10 // wanted > said:
+            said = done * 10 // wanted
+            _say(f"judged {done} of {wanted} cases")
+
+    return tell
+
+
+def _trial_line(row: dict[str, Any], budget: int) -> str:
+    latency = "" if row["latency_us"] is None else f", {row['latency_us']:.1f} us {row['latency_kind']}"
+    return f"trial {row['trial'] + 1}/{budget} ({row['source']}): {row['status']}{latency}, {row['tag']}"
+
+
+@contextmanager
+def _answers() -> Iterator[Answer]:
+    """Gives the one writer to stdout. What libraries, compilers and child processes write there meanwhile goes to stderr."""
+    if sys.stdout is not sys.__stdout__:  # a caller has put its own stream there, which no descriptor reaches
+        own = sys.stdout
+        with redirect_stdout(sys.stderr):
+            yield lambda value: _write_json(own, value)
+        return
+    sys.stdout.flush()
+    descriptor = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with open(descriptor, "w", encoding="utf-8", closefd=False) as stream:
+            yield lambda value: _write_json(stream, value)
+    finally:
+        sys.stdout.flush()
+        os.dup2(descriptor, 1)
+        os.close(descriptor)
+
+
+def _write_json(stream: TextIO, value: Any) -> None:
+    """One line, so that a stream of values is one value a line; spread out where a person reads it."""
+    indent = 2 if stream.isatty() else None
+    print(json.dumps(_finite(value), indent=indent, allow_nan=False), file=stream, flush=True)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity, which errors of a diverged program may be: they become null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _print_facts(facts: dict[str, Any]) -> None:
+    table = Table("what", "found", title="amk doctor")
+    for name, value in facts.items():
+        if not isinstance(value, dict):
+            table.add_row(name, "none" if value is None else str(value))
+            continue
+        for part, found in value.items():
+            table.add_row(f"{name}: {part}", {None: "missing", True: "yes", False: "no"}.get(found, str(found)))
+    Console().print(table)
+
+
+def _print_knobs(rows: list[dict[str, Any]]) -> None:
+    table = Table(title="knobs of the ScheduleConfig", show_lines=True)
+    table.add_column("knob", no_wrap=True)
+    for title in ("values", "default", "meaning"):
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        values = ", ".join(map(json.dumps, row["choices"])) or row["type"]
+        unit = f" ({row['unit']})" if row["unit"] else ""
+        table.add_row(row["name"], values, json.dumps(row["default"]), f"{row['meaning']}{unit}; read by {row['consumer']}")
+    Console().print(table)
+
+
+def _outcome_of(error: Exception) -> tuple[int, str]:
+    """Exit code and sentence for what a verb raised."""
+    if isinstance(code := getattr(error, "exit_code", None), int):
+        formatted = getattr(error, "format_message", None)  # the command line's own usage errors
+        return code, formatted() if formatted else str(error)
+    if isinstance(error, ImportError):
+        return ENVIRONMENT, f"a package is missing or broken: {error}; install automegakernel with its dependencies"
+    if isinstance(error, OSError):
+        return ENVIRONMENT, f"a file or the system failed: {error}"
+    if isinstance(error, MemoryError):
+        return ENVIRONMENT, f"out of memory: {error}"
+    return ENVIRONMENT, f"internal error: {type(error).__name__}: {error}; AMK_DEBUG=1 shows where"
+
+
+def _fail(code: int, text: str) -> int:
+    sentence = " ".join(text.split())
+    _write_json(sys.stdout, {"error": sentence})
+    _say(sentence)
+    return code
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """The exit code of one command; nothing escapes as a traceback (AMK_DEBUG=1 lets it)."""
-    command: Callable[..., Any] = typer.main.get_command(app)
+    """Runs one command line (the process's own where None is given) and returns its exit code; nothing is raised."""
     try:
-        code = command(args=None if arguments is None else list(arguments), prog_name="amk", standalone_mode=False)
-        return code if isinstance(code, int) else DONE
-    except typer.Exit as end:
-        return end.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        return fail("interrupted", INTERRUPTED)
-    except Exception as problem:
-        if os.environ.get("AMK_DEBUG") == "1":
+        code = app(args=arguments, prog_name="amk", standalone_mode=False)
+    except Exception as error:  # the edge: whatever went wrong ends as one sentence
+        code, sentence = _outcome_of(error)
+        if os.environ.get("AMK_DEBUG") == "1" and not hasattr(error, "exit_code"):
             raise
-        return _fail_with(problem)
+        return _fail(code, sentence)
+    if code == INTERRUPTED:
+        return _fail(INTERRUPTED, "interrupted")
+    return int(code or OK)
 
 
-def _fail_with(problem: Exception) -> int:
-    formatter = getattr(problem, "format_message", None)
-    if callable(formatter):  # click's own usage errors
-        return fail(str(formatter()) or f"usage: {type(problem).__name__}; see amk --help", USAGE)
-    code = getattr(problem, "exit_code", None)
-    if isinstance(code, int):
-        return fail(str(problem), code)
-    return fail(f"internal error: {type(problem).__name__}: {problem}; run again with AMK_DEBUG=1 for the traceback", ENVIRONMENT)
-
-
-def main() -> None:
+def main() -> NoReturn:
     sys.exit(run())
 
 
