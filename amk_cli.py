@@ -66,7 +66,7 @@ def evaluate(model: Model, gpu: Gpu = None, config: ConfigFile = None, device: D
 def loop(
     model: Model,
     gpu: Gpu = None,
-    budget: Annotated[int, typer.Option(min=1, help="configs to try")] = 8,
+    budget: Annotated[int, typer.Option(help="configs to try")] = 8,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="seed of the search")] = 0,
     results: Annotated[Path | None, typer.Option(help="results.tsv to append to; in workspace/ where none is named")] = None,
@@ -102,7 +102,7 @@ def generate(
     gpu: Gpu = None,
     prompt: Annotated[str | None, typer.Option(help="text to continue", show_default=False)] = None,
     prompt_ids: Annotated[str | None, typer.Option(metavar="1,2,3", help="token ids to continue", show_default=False)] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="new tokens at most")] = 64,
+    max_tokens: Annotated[int, typer.Option(help="new tokens at most")] = 64,
     stop: Annotated[list[str] | None, typer.Option(help="text to stop at; may be given again", show_default=False)] = None,
     verify: Annotated[bool, typer.Option("--verify", help="compare the tokens with the source model's")] = False,
     stream: Annotated[bool, typer.Option("--stream", help="one JSON line a token, then the result")] = False,
@@ -175,8 +175,8 @@ def knobs(as_json: AsJson = False) -> int:
 
 @app.command()
 def verify(
-    programs: Annotated[int, typer.Option(min=0, help="random small programs")] = 2000,
-    mutants: Annotated[int, typer.Option(min=0, help="mutants of real lowerings")] = 400,
+    programs: Annotated[int, typer.Option(help="random small programs")] = 2000,
+    mutants: Annotated[int, typer.Option(help="mutants of real lowerings")] = 400,
     seed: Annotated[int, typer.Option(help="seed of the programs")] = 0,
     minutes: Annotated[float | None, typer.Option(min=0, help="stop after this time", show_default=False)] = None,
 ) -> int:
@@ -188,7 +188,10 @@ def verify(
 
 
 def _judged(verdict: dict[str, Any]) -> int:
-    return OK if verdict["valid"] and verdict["correct"] else FAILED
+    if verdict["valid"] and verdict["correct"]:
+        return OK
+    _say(f"{verdict['status']}: {verdict['rejected_reason'] or '; '.join(verdict['notes'])}")
+    return FAILED
 
 
 def _read_config(source: str | None) -> dict[str, Any] | None:
@@ -233,8 +236,14 @@ def _whole_numbers(text: str | None, option: str) -> list[int] | None:
     return numbers
 
 
+class BadOption(Exception):
+    """The value of an option is not what it must be."""
+
+    exit_code = USAGE
+
+
 def _refuse(option: str, sentence: str) -> NoReturn:
-    raise typer.BadParameter(sentence, param_hint=option)
+    raise BadOption(f"{option}: {sentence}")
 
 
 def _say(text: str) -> None:
@@ -262,19 +271,20 @@ def _trial_line(row: dict[str, Any], budget: int) -> str:
 @contextmanager
 def _answers() -> Iterator[Answer]:
     """Gives the one writer to stdout. What libraries, compilers and child processes write there meanwhile goes to stderr."""
-    if sys.stdout is not sys.__stdout__:  # a caller has put its own stream there, which no descriptor reaches
-        own = sys.stdout
+    own: TextIO = sys.stdout
+    replaced = own is not sys.__stdout__
+    if replaced:  # by a caller's stream, which no descriptor reaches
         with redirect_stdout(sys.stderr):
             yield lambda value: _write_json(own, value)
         return
-    sys.stdout.flush()
+    own.flush()
     descriptor = os.dup(1)
     os.dup2(2, 1)
     try:
         with open(descriptor, "w", encoding="utf-8", closefd=False) as stream:
             yield lambda value: _write_json(stream, value)
     finally:
-        sys.stdout.flush()
+        own.flush()
         os.dup2(descriptor, 1)
         os.close(descriptor)
 
@@ -320,8 +330,8 @@ def _print_knobs(rows: list[dict[str, Any]]) -> None:
 def _outcome_of(error: Exception) -> tuple[int, str]:
     """Exit code and sentence for what a verb raised."""
     if isinstance(code := getattr(error, "exit_code", None), int):
-        formatted = getattr(error, "format_message", None)  # the command line's own usage errors
-        return code, formatted() if formatted else str(error)
+        own = getattr(error, "format_message", None)
+        return code, _usage(own()) if own else str(error)
     if isinstance(error, ImportError):
         return ENVIRONMENT, f"a package is missing or broken: {error}; install automegakernel with its dependencies"
     if isinstance(error, OSError):
@@ -329,6 +339,12 @@ def _outcome_of(error: Exception) -> tuple[int, str]:
     if isinstance(error, MemoryError):
         return ENVIRONMENT, f"out of memory: {error}"
     return ENVIRONMENT, f"internal error: {type(error).__name__}: {error}; AMK_DEBUG=1 shows where"
+
+
+def _usage(message: str) -> str:
+    """What Typer says of a command line, as one sentence."""
+    plain = message.removeprefix("Invalid value for ").replace(". Did you mean", ", did you mean").rstrip(".?")
+    return f"{plain}; see amk --help"
 
 
 def _fail(code: int, text: str) -> int:
@@ -342,6 +358,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line (the process's own where None is given) and returns its exit code; nothing is raised."""
     try:
         code = app(args=arguments, prog_name="amk", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
     except Exception as error:  # the edge: whatever went wrong ends as one sentence
         code, sentence = _outcome_of(error)
         if os.environ.get("AMK_DEBUG") == "1" and not hasattr(error, "exit_code"):
@@ -353,6 +371,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def main() -> NoReturn:
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # None where the caller has closed it
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     sys.exit(run())
 
 
