@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # Counts what a seed means; a change of any formula below must change it, because results are cached by it.
 VERSION = 1
 
-SCORE_STD = 2.1
+SCORE_STD = 2.3
 LOGIT_STD = 2.0
 _GAIN_STD = 0.2
 _BIAS_STD = 0.3
