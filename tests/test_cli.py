@@ -1,0 +1,282 @@
+"""The command line: exit codes, JSON alone on stdout, one sentence for whatever is wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from amk.amk_cli import run
+from amk.dev.card import card_count
+
+VERBS = ("propose", "eval", "loop", "compile", "generate", "bench", "doctor", "knobs", "verify")
+GUIDE = {
+    "tiling": {"gemv": {"N_tile": 128}, "attention": {"kv_block": 128}}, "fusion_grouping": [], "sm_assignment": "load_balance",
+    "pipelining_depth": 3, "page_allocation": "graph_color", "threads_per_block": 256, "smem_bytes_per_block": 0,
+}  # fmt: skip
+LLAMA = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 131, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+    "torch_dtype": "bfloat16",
+}  # fmt: skip
+CPU = ("--device", "cpu")
+NO_CARD = pytest.mark.skipif(card_count() > 0, reason="says what happens where there is no card")
+
+Capture = pytest.CaptureFixture[str]
+
+
+def answer(capsys: Capture, *arguments: str) -> tuple[int, Any, str]:
+    """Exit code, the one JSON value on stdout, and stderr."""
+    code = run(arguments)
+    out, err = capsys.readouterr()
+    return code, json.loads(out), err
+
+
+def refused(capsys: Capture, exit_code: int, *arguments: str) -> str:
+    """The sentence of a command that must fail: the same on stdout as JSON and on stderr as its last line."""
+    code, said, err = answer(capsys, *arguments)
+    assert code == exit_code
+    assert list(said) == ["error"]
+    assert err.splitlines()[-1] == said["error"]
+    assert "Traceback" not in err
+    assert not said["error"].endswith(".") and "\n" not in said["error"]
+    return str(said["error"])
+
+
+def feed_stdin(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), ("command",)),
+        (("evl", "toy"), ("evl", "did you mean 'eval'")),
+        (("eval",), ("model",)),
+        (("eval", "toy", "--bogus"), ("--bogus",)),
+        (("knobs", "extra"), ("extra",)),
+        (("propose", "toyy"), ("'toyy'", "did you mean toy")),
+        (("eval", "./no-such-folder"), ("no-such-folder",)),
+        (("propose", "toy", "--gpu", "h2000"), ("'h2000'", "rtx5090")),
+        (("eval", "toy", "--gpu", "h2000"), ("'h2000'", "rtx5090")),
+        (("eval", "toy", "--device", "tpu"), ("'tpu'", "auto, cuda, cpu")),
+        (("loop", "toy", "--budget", "0", *CPU), ("budget", "at least 1", "got 0")),
+        (("loop", "toy", "--budget", "many"), ("--budget", "integer")),
+        (("loop", "toy", "--budget", "1.5"), ("--budget", "integer")),
+        (("compile", "toy"), ("--out",)),
+        (("generate", "toy", *CPU), ("prompt",)),
+        (("generate", "toy", "--prompt-ids", "1,x", *CPU), ("--prompt-ids", "'x'")),
+        (("generate", "toy", "--prompt-ids", "1,99999", *CPU), ("99999", "256")),
+        (("generate", "toy", "--prompt-ids", "1", "--max-tokens", "0", *CPU), ("max_tokens", "got 0")),
+        (("generate", "toy", "--prompt-ids", ",".join(["1"] * 2049), *CPU), ("2049", "2048")),
+        (("bench", "toy", "--positions", "16,", *CPU), ("--positions", "''")),
+        (("bench", "toy", "--positions", "-3", *CPU), ("--positions", "'-3'")),
+        (("bench", "toy", "--positions", "9999", *CPU), ("9999", "2047")),
+        (("verify", "--programs", "-1"), ("programs", "got -1")),
+        (("verify", "--minutes", "soon"), ("--minutes", "number")),
+    ],
+)
+def test_wrong_command_line_is_a_usage_error_that_names_it(capsys: Capture, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
+    sentence = refused(capsys, 2, *arguments)
+    assert [word for word in words if word not in sentence] == []
+
+
+@pytest.mark.parametrize("verb", ("eval", "generate", "bench", "compile"))
+def test_every_verb_with_a_config_refuses_a_missing_file(capsys: Capture, tmp_path: Path, verb: str) -> None:
+    needed = {"generate": ("--prompt-ids", "1"), "compile": ("-o", str(tmp_path / "out"))}.get(verb, ())
+    assert "nowhere.json" in refused(capsys, 2, verb, "toy", *needed, "--config", "nowhere.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "JSON"),
+        (b'{"a":', "JSON"),
+        (b'{"a": NaN}', "NaN"),
+        (b'{"a": 1, "a": 2}', "'a' stands there twice"),
+        (b"[1]", "object"),
+        (b"7", "object"),
+        (b"null", "object"),
+        (b"\xff\xfe\x00", "JSON"),
+        (b"[" * 100_000, "JSON"),
+    ],
+)
+def test_config_that_is_no_json_object_is_a_usage_error(capsys: Capture, tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    assert words in refused(capsys, 2, "eval", "toy", "--config", str(path), *CPU)
+
+
+def test_broken_config_on_stdin_is_a_usage_error(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    feed_stdin(monkeypatch, "{")
+    assert "stdin" in refused(capsys, 2, "eval", "toy", "--config", "-", *CPU)
+
+
+def test_folder_as_config_or_file_as_output_folder_is_a_usage_error(capsys: Capture, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert str(tmp_path) in refused(capsys, 2, "eval", "toy", "--config", str(tmp_path), *CPU)
+    assert "--out" in refused(capsys, 2, "compile", "toy", "-o", str(tmp_path / "file"), *CPU)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"bogus": 1}, ("bogus", "allowed keys", "tiling")),
+        ({"kernel_knobs": {"bogus": 1}}, ("bogus",)),
+        ({"tiling": {"gemv": {"N_tile": 7}}}, ("N_tile", "got 7", "128")),
+        ({"tiling": {"gemv": {"N_tile": 7}}, "bogus": 1}, ("N_tile", "bogus")),
+    ],
+)
+def test_unknown_knob_or_value_is_a_rejection_with_all_its_reasons(
+    capsys: Capture, tmp_path: Path, config: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    code, verdict, err = answer(capsys, "eval", "toy", "--config", str(path), *CPU)
+    assert (code, verdict["status"], verdict["valid"], verdict["latency_us"]) == (1, "rejected", False, None)
+    assert [word for word in words if word not in verdict["rejected_reason"]] == []
+    assert err == f"rejected: {verdict['rejected_reason']}\n"
+
+
+def test_rejected_config_compiles_to_nothing_and_exits_1(capsys: Capture, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"bogus": 1}')
+    code, built, _ = answer(capsys, "compile", "toy", "-o", str(tmp_path / "out"), "--config", str(path), *CPU)
+    assert (code, built["verdict"]["status"], built["files"]) == (1, "rejected", [])
+    assert not (tmp_path / "out").exists()
+
+
+@NO_CARD
+@pytest.mark.parametrize("gpu", ((), ("--gpu", "b200"), ("--gpu", "auto")))
+@pytest.mark.parametrize("verb", ("eval", "bench"))
+def test_asking_for_a_card_where_there_is_none_is_an_environment_error(capsys: Capture, verb: str, gpu: tuple[str, ...]) -> None:
+    assert "card" in refused(capsys, 3, verb, "toy", *gpu, "--device", "cuda")
+
+
+def test_truncated_checkpoint_is_an_environment_error(capsys: Capture, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    weights = tmp_path / "model.safetensors"
+    save_file({"model.norm.weight": np.ones(64, np.float32)}, weights)
+    weights.write_bytes(weights.read_bytes()[:-5])
+    assert "model.safetensors" in refused(capsys, 3, "eval", str(tmp_path), *CPU)
+
+
+def test_toy_is_correct_and_its_latency_is_predicted(capsys: Capture) -> None:
+    code, verdict, err = answer(capsys, "eval", "toy", *CPU)
+    assert (code, verdict["valid"], verdict["correct"], verdict["latency_kind"]) == (0, True, True, "predicted")
+    assert "judging" in err
+
+
+def test_config_of_the_guide_from_stdin_is_valid_and_correct(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    feed_stdin(monkeypatch, json.dumps(GUIDE))
+    code, verdict, _ = answer(capsys, "eval", "toy", "--config", "-", *CPU)
+    assert (code, verdict["valid"], verdict["correct"]) == (0, True, True)
+
+
+def test_incumbent_that_propose_prints_is_a_config_that_eval_accepts(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, proposed, err = answer(capsys, "propose", "toy", "--gpu", "h200")
+    assert (code, err) == (0, "")
+    feed_stdin(monkeypatch, json.dumps(proposed["schedule_config"]))
+    code, verdict, _ = answer(capsys, "eval", "toy", "--gpu", "h200", "--config", "-", *CPU)
+    assert (code, verdict["schedule_id"]) == (0, proposed["schedule_id"])
+
+
+def test_loop_says_each_trial_on_stderr_and_its_result_on_stdout(capsys: Capture, tmp_path: Path) -> None:
+    results = tmp_path / "results.tsv"
+    code, found, err = answer(capsys, "loop", "toy", "--budget", "2", "--results", str(results), "--gpu", "h200", *CPU)
+    assert (code, found["n_trials"], found["results_tsv"]) == (0, 2, str(results))
+    assert [f"trial {n}/2" in err for n in (1, 2, 3)] == [True, True, False]
+    assert len(results.read_text().splitlines()) == 3
+
+
+def test_stream_is_one_json_line_a_token_and_then_the_result(capsys: Capture) -> None:
+    code = run(["generate", "toy", "--prompt-ids", "1,2,3", "--max-tokens", "4", "--stream", "--verify", *CPU])
+    *tokens, result = map(json.loads, capsys.readouterr().out.splitlines())
+    assert code == 0 and result["matches_eager"] is True
+    assert [token["index"] for token in tokens] == list(range(len(result["generated"])))
+    assert [token["token"] for token in tokens] == result["generated"]
+
+
+def test_compile_writes_the_files_that_it_lists(capsys: Capture, tmp_path: Path) -> None:
+    code, built, _ = answer(capsys, "compile", "toy", "-o", str(tmp_path / "out"), "--gpu", "h200", *CPU)
+    assert code == 0 and built["verdict"]["correct"]
+    named = {Path(name).name for name in built["files"]}
+    assert named and named <= {path.name for path in (tmp_path / "out").rglob("*")}
+
+
+def test_bench_has_a_row_a_position(capsys: Capture) -> None:
+    code, table, _ = answer(capsys, "bench", "toy", "--positions", "16,128", "--gpu", "h200", *CPU)
+    assert (code, [row["position"] for row in table["rows"]]) == (0, [16, 128])
+
+
+def test_verify_finds_no_false_accept_and_counts_no_cases_as_no_pass(capsys: Capture) -> None:
+    assert answer(capsys, "verify", "--programs", "10", "--mutants", "0")[0] == 0
+    assert answer(capsys, "verify", "--programs", "0", "--mutants", "0")[0] != 0
+
+
+def test_people_get_tables_and_programs_json(capsys: Capture) -> None:
+    code, table, _ = answer(capsys, "knobs", "--json")
+    assert code == 0
+    assert run(["knobs"]) == 0
+    printed = capsys.readouterr().out
+    assert [knob["name"] for knob in table if knob["name"] not in printed] == []
+    code, facts, _ = answer(capsys, "doctor", "--json")
+    assert code == 0
+    assert run(["doctor"]) == 0
+    assert facts["python"] in capsys.readouterr().out
+
+
+def test_help_names_every_verb_and_every_verb_has_help(capsys: Capture) -> None:
+    assert run(["--help"]) == 0
+    overview = capsys.readouterr().out
+    assert [verb for verb in VERBS if verb not in overview] == []
+    for verb in VERBS:
+        assert run([verb, "--help"]) == 0
+        assert f"amk {verb}" in capsys.readouterr().out
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_verbs_that_judge_nothing_start_without_torch() -> None:
+    verbs = "[['--help'], ['knobs'], ['doctor'], ['propose', 'toy', '--gpu', 'h200'], ['eval', 'toyy']]"
+    loaded = "sorted({'torch', 'transformers'} & set(sys.modules))"
+    ran = python(f"import sys; from amk.amk_cli import run; codes = [run(v) for v in {verbs}]; print(codes, {loaded})")
+    assert ran.stdout.splitlines()[-1] == "[0, 0, 0, 0, 2] []", ran.stderr
+
+
+def test_root_package_exports_the_harness_when_it_is_asked() -> None:
+    before = "import amk, sys; print('amk.harness' in sys.modules)"
+    same = "propose is sys.modules['amk.harness'].propose"
+    after = f"from amk import evaluate, generate, loop, propose; print({same}, hasattr(amk, 'nothing'))"
+    assert python(f"{before}; {after}").stdout.split() == ["False", "True", "False"]
+
+
+def test_only_answers_reach_stdout_whoever_writes_there() -> None:
+    noise = "os.write(1, b'noise\\n'); print('noise'); subprocess.run(['echo', 'noise'])"
+    body = f"with _answers() as a:\n {noise}; a([1, float('nan')])\nprint('after')"
+    ran = python(f"import os, subprocess\nfrom amk.amk_cli import _answers\n{body}")
+    assert ran.stdout.splitlines() == ["[1, null]", "after"]
+    assert ran.stderr.count("noise") == 3
+
+
+def test_interrupted_command_says_so_and_exits_130(tmp_path: Path) -> None:
+    arguments = ("loop", "toy", "--budget", "1000", "--results", str(tmp_path / "results.tsv"), *CPU)
+    command = [sys.executable, "-c", "from amk.amk_cli import main; main()", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        process.stderr.readline()  # work has begun
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    assert (process.returncode, json.loads(out)) == (130, {"error": "interrupted"})
+    assert "Traceback" not in err
