@@ -52,7 +52,7 @@ def _read_card(driver: Any) -> Card:
     def attribute(name: str) -> int:
         return int(driver.cuDeviceGetAttribute(getattr(names, f"CU_DEVICE_ATTRIBUTE_{name}"), device)[1])
 
-    name = driver.cuDeviceGetName(128, device)[1].decode().rstrip("\x00")
+    name = driver.cuDeviceGetName(128, device)[1].split(b"\x00")[0].decode()
     major, minor = attribute("COMPUTE_CAPABILITY_MAJOR"), attribute("COMPUTE_CAPABILITY_MINOR")
     bandwidth = None if card_of(name) else attribute("MEMORY_CLOCK_RATE") * 1e3 * attribute("GLOBAL_MEMORY_BUS_WIDTH") / 8 * 2 / 1e9
     target = live_target(
@@ -95,11 +95,18 @@ def _without_card(gpu: str | None, device: str) -> Place:
 
 
 def foreign_processes() -> list[int]:
-    """Process ids of other programs with a context on the card, as nvidia-smi lists them; empty where it cannot tell."""
+    """Process ids of other programs with a context on the card, as nvidia-smi lists them; empty where it cannot tell.
+
+    To be asked by a process that has a context itself.
+    """
     command = ["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split()
     except (OSError, subprocess.TimeoutExpired):
         return []
-    own = {os.getpid(), os.getppid()}
-    return [int(line) for line in lines if line.isdigit() and int(line) not in own]
+    return others([int(line) for line in lines if line.isdigit()], os.getpid())
+
+
+def others(listed: list[int], own: int) -> list[int]:
+    """The processes of a list that are not ours. A container's process may be listed under the host's number: then one of them is ours."""
+    return [pid for pid in listed if pid != own] if own in listed else listed[1:]

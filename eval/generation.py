@@ -58,6 +58,8 @@ def generate(
         raise UsageError(f"prompt: {len(tokens)} tokens and {max_tokens} new ones must fit the context of {context}")
     facts, machine = session.load(candidate, max_steps=max(TOKENS_A_LAUNCH, len(tokens) + max_tokens))
     try:
+        if machine_is_quick(session):
+            machine.decode(tokens[:1], 0)  # a first launch loads the kernel: not the prompt's time
         new, reason, elapsed = _decode(machine, session, tokens, max_tokens, stop, tokenizer, on_token)
     finally:
         machine.close()
