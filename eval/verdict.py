@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, TypeAlias
@@ -128,8 +129,14 @@ class Verdict(Facts):
             raise ValueError(f"verdict of {self.model} ({self.schedule_id}): " + "; ".join(problems))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON-able data; tuples become lists."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """Plain JSON-able data; tuples become lists, and an error that is not finite null."""
+        return {key: _plain(value) for key, value in asdict(self).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _problems(v: Verdict) -> Iterable[str]:

@@ -1,0 +1,189 @@
+"""What the oracle does with machines that are not wrong in their arithmetic but in what they hand back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from amk.eval.oracle import Finding, Plan, Reference, Segment, Step, compare, default_plan, find, judge
+from amk.eval.tolerance import FP32_ERROR, TIE
+from amk.models.registry import describe
+from amk.vm.interface import Decoded, LaunchFailed
+
+VOCAB, STEPS, PROMPT = 97, 12, 3
+EXPECTED = 0.01
+
+
+def reference() -> Reference:
+    """Random logits after a prompt and its greedy continuation; no late positions."""
+    logits = torch.randn(STEPS, VOCAB, generator=torch.Generator().manual_seed(3)) * 2
+    tokens = [5, 6, 7]
+    for row in logits[PROMPT - 1 : -1]:
+        tokens.append(int(row.argmax()))
+    segment = Segment(0, tuple(tokens), logits, (EXPECTED,) * STEPS)
+    return Reference(Plan(PROMPT, STEPS, (), 0), "bf16", 1, segment, (), lambda layer, rows: (logits, logits))
+
+
+@dataclass
+class Echo:
+    """A machine that gives the reference's logits, changed by `edit`, and their best token or the one that `edit` returns."""
+
+    reference: Reference
+    edit: Any = None
+    context: int = 64
+    launches: list[tuple[tuple[int, ...], int, int]] = field(default_factory=list)
+
+    def seed_kv(self, layer: int, keys: Any, values: Any) -> None:
+        raise AssertionError("nothing is seeded without late positions")
+
+    def decode(self, tokens: Sequence[int], position: int, *, steps: int | None = None, logits: bool = False) -> Decoded:
+        count = steps or len(tokens)
+        self.launches.append((tuple(tokens), position, count))
+        rows = self.reference.early.logits[position : position + count].clone()
+        told = [self.edit(position + i, row) if self.edit else None for i, row in enumerate(rows)]
+        chosen = [int(row.argmax()) if token is None else token for token, row in zip(told, rows, strict=True)]
+        return Decoded(tuple(chosen), rows, None)
+
+    def close(self) -> None:
+        pass
+
+
+def found(edit: Any = None) -> tuple[Finding, Echo]:
+    machine = Echo(reference(), edit)
+    return judge(machine, machine.reference), machine
+
+
+def test_the_source_itself_is_correct_and_runs_in_one_launch() -> None:
+    finding, machine = found()
+    assert finding.correct and finding.top1_agreement == 1 and finding.positions == tuple(range(STEPS))
+    assert [(position, count) for _, position, count in machine.launches] == [(0, STEPS)]
+    assert len(machine.launches[0][0]) == PROMPT
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_logit_that_is_not_finite_fails(value: float) -> None:
+    def poison(position: int, row: torch.Tensor) -> None:
+        if position == 5:
+            row[0] = value
+
+    finding, _ = found(poison)
+    assert not finding.correct and not finding.tolerance_used < 1
+
+
+def test_a_buffer_that_was_never_written_fails() -> None:
+    def never_written(position: int, row: torch.Tensor) -> None:
+        row.fill_(math.nan)
+
+    assert not found(never_written)[0].correct
+
+
+def test_right_logits_with_another_token_fail() -> None:
+    finding, _ = found(lambda position, row: 1 if position == 7 else None)
+    assert not finding.correct and any("own logits" in text for text in finding.failures)
+
+
+def test_a_token_outside_the_vocabulary_fails() -> None:
+    finding, _ = found(lambda position, row: VOCAB if position == 7 else None)
+    assert not finding.correct
+
+
+def test_after_a_wrong_token_the_machine_is_put_back_on_the_track_and_judged_to_the_end() -> None:
+    def wrong(position: int, row: torch.Tensor) -> None:
+        if position == 4:
+            row[int(row.argmin())] = row.max() + 1
+
+    finding, machine = found(wrong)
+    assert not finding.correct and finding.positions == tuple(range(STEPS))
+    tokens = machine.reference.early.tokens
+    assert machine.launches[1] == (tokens[5:], 5, STEPS - 5)
+
+
+def near_tie(position: int, row: torch.Tensor) -> None:
+    """Lifts the runner-up just over the best, by less than the tie limit."""
+    first, second = row.topk(2).indices
+    if position in (4, 8):
+        row[second] = row[first] + 1e-4
+
+
+def test_near_ties_are_excused_but_not_more_than_their_share() -> None:
+    machine = Echo(reference(), near_tie)
+    for position in (4, 8):
+        row = machine.reference.early.logits[position]
+        first, second = row.topk(2).indices
+        row[second] = row[first] - 0.5 * TIE * EXPECTED * row.std()
+    finding = judge(machine, machine.reference)
+    assert finding.near_ties == 2
+    assert finding.failures == ("tokens that differ at near ties must be at most 3%, but are 2 of 12",)
+    assert [position for _, position, _ in machine.launches] == [0, 5, 9]
+
+
+@pytest.mark.parametrize(("factor", "correct"), [(1.5, True), (1.6, False)])
+def test_errors_are_weighed_against_what_rounding_does(factor: float, correct: bool) -> None:
+    """Energy over expected energy must stay below 2.4, the square of 1.549."""
+    noise = torch.randn(STEPS, VOCAB, generator=torch.Generator().manual_seed(8))
+
+    def shake(position: int, row: torch.Tensor) -> None:
+        spread = (row - row.mean()).norm()
+        row += noise[position] / noise[position].norm() * spread * EXPECTED * factor
+
+    steps = []
+    machine = Echo(reference(), shake)
+    for i, row in enumerate(machine.reference.early.logits):
+        moved = row.clone()
+        shake(i, moved)
+        steps.append(compare(i, int(moved.argmax()), moved, row, EXPECTED))
+    assert not [text for text in find(steps, [], "bf16").failures if "logit" in text and "own" not in text] == correct
+
+
+def test_a_constant_added_to_every_logit_is_an_error() -> None:
+    assert compare(0, 1, torch.tensor([1.0, 3.0]), torch.tensor([0.0, 2.0]), EXPECTED).rel_err == pytest.approx(1.0)
+
+
+def test_a_model_that_rounding_alone_upsets_is_not_judged() -> None:
+    step = Step(0, rel_err=0.3, expected=0.3, max_abs_err=1.0, agrees=True, near_tie=True, consistent=True)
+    assert not find([step], [], "bf16").correct
+
+
+def test_a_shorter_answer_than_asked_for_is_refused() -> None:
+    class Short(Echo):
+        def decode(self, tokens: Sequence[int], position: int, *, steps: int | None = None, logits: bool = False) -> Decoded:
+            whole = super().decode(tokens, position, steps=steps, logits=logits)
+            return Decoded(whole.tokens[:-1], whole.logits, None)
+
+    with pytest.raises(ValueError, match="decode must give"):
+        judge(Short(reference()), reference())
+
+
+def test_a_launch_that_does_not_finish_is_not_a_finding() -> None:
+    class Hangs(Echo):
+        def decode(self, tokens: Sequence[int], position: int, *, steps: int | None = None, logits: bool = False) -> Decoded:
+            raise LaunchFailed("timeout", "a wait ran out")
+
+    with pytest.raises(LaunchFailed):
+        judge(Hangs(reference()), reference())
+
+
+@pytest.mark.parametrize("name", ["toy", "small", "smollm2-135m", "llama-3.2-1b-shape"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_at_least_eight_positions_are_judged_and_one_past_1000(name: str, device: str) -> None:
+    spec = describe(name)
+    plan = default_plan(spec, min(spec.max_context, 16384), device)
+    judged = [*range(plan.steps), *(p + i for p in plan.late for i in range(plan.late_steps))]
+    assert len(judged) >= 8 and max(judged) > 1000
+
+
+def test_positions_fit_a_short_context() -> None:
+    plan = default_plan(describe("toy"), 32, "cuda")
+    assert plan.steps <= 32 and plan.late == ()
+
+
+def test_fp32_is_held_to_one_in_ten_thousand() -> None:
+    def step(error: float) -> Step:
+        return Step(0, rel_err=error, expected=FP32_ERROR, max_abs_err=0.0, agrees=True, near_tie=True, consistent=True)
+
+    assert find([step(9e-5)], [], "fp32").correct and not find([step(1e-4)], [], "fp32").correct

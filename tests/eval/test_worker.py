@@ -1,0 +1,90 @@
+"""The worker process: it serves, says what went wrong, and can be killed at any time without harm to the next request."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from amk.eval.card import Place, others
+from amk.eval.worker import RemoteError, Worker, WorkerDied, unfinished
+from amk.schedule.targets import TARGETS
+
+CPU = Place(TARGETS["h200"], "cpu", None)
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    """The shared worker; killed afterwards."""
+    shared = Worker.shared()
+    yield shared
+    Worker.shared().kill()
+
+
+def evaluate(worker: Worker, model: str = "toy", config: Any = None, **options: Any) -> Any:
+    events = options.pop("on_event", lambda kind, value: None)
+    return worker.call("evaluate", model, CPU, {"config": config or {}}, events, **options)
+
+
+def test_a_worker_serves_one_request_after_another_and_reports_on_the_way(worker: Worker) -> None:
+    told: list[str] = []
+    verdict = evaluate(worker, on_event=lambda kind, value: told.append(kind))
+    assert verdict["correct"] and set(told) == {"progress"}
+    assert evaluate(worker, config={"nonsense": 1})["status"] == "rejected"
+    assert Worker.shared() is worker
+
+
+def test_an_error_of_a_request_keeps_its_sentence_and_exit_code(worker: Worker) -> None:
+    with pytest.raises(RemoteError, match="unknown model") as caught:
+        evaluate(worker, model="./nowhere")
+    assert caught.value.exit_code == 2
+
+
+def test_a_worker_that_says_nothing_in_time_is_killed_and_replaced(worker: Worker) -> None:
+    with pytest.raises(WorkerDied) as caught:
+        evaluate(worker, timeout_s=0.0)
+    assert caught.value.kind == "timeout"
+    assert Worker.shared() is not worker
+    assert evaluate(Worker.shared())["correct"]
+
+
+def test_a_worker_that_dies_in_the_middle_is_a_crash_and_replaced(worker: Worker) -> None:
+    def shoot(kind: str, value: Any) -> None:
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGKILL)
+
+    with pytest.raises(WorkerDied) as caught:
+        evaluate(worker, on_event=shoot)
+    assert caught.value.kind == "crash"
+    assert Worker.shared() is not worker
+
+
+def test_a_request_that_its_caller_abandons_leaves_nothing_for_the_next(worker: Worker) -> None:
+    def interrupt(kind: str, value: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(worker, on_event=interrupt)
+    assert Worker.shared() is not worker
+
+
+def test_a_bug_in_the_worker_is_told_to_the_parent(worker: Worker, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(WorkerDied, match="KeyError"):
+        worker.call("evaluate", "toy", CPU, {}, lambda kind, value: None)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("result", "expected"),
+    [({"status": "correct"}, False), ({"status": "crash"}, True), ({"verdict": {"status": "timeout"}}, True), ({"text": "x"}, False)],
+)
+def test_a_launch_that_did_not_finish_is_its_workers_last(result: dict[str, Any], expected: bool) -> None:
+    assert unfinished(result) == expected
+
+
+@pytest.mark.parametrize(("listed", "expected"), [([], []), ([7], []), ([7, 8], [8]), ([9], []), ([9, 8], [8])])
+def test_our_own_process_is_not_company_even_under_the_hosts_number(listed: list[int], expected: list[int]) -> None:
+    assert others(listed, own=7) == expected
