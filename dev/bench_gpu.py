@@ -2,7 +2,7 @@
 
     python amk_bootstrap.py amk.dev.bench_gpu
 
-Every row has the program's and the binary's digest and its raw samples; correctness is `make gpu`'s business and the harness's.
+Every program is judged by the oracle before it is timed; a row has what the oracle found, the digests and the raw samples.
 """
 
 from __future__ import annotations
@@ -11,17 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from amk.dev.provenance import write_results
-from amk.eval.bench import launch_start, read_bandwidth_gbs, samples_us
-from amk.eval.card import live_card
-from amk.models.registry import resolve
-from amk.schedule.compile import lower
-from amk.schedule.config import parse_config
+from amk.eval.bench import launch_start, quantiles, read_bandwidth_gbs, samples_us
+from amk.eval.card import choose
+from amk.eval.oracle import judge
+from amk.eval.session import Session
 from amk.schedule.cost import floor_us, streamed_bytes
-from amk.schedule.digest import program_digest, schedule_id
-from amk.schedule.knobs import Config
-from amk.schedule.targets import Target
-from amk.schedule.validate import ValidProgram, validate
-from amk.vm.cuda import CudaVM, UnprovenCudaVM
+from amk.vm.cuda import UnprovenCudaVM
 
 ONE_B, SMOL = "llama-3.2-1b-shape", "smollm2-135m-shape"
 POSITIONS = {ONE_B: (16, 128, 1024, 8000), SMOL: (16, 128, 1024)}
@@ -34,7 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "kv_block=16": {"tiling": {"attention": {"kv_block": 16}}},
     "kv_block=256": {"tiling": {"attention": {"kv_block": 256}}},
     "pipelining_depth=2": {"pipelining_depth": 2},
-    "pipelining_depth=3": {"pipelining_depth": 3},
+    "pipelining_depth=4": {"pipelining_depth": 4},
     "pipelining_depth=8": {"pipelining_depth": 8},
     "page_allocation=linear": {"page_allocation": "linear"},
     "threads_per_block=128": {"threads_per_block": 128},
@@ -50,50 +45,46 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def machine(target: Target, name: str, config: dict[str, Any]) -> UnprovenCudaVM:
-    model, parsed = resolve(name), parse_config(config)
-    assert isinstance(parsed, Config), parsed
-    valid = validate(lower(model.spec, parsed, target, context=CONTEXT[name]))
-    assert isinstance(valid, ValidProgram), valid
-    return CudaVM(valid, model.weights, arch=target.arch)
+def judged_rows(session: Session, label: str, config: dict[str, Any], positions: tuple[int, ...]) -> list[dict[str, Any]]:
+    """One measured line a position, printed as it is made; AssertionError if the program is refused or wrong."""
+    candidate = session.prepare(config, CONTEXT[session.model.spec.name])
+    assert candidate.program is not None, candidate.rejections
+    program = candidate.program.program
+    facts, machine = session.load(candidate)
+    assert isinstance(machine, UnprovenCudaVM)
+    try:
+        finding = judge(machine, session.reference(program))
+        assert finding.correct, finding.failures
+        head = {
+            "model": session.model.spec.name, "config": label, "effective": candidate.effective, "correct": finding.correct,
+            "tolerance_used": finding.tolerance_used, "schedule_id": facts.schedule_id, "program_digest": facts.program_digest,
+            "binary_digest": facts.binary_digest, "arena_bytes": 8 * program.arena_packets, "registers": machine.kernel.binary.registers,
+        }  # fmt: skip
+        return [head | timed(machine, head["model"], label, position, session.bandwidth()) for position in positions]
+    finally:
+        machine.close()
 
 
-def row(vm: UnprovenCudaVM, name: str, label: str, position: int, bandwidth: float) -> dict[str, Any]:
-    """One measured line, printed as it is made."""
-    start, steps = launch_start(position, vm.context)
-    many, single = samples_us(vm, start, steps), samples_us(vm, position, 1)
-    median = sorted(many)[len(many) // 2]
-    floor = floor_us(vm.program, position, bandwidth)
+def timed(machine: UnprovenCudaVM, name: str, label: str, position: int, bandwidth: float) -> dict[str, Any]:
+    start, steps = launch_start(position, machine.context)
+    many, single = samples_us(machine, start, steps), samples_us(machine, position, 1)
+    median = quantiles(many).p50
+    floor = floor_us(machine.program, position, bandwidth)
     print(f"{name:20} {label:28} position {position:5}: {median:7.1f} us, {100 * floor / median:5.1f} % of the plain read", flush=True)
     return {
-        "model": name, "config": label, "position": position, "latency_us": median, "floor_us": floor,
-        "pct_of_roofline": 100 * floor / median, "streamed_bytes": streamed_bytes(vm.program, position),
-        "samples_us": many, "single_launch_samples_us": single, "schedule_id": schedule_id(vm.program),
-        "program_digest": program_digest(vm.program), "binary_digest": vm.kernel.binary.digest,
-        "arena_bytes": 8 * vm.program.arena_packets, "registers": vm.kernel.binary.registers,
+        "position": position, "latency_us": median, "floor_us": floor, "pct_of_roofline": 100 * floor / median,
+        "streamed_bytes": streamed_bytes(machine.program, position), "samples_us": many, "single_launch_samples_us": single,
     }  # fmt: skip
 
 
-def rows(target: Target, name: str, label: str, config: dict[str, Any], positions: tuple[int, ...], bandwidth: float) -> list[dict[str, Any]]:
-    vm = machine(target, name, config)
-    try:
-        return [row(vm, name, label, position, bandwidth) for position in positions]
-    finally:
-        vm.close()
-
-
 def main() -> None:
-    card = live_card()
-    assert card is not None, "a card is what this script measures"
-    target = card.target
-    bandwidth = read_bandwidth_gbs(target)
-    print(f"plain read: {bandwidth:.0f} GB/s", flush=True)
-    latency = [line for name, positions in POSITIONS.items() for line in rows(target, name, "default", {}, positions, bandwidth)]
-    cases = [(name, label, config) for name in POSITIONS for label, config in VARIANTS.items()]
-    knobs = [line for name, label, config in cases for line in rows(target, name, label, config, (128,), bandwidth)]
-    after = read_bandwidth_gbs(target)
-    results = {"plain_read_gbs": [bandwidth, after], "latency": latency, "knobs": knobs}
-    write_results(Path("results") / f"bench-{target.name}.json", results)
+    sessions = {name: Session(name, choose(None, "cuda")) for name in POSITIONS}
+    latency = [line for name, session in sessions.items() for line in judged_rows(session, "default", {}, POSITIONS[name])]
+    cases = [(session, label, config) for session in sessions.values() for label, config in VARIANTS.items()]
+    knobs = [line for session, label, config in cases for line in judged_rows(session, label, config, (128,))]
+    target = sessions[ONE_B].place.target
+    reads = [session.bandwidth() for session in sessions.values()] + [read_bandwidth_gbs(target)]
+    write_results(Path("results") / f"bench-{target.name}.json", {"plain_read_gbs": reads, "latency": latency, "knobs": knobs})
 
 
 if __name__ == "__main__":

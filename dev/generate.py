@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from amk.dev import draw_machine
 from amk.schedule.render import config_schema, knob_table_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,6 +29,7 @@ def _schema_file(schema: Callable[[], dict[str, Any]]) -> Render:
 
 # Path from the root -> the whole text of that file.
 GENERATED: dict[str, Render] = {
+    "docs/images/machine.svg": draw_machine.render,
     "docs/knobs.md": knob_table_markdown,
     "schemas/schedule_config.json": _schema_file(config_schema),
 }

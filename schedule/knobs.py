@@ -124,7 +124,7 @@ class Config:
     pipelining_depth: int = _knob(
         "pipelining_depth",
         "int",
-        4,
+        3,
         "ring stages that are being copied at a time; more than the ring has are as many as it has",
         "compile, vm feeder",
         unit="stages",
