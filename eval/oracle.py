@@ -28,21 +28,29 @@ if TYPE_CHECKING:
     import torch
 
 LATE_POSITIONS = (127, 1023, 8000)
+# The prompt of models that have a tokenizer.
+PROMPT_TEXT = "A megakernel is a single GPU kernel that runs the whole forward pass of a model. It is fast because"
+MAX_TEXT = 24  # tokens of a text that are a prompt; the rest of the early steps are the source's own choice
 KvRows = Callable[[int, int], "tuple[torch.Tensor, torch.Tensor]"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is judged: `steps` tokens from position 0, the first `prompt` of them forced, and `late_steps` at each late position."""
+    """What is judged: `steps` tokens from position 0, the first `prompt` of them forced, and `late_steps` at each late position.
+
+    The prompt is `text` (token ids, as many as `prompt`) where there is one, else random tokens. A trained model is better judged on
+    text: on random tokens rounding moves its logits further, and small errors hide.
+    """
 
     prompt: int
     steps: int
     late: tuple[int, ...]
     late_steps: int
     seed: int = 0
+    text: tuple[int, ...] = ()
 
 
-def default_plan(spec: ModelSpec, context: int, device: str) -> Plan:
+def default_plan(spec: ModelSpec, context: int, device: str, text: Sequence[int] = ()) -> Plan:
     """Positions that fit `context`, one past each sliding window; fewer steps for a deep model on the CPU, where each takes long."""
     slow = device == "cpu" and spec.layers > 4
     late_steps = 4
@@ -50,7 +58,8 @@ def default_plan(spec: ModelSpec, context: int, device: str) -> Plan:
     wanted = {*LATE_POSITIONS, *(w + 3 for w in spec.windows if w is not None)}
     steps = min(context, 32 if slow else 48)
     late = sorted(p for p in wanted if steps <= p <= min(furthest, context - late_steps))
-    return Plan(prompt=min(8, steps), steps=steps, late=tuple(late), late_steps=late_steps)
+    prompt = min(len(text[:MAX_TEXT]) or 8, steps)
+    return Plan(prompt=prompt, steps=steps, late=tuple(late), late_steps=late_steps, text=tuple(text[:prompt]))
 
 
 def rounding_points(program: Program) -> RoundingPoints:
@@ -111,6 +120,8 @@ def make_reference(spec: ModelSpec, eager: Any, plan: Plan, points: RoundingPoin
 
 
 def _prompt(spec: ModelSpec, plan: Plan, rng: np.random.Generator) -> list[int]:
+    if plan.text:
+        return list(plan.text)
     tokens = [int(t) for t in rng.integers(0, spec.vocab, plan.prompt)]
     return tokens if spec.bos_token is None else [spec.bos_token, *tokens[1:]]
 

@@ -10,7 +10,7 @@ from amk.eval.bench import measure, read_bandwidth_gbs
 from amk.eval.candidate import Candidate, prepare
 from amk.eval.card import Place
 from amk.eval.errors import EnvironmentProblem, UsageError
-from amk.eval.oracle import Finding, Reference, default_plan, judge, make_reference, rounding_points
+from amk.eval.oracle import PROMPT_TEXT, Finding, Reference, default_plan, judge, make_reference, rounding_points
 from amk.eval.verdict import Facts, Judgement, Latency, Verdict, failed, judged, rejected
 from amk.models.model import Model
 from amk.models.registry import resolve
@@ -81,10 +81,16 @@ class Session:
         context, points = program.machine.context, rounding_points(program)
         if (context, points) not in self._references:
             self._progress("running the source model")
-            plan = default_plan(self.model.spec, context, self.place.device)
+            plan = default_plan(self.model.spec, context, self.place.device, self._text())
             eager = self.model.eager("fp32", self.place.device)
             self._references[context, points] = make_reference(self.model.spec, eager, plan, points)
         return self._references[context, points]
+
+    def _text(self) -> list[int]:
+        """The oracle's prompt in the model's own tokens; empty where it has no tokenizer, or one that knows more tokens than it does."""
+        tokenizer = self.model.tokenizer()
+        tokens: list[int] = tokenizer(PROMPT_TEXT)["input_ids"] if tokenizer else []
+        return tokens if all(token < self.model.spec.vocab for token in tokens) else []
 
     def latency(self, candidate: Candidate, facts: Facts, machine: DecodeMachine, position: int) -> Latency:
         """Measured on the card, predicted on the CPU."""
