@@ -100,6 +100,7 @@ def _cpu_session(model_id: str, place: Place, progress: Progress) -> Session:
     if key not in _SESSIONS:
         _SESSIONS.clear()
         _SESSIONS[key] = Session(model_id, place, progress)
+    _SESSIONS[key].progress = progress  # the last caller's, not that of the call before
     return _SESSIONS[key]
 
 

@@ -9,10 +9,12 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from amk.dev import draw_machine
+from amk.eval.shapes import SHAPES, result_schema
 from amk.schedule.render import config_schema, knob_table_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,7 +25,8 @@ def _schema_file(schema: Callable[[], dict[str, Any]]) -> Render:
     def render() -> str:
         return json.dumps(schema(), indent=2) + "\n"
 
-    render.__module__, render.__qualname__ = schema.__module__, schema.__qualname__
+    source = schema.func if isinstance(schema, partial) else schema
+    render.__module__, render.__qualname__ = source.__module__, source.__qualname__
     return render
 
 
@@ -32,6 +35,7 @@ GENERATED: dict[str, Render] = {
     "docs/images/machine.svg": draw_machine.render,
     "docs/knobs.md": knob_table_markdown,
     "schemas/schedule_config.json": _schema_file(config_schema),
+    **{f"schemas/{name}.json": _schema_file(partial(result_schema, name)) for name in SHAPES},
 }
 # Folders that hold generated files only: one without an entry above has lost its maker.
 GENERATED_FOLDERS = ("schemas",)

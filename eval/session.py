@@ -33,7 +33,7 @@ class Session:
     def __init__(self, model: str, place: Place, progress: Callable[[str], None] | None = None) -> None:
         self.place = place
         self.model: Model = resolve(model, progress=progress)
-        self._progress = progress or (lambda _: None)
+        self.progress = progress or (lambda _: None)
         self._references: dict[tuple[int, RoundingPoints], Reference] = {}
         self._bandwidth: float | None = None
 
@@ -47,7 +47,7 @@ class Session:
             return rejected(candidate.facts, candidate.rejections)
         facts, machine = self.load(candidate)
         try:
-            self._progress("judging against the source model")
+            self.progress("judging against the source model")
             finding = judge(machine, self.reference(candidate.program.program))
             judgement = _judgement(facts, finding)
             latency = self.latency(candidate, facts, machine, LATENCY_POSITION) if finding.correct else None
@@ -64,13 +64,13 @@ class Session:
         if self.place.device == "cpu":
             return candidate.facts, ReferenceVM(candidate.program, self.model.weights)
         binary = self.build(candidate)
-        self._progress("loading weights")
+        self.progress("loading weights")
         machine = CudaVM(candidate.program, self.model.weights, arch=self.place.target.arch, binary=binary, max_steps=max_steps)
         return replace(candidate.facts, binary_digest=binary.digest), machine
 
     def build(self, candidate: Candidate) -> Binary:
         assert candidate.program is not None
-        self._progress("building the kernel")
+        self.progress("building the kernel")
         try:
             return compile_kernel(kernel_source(candidate.program.program), self.place.target.arch)
         except BuildFailed as problem:
@@ -80,7 +80,7 @@ class Session:
         """The source model's side of the judgement, made once for programs that round at the same places."""
         context, points = program.machine.context, rounding_points(program)
         if (context, points) not in self._references:
-            self._progress("running the source model")
+            self.progress("running the source model")
             plan = default_plan(self.model.spec, context, self.place.device, self._text())
             eager = self.model.eager("fp32", self.place.device)
             self._references[context, points] = make_reference(self.model.spec, eager, plan, points)
@@ -98,7 +98,7 @@ class Session:
         position = min(position, machine.context - 1)
         if self.place.device == "cpu":
             return self._predicted(candidate, facts, position)
-        self._progress("measuring")
+        self.progress("measuring")
         assert facts.program_digest is not None and facts.binary_digest is not None and isinstance(machine, UnprovenCudaVM)
         return measure(machine, self.place.target, position, self.bandwidth(), (facts.program_digest, facts.binary_digest))
 

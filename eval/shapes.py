@@ -1,0 +1,113 @@
+"""The results of the harness as types: field names are part of the contract, and schemas/ is rendered from here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints
+
+from amk.eval.verdict import Samples, Verdict
+
+DRAFT = "https://json-schema.org/draft/2020-12/schema"
+NAMES: dict[Any, str] = {str: "string", int: "integer", float: "number", bool: "boolean", NoneType: "null"}
+
+
+class Propose(TypedDict):
+    """The config to start from, and everything that may be changed about it."""
+
+    model: str
+    gpu: str
+    schedule_config: dict[str, Any]
+    effective_config: dict[str, Any]
+    schedule_id: str
+    search_space: dict[str, Any]
+    schema: str
+    edit_surface: str
+
+
+class Loop(TypedDict):
+    """A run of keep or revert. A row is a verdict with `trial`, `source`, `tag` and `trial_id`."""
+
+    best_verdict: dict[str, Any] | None
+    best_config: dict[str, Any] | None
+    rows: list[dict[str, Any]]
+    n_trials: int
+    n_valid: int
+    n_correct: int
+    results_tsv: str
+
+
+class Generate(TypedDict):
+    """Greedy tokens after a prompt. `divergence_index` is null when equal or not verified; times are null on the CPU."""
+
+    text: str | None
+    tokens: list[int]
+    generated: list[int]
+    prompt_tokens: int
+    tokens_per_second: float | None
+    latency_us_per_token: float | None
+    divergence_index: int | None
+    matches_eager: bool | None
+    near_tie: bool | None
+    stop_reason: Literal["stop_token", "stop_text", "max_tokens"]
+    device: str
+    device_name: str | None
+    model: str
+    gpu: str
+    schedule_id: str
+
+
+class BenchRow(TypedDict):
+    """A token's time at one position; null where it was under its floor."""
+
+    position: int
+    latency_us: float | None
+    latency_kind: Literal["measured-gpu", "predicted"] | None
+    single_launch_us: float | None
+    pct_of_roofline: float | None
+    bound_us: float
+    bandwidth_gbs: float
+    bandwidth_kind: Literal["measured", "spec"]
+    streamed_bytes: int
+    samples: Samples | None
+
+
+class Bench(TypedDict):
+    """Latencies of one program, after its verdict."""
+
+    model: str
+    gpu: str
+    device: str
+    verdict: Verdict
+    rows: list[BenchRow]
+
+
+SHAPES: Mapping[str, type] = {"verdict": Verdict, "propose": Propose, "loop": Loop, "generate": Generate, "bench": Bench}
+
+
+def result_schema(name: str) -> dict[str, Any]:
+    """The JSON schema (draft 2020-12) of a result; more fields may follow. KeyError for a name that is not in SHAPES."""
+    return {"$schema": DRAFT, "title": name} | _schema(SHAPES[name])
+
+
+def _schema(kind: Any) -> dict[str, Any]:
+    if kind in NAMES:
+        return {"type": NAMES[kind]}
+    if is_dataclass(kind) or hasattr(kind, "__total__"):
+        return _record(kind)
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return {"enum": list(arguments)}
+    if origin in (Union, UnionType):
+        return {"anyOf": [_schema(choice) for choice in arguments]}
+    if origin in (list, tuple):
+        return {"type": "array", "items": _schema(arguments[0])}
+    return {"type": "object"} if origin is dict or kind is dict else {}
+
+
+def _record(kind: Any) -> dict[str, Any]:
+    hints = get_type_hints(kind)
+    names = [f.name for f in fields(kind)] if is_dataclass(kind) else list(hints)
+    properties = {name: _schema(hints[name]) for name in names}
+    return {"description": " ".join((kind.__doc__ or "").split()), "type": "object", "properties": properties, "required": names}
