@@ -116,6 +116,7 @@ def make_reference(spec: ModelSpec, eager: Any, plan: Plan, points: RoundingPoin
     parts = torch.split(torch.cat([early, late]), [steps for _, steps in starts])
     with rounded(eager, points):
         segments = [_segment(run, start, logits) for (start, _), logits in zip(starts, parts, strict=True)]
+    run.close()
     return Reference(plan, points.dtype, spec.layers, segments[0], tuple(segments[1:]), run.kv)
 
 

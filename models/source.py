@@ -45,6 +45,10 @@ class SourceRun:
         cached = self._cache.layers[layer]
         return cached.keys[0, :, :rows], cached.values[0, :, :rows]
 
+    def close(self) -> None:
+        """Lets go of the model, whose memory is then free; the rows of `kv` stay."""
+        self._eager = None
+
     def fork(self, rows: int) -> SourceRun:
         """A run of its own that has seen the first `rows` tokens of this one."""
         run = SourceRun(self._eager)
