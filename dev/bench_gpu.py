@@ -55,7 +55,7 @@ def judged_rows(session: Session, label: str, config: dict[str, Any], positions:
     try:
         finding = judge(machine, session.reference(program))
         assert finding.correct, finding.failures
-        head = {
+        head: dict[str, Any] = {
             "model": session.model.spec.name, "config": label, "effective": candidate.effective, "correct": finding.correct,
             "tolerance_used": finding.tolerance_used, "schedule_id": facts.schedule_id, "program_digest": facts.program_digest,
             "binary_digest": facts.binary_digest, "arena_bytes": 8 * program.arena_packets, "registers": machine.kernel.binary.registers,

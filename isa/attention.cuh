@@ -490,6 +490,7 @@ __device__ __forceinline__ void consume_attention(Consumer& c, const AttentionTa
   const bool tail = task.split == 0;
   const int window_start = task.window ? max(0, position - task.window + 1) : 0;
   const AttentionScratch s{b.scratch()};
+  c.meet();  // scratch is all consumers': none may still be at an earlier task
   prepare_rows(c, task, token, s);
   c.meet();
 

@@ -9,6 +9,7 @@ __device__ __forceinline__ void consume_rmsnorm(Consumer& c, const RmsNormTask& 
   const Expected want = token.expect(task.x_tag);
   float* sums = b.scratch();
   float* kept = sums + CONSUMER_WARPS;
+  c.meet();  // scratch is all consumers': none may still be at an earlier task
   c.wait_released();
   float squares = 0.f;
   for (int i = thread; i < task.cols; i += CONSUMER_THREADS) {

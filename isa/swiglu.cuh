@@ -11,6 +11,7 @@ __device__ __forceinline__ void consume_swiglu(Consumer& c, const SwiGluTask& ta
   const uint32_t tag = token.tag(task.out_tag);
   const int thread = c.warp * 32 + c.lane;
   float* kept = b.scratch();
+  c.meet();  // scratch is all consumers': none may still be at an earlier task
   c.wait_released();
   for (int i = thread; i < task.count; i += CONSUMER_THREADS)
     kept[i] = silu(as_float(c.read(gate + i, gate_want).x)) * as_float(c.read(up + i, up_want).x);

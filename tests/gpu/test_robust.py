@@ -84,6 +84,20 @@ def test_delaying_random_actors_never_changes_a_bit(name: str) -> None:
     assert all(torch.equal(outputs(stressed), expected) for _ in range(10))
 
 
+@pytest.mark.parametrize("changes", [{}, {"fusion_grouping": []}], ids=["fused", "unfused"])
+def test_without_hints_delays_change_no_bit(changes: dict[str, Any]) -> None:
+    """Counters are hints: without them consumers run apart, and only tags and barriers keep them right."""
+    config = {"kernel_knobs": {"sync": "tags"}} | changes
+    expected = outputs(machine(named("small"), config))
+    stressed = machine(named("small"), config, macros={"STRESS": 1})
+    assert all(torch.equal(outputs(stressed), expected) for _ in range(10))
+
+
+def test_hints_change_no_bit() -> None:
+    model = named("llama-3.2-1b-shape")
+    assert torch.equal(outputs(machine(model), 24), outputs(machine(model, {"kernel_knobs": {"sync": "tags"}}), 24))
+
+
 def test_stale_memory_is_never_read() -> None:
     """Rows past the sequence, logits and packets hold NaN and old values: the outputs do not change."""
     vm = machine(model())
