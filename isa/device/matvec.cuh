@@ -173,7 +173,10 @@ __device__ __forceinline__ void multiply_tiles(Consumer& c, const MatVecTask& ta
   const uint64_t* x = b.buffer(task.x_buf) + task.x_start;
   const float* gain = b.constant(task.gain);
   constexpr bool TWO = TWO_COLUMNS<FLAGS>;
-  uint8_t* kept = reinterpret_cast<uint8_t*>(b.scratch()) + c.warp * P::SLICE_BYTES * (TWO ? 2 : 1);
+  // The same place for every shape: another consumer may still be at an earlier task of another shape.
+  constexpr int OWN_BYTES = SCRATCH_BYTES / CONSUMER_WARPS / 16 * 16;
+  static_assert(P::SLICE_BYTES * (TWO ? 2 : 1) <= OWN_BYTES, "a consumer's share of scratch must hold its slice of x");
+  uint8_t* kept = reinterpret_cast<uint8_t*>(b.scratch()) + c.warp * OWN_BYTES;
   const bool high = c.warp < P::HIGH_WARPS;
   const int tiles = task.tiles;
 
