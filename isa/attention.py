@@ -113,10 +113,6 @@ class Attention(Instruction):
         partials = (machine.consumer_warps + 1) * self.nq * (machine.padded_head_dim + PARTIAL_HEAD)
         return 4 * (rows + partials)
 
-    def flops(self, machine: Machine, position: int) -> int:
-        rows = sum(stop - start for start, stop in self.streamed_blocks(position)) * KV_BLOCK_ROWS
-        return 4 * (rows + (2 * KV_BLOCK_ROWS if self.split == 0 else 0)) * self.nq * machine.head_dim
-
     def run(self, memory: Memory, position: int) -> Publishes:
         machine = memory.machine
         if not self.active(position):

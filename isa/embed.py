@@ -40,6 +40,3 @@ class Embed(Instruction):
         token = forced if forced is not None else int(sampled[0])
         row = memory.embedding(token)[self.col0 : self.col0 + self.cols]
         return [(self.writes(memory.machine, position)[0], row)]
-
-    def flops(self, machine: Machine, position: int) -> int:
-        return 0

@@ -120,7 +120,3 @@ class Instruction(ABC):
     def shared_bytes(self, machine: Machine) -> int:
         """Shared memory for scratch, beyond ring, program and reduction slots."""
         return 0
-
-    @abstractmethod
-    def flops(self, machine: Machine, position: int) -> int:
-        """Multiply-adds times two, for the cost model."""

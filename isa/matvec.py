@@ -67,9 +67,6 @@ class MatVec(Instruction):
         parts = 1 if self.flags & X_NARROW or machine.dtype == "fp32" else 2
         return parts * plan.warps * plan.high * machine.fragment_columns * machine.element_bytes
 
-    def flops(self, machine: Machine, position: int) -> int:
-        return 2 * TILE_ROWS * self.tiles * self.cols
-
     def slice_sums(self, memory: Memory, x: F32, columns: slice) -> tuple[F32, float]:
         """One K slice of the product: W[:, columns] times x (its elements), neither scaled nor biased, and the sum of squares of x."""
         first, squares = self.tile0 * TILE_ROWS, 0.0
@@ -94,4 +91,3 @@ class MatVec(Instruction):
         """Rows of `product` that belong to each tile."""
         starts = range(0, self.tiles * TILE_ROWS, TILE_ROWS)
         return [slice(s, s + self.tile_rows(s // TILE_ROWS)) for s in starts]
-

@@ -45,6 +45,3 @@ class RmsNorm(Instruction):
     def shared_bytes(self, machine: Machine) -> int:
         """A sum of squares a consumer warp, and the task's columns as fp32, kept until all of x has been read."""
         return 4 * (machine.consumer_warps + self.count)
-
-    def flops(self, machine: Machine, position: int) -> int:
-        return 2 * self.cols + 2 * self.count

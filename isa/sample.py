@@ -37,6 +37,3 @@ class Sample(Instruction):
         token = int(rows[values == values.max()].min())
         memory.emit_token(token)
         return [(self.writes(memory.machine, position)[0], np.asarray([token], dtype=np.int64))]
-
-    def flops(self, machine: Machine, position: int) -> int:
-        return self.count

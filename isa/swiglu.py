@@ -45,6 +45,3 @@ class SwiGlu(Instruction):
     def shared_bytes(self, machine: Machine) -> int:
         """The task's elements as fp32, kept until all have been read."""
         return 4 * self.count
-
-    def flops(self, machine: Machine, position: int) -> int:
-        return 6 * self.count

@@ -47,7 +47,8 @@ def constants(program: Program, layout: SharedLayout, macros: dict[str, int]) ->
         "HEAD_DIM_PADDED": m.padded_head_dim, "KV_BLOCKS": program.kv.rows // 16, "GROUP": group(program),
         "QK_NORM": m.qk_norm, "RMS_EPS": m.rms_eps, "COUNTERS": len(program.counters), "BUFFERS": len(program.buffers),
         "TASK_BYTES": TASK_BYTES, "MAX_TASKS": _max_tasks(program), "IMAGE_BYTES": image_bytes(program),
-        "SCRATCH_BYTES": program.scratch_bytes, "SCRATCH_OFFSET": layout.scratch, "REDUCTION_OFFSET": layout.reduction, "TASKS_OFFSET": layout.tasks,
+        "SCRATCH_BYTES": program.scratch_bytes,
+        "SCRATCH_OFFSET": layout.scratch, "REDUCTION_OFFSET": layout.reduction, "TASKS_OFFSET": layout.tasks,
         "STREAM_OFFSET": layout.streams, "BUFFERS_OFFSET": layout.buffers, "BARRIER_OFFSET": layout.barriers,
         "BARRIER_BYTES": layout.barrier_bytes, "POLL_SLEEP_NS": d.poll_sleep_ns, "HANG_ACTOR": macros["HANG_ACTOR"],
     }  # fmt: skip
