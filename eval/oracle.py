@@ -3,18 +3,20 @@
 The reference is the source model in fp32, run once over one sequence: a random prompt, its own greedy continuation, then random
 tokens up to the last late position. The machine decodes the prompt and goes on by its own choice; where it chooses another token
 than the source, it is put back on the source's track (teacher forcing) and judged on. Late positions begin from KV rows
-of the source's own cache, so position 2000 costs no 2000 steps. The statistics and their limits: docs/tolerances.md.
+of the source's own cache, so position 2000 costs no 2000 steps. Beside logits and tokens it weighs the
+KV rows that the machine wrote (kv_rows.py). The statistics and their limits: docs/tolerances.md.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from amk.eval.kv_rows import ReadRows, Rows, expected_errors, relative_errors, typical_ratios
 from amk.eval.tolerance import FP32_ERROR, LATE, MAX_EXPECTED, NEAR_TIE_SHARE, TIE, TYPICAL, WORST
 from amk.isa.attention import TWO_PART_GROUP, Attention
 from amk.isa.rmsnorm import RmsNorm
@@ -30,8 +32,8 @@ if TYPE_CHECKING:
 LATE_POSITIONS = (127, 1023, 8000)
 # The prompt of models that have a tokenizer.
 PROMPT_TEXT = "A megakernel is a single GPU kernel that runs the whole forward pass of a model. It is fast because"
+ROWS_OF = "error of the "  # begins the name of a share that is about KV rows
 MAX_TEXT = 24  # tokens of a text that are a prompt; the rest of the early steps are the source's own choice
-KvRows = Callable[[int, int], "tuple[torch.Tensor, torch.Tensor]"]
 
 
 @dataclass(frozen=True)
@@ -80,13 +82,19 @@ def _dtype(name: str) -> DType:
 @dataclass(frozen=True, eq=False)
 class Segment:
     """Steps `start`, start + 1, ...: input `tokens`, the source's `logits` [steps, vocab] after each, and the relative error that
-    rounding alone is `expected` to cause at each. KV rows before `start` are the source's.
+    rounding alone is `expected` to cause at each. KV rows before `start` are the source's; `rows_expected` [layers, 2, steps] is the
+    relative error that rounding is expected to cause in the K and V rows which the steps write.
     """
 
     start: int
     tokens: tuple[int, ...]
     logits: torch.Tensor
     expected: tuple[float, ...]
+    rows_expected: torch.Tensor
+
+    @property
+    def rows(self) -> Rows:
+        return Rows(self.start, self.start + len(self.tokens))
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +106,7 @@ class Reference:
     layers: int
     early: Segment
     late: tuple[Segment, ...]
-    kv: KvRows
+    kv: ReadRows
 
 
 def make_reference(spec: ModelSpec, eager: Any, plan: Plan, points: RoundingPoints) -> Reference:
@@ -115,7 +123,7 @@ def make_reference(spec: ModelSpec, eager: Any, plan: Plan, points: RoundingPoin
     starts = [(0, plan.steps), *((p, plan.late_steps) for p in plan.late)]
     parts = torch.split(torch.cat([early, late]), [steps for _, steps in starts])
     with rounded(eager, points):
-        segments = [_segment(run, start, logits) for (start, _), logits in zip(starts, parts, strict=True)]
+        segments = [_segment(run, start, logits, spec.layers, points.dtype) for (start, _), logits in zip(starts, parts, strict=True)]
     run.close()
     return Reference(plan, points.dtype, spec.layers, segments[0], tuple(segments[1:]), run.kv)
 
@@ -137,12 +145,14 @@ def _early(run: SourceRun, prompt: list[int], plan: Plan) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def _segment(run: SourceRun, start: int, logits: torch.Tensor) -> Segment:
-    """A segment of the run's tokens; inside `rounded`, where the source model shows what rounding does to its logits."""
+def _segment(run: SourceRun, start: int, logits: torch.Tensor, layers: int, dtype: DType) -> Segment:
+    """A segment of the run's tokens; inside `rounded`, where the source model shows what rounding does to its logits and KV rows."""
     tokens = run.tokens[start : start + len(logits)]
-    moved = run.fork(start).feed(tokens, range(len(tokens)))
+    fork = run.fork(start)
+    moved = fork.feed(tokens, range(len(tokens)))
     expected = [max(FP32_ERROR, relative_error(m, r)) for m, r in zip(moved, logits, strict=True)]
-    return Segment(start, tuple(tokens), logits, tuple(expected))
+    rows = expected_errors(fork.kv, run.kv, layers, Rows(start, start + len(tokens)), dtype)
+    return Segment(start, tuple(tokens), logits, tuple(expected), rows)
 
 
 def relative_error(logits: torch.Tensor, reference: torch.Tensor) -> float:
@@ -191,15 +201,20 @@ def compare(position: int, token: int, logits: torch.Tensor, reference: torch.Te
     )
 
 
-def judge_steps(machine: DecodeMachine, reference: Reference) -> tuple[list[Step], list[Step]]:
-    """Runs the machine over the reference's segments: the early steps and the late ones. LaunchFailed if a launch does not finish."""
+def judge_steps(machine: DecodeMachine, reference: Reference) -> tuple[list[Step], list[Step], dict[str, float]]:
+    """Runs the machine over the reference's segments: the early steps, the late ones, and the ratios of the early steps' KV rows.
+
+    LaunchFailed if a launch does not finish.
+    """
     early = _decode_along(machine, reference.early, reference.plan.prompt)
+    errors = relative_errors(machine.read_kv, reference.kv, reference.layers, reference.early.rows)
+    rows = typical_ratios(errors, reference.early.rows_expected)
     late: list[Step] = []
     for segment in reference.late:
         for layer in range(reference.layers):
             machine.seed_kv(layer, *reference.kv(layer, segment.start))
         late += _decode_along(machine, segment, len(segment.tokens))
-    return early, late
+    return early, late, rows
 
 
 def _decode_along(machine: DecodeMachine, segment: Segment, forced: int) -> list[Step]:
@@ -242,19 +257,20 @@ class Finding:
 
 def judge(machine: DecodeMachine, reference: Reference) -> Finding:
     """The finding on a machine loaded with the reference's model. LaunchFailed if a launch does not finish."""
-    early, late = judge_steps(machine, reference)
-    return find(early, late, reference.dtype)
+    early, late, rows = judge_steps(machine, reference)
+    return find(early, late, rows, reference.dtype)
 
 
-def find(early: Sequence[Step], late: Sequence[Step], dtype: DType) -> Finding:
-    """Weighs judged steps against the limits."""
+def find(early: Sequence[Step], late: Sequence[Step], rows: Mapping[str, float], dtype: DType) -> Finding:
+    """Weighs judged steps and the ratios of KV rows against the limits."""
     steps = [*early, *late]
     shares = {f"logit error over the first {len(early)} positions": _typical(early) / TYPICAL}
+    shares |= {f"{ROWS_OF}{name}": ratio / TYPICAL for name, ratio in rows.items()}
     if late:
         shares[f"logit error over {len(late)} late positions"] = _typical(late) / LATE
     position, worst = max((pair for group in (early, late) for pair in _single(group)), key=lambda pair: pair[1])
     shares[f"logit error at position {position}"] = worst / WORST
-    failures = [f"{name}: must stay below its limit, but is {share:.3g} of it" for name, share in shares.items() if not share < 1]
+    failures = _over_limits(shares)
     excused = sum(s.near_tie and not s.agrees for s in steps)
     failures += [*_token_failures(steps, excused), *_unjudgeable(steps, dtype)]
     return Finding(
@@ -267,6 +283,18 @@ def find(early: Sequence[Step], late: Sequence[Step], dtype: DType) -> Finding:
         positions=tuple(s.position for s in steps),
         failures=tuple(failures),
     )
+
+
+def _over_limits(shares: Mapping[str, float]) -> list[str]:
+    """One sentence for each limit that is passed; of the rows of many layers, the first says where it began."""
+    over = [(name, share) for name, share in shares.items() if not share < 1]
+    rows = [name for name, _ in over if name.startswith(ROWS_OF)]
+    more = f", and {len(rows) - 1} more from there on" if rows[1:] else ""
+    return [
+        f"{name}: must stay below its limit, but is {share:.3g} of it" + (more if name in rows else "")
+        for name, share in over
+        if name not in rows[1:]
+    ]
 
 
 def _rms(values: Sequence[float]) -> float:

@@ -6,8 +6,9 @@ program does (`Step.expected`). Energies are squares of relative errors |m - r| 
 
 from __future__ import annotations
 
-# Limits of energy over expected energy. `TYPICAL` is for the geometric mean over the first positions, `LATE` for that over the
-# late ones, which are few, `WORST` for any single position against the larger of its own and the mean expected energy.
+# Limits of energy over expected energy. `TYPICAL` is for the geometric mean over the first positions, of logits and of each layer's K
+# and V rows; `LATE` for that of logits over the late positions, which are few; `WORST` for any single position's logits against the
+# larger of its own and the mean expected energy.
 TYPICAL = 2.4
 LATE = 5.0
 WORST = 40.0

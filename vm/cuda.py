@@ -19,7 +19,8 @@ from amk.schedule.resources import block_threads, shared_layout
 from amk.vm.build import Binary, compile_kernel
 from amk.vm.image import pack_stream
 from amk.vm.interface import Decoded, LaunchFailed
-from amk.vm.kv_blocks import pack_rows
+from amk.vm.kv import require_rows
+from amk.vm.kv_blocks import pack_rows, unpack_rows
 from amk.vm.layout import constants
 from amk.vm.params import PARAM_DTYPE
 from amk.vm.source import IMAGE_HEAD_BYTES, abi_hash, image_bytes, kernel_source
@@ -188,6 +189,13 @@ class UnprovenCudaVM:
             raise ValueError(f"seed_kv: must be given at most {self.context} rows, but got {n}")
         blocks = pack_rows(self.program.machine, keys.to("cuda"), values.to("cuda"))
         self.kv[layer, :, : blocks.shape[1]] = blocks
+
+    def read_kv(self, layer: int, stop: int) -> tuple[Any, Any]:
+        """KV rows 0..stop-1 of a layer, in the form of `seed_kv`: fp32 tensors on the CPU."""
+        require_rows(layer, len(self.kv), stop, self.context)
+        blocks = self.kv[layer, :, : -(-stop // KV_BLOCK_ROWS)]
+        keys, values = unpack_rows(self.program.machine, blocks, stop)
+        return keys.float().cpu(), values.float().cpu()
 
     def decode(self, tokens: Sequence[int], position: int, *, steps: int | None = None, logits: bool = False) -> Decoded:
         """One launch (vm.interface.DecodeMachine.decode); elapsed_us is between CUDA events around it."""

@@ -36,6 +36,10 @@ class DecodeMachine(Protocol):
         """Sets KV rows 0..n-1 of a layer: tensors [kv_heads, n, head_dim], K after norm and RoPE."""
         ...
 
+    def read_kv(self, layer: int, stop: int) -> tuple[Any, Any]:
+        """KV rows 0..stop-1 of a layer, in the form of `seed_kv`: fp32 tensors on the CPU. ValueError where there are none."""
+        ...
+
     def decode(self, tokens: Sequence[int], position: int, *, steps: int | None = None, logits: bool = False) -> Decoded:
         """One launch: step i takes tokens[i] where it exists, later steps take the machine's own choice (greedy).
 

@@ -26,14 +26,21 @@ class KvRows:
 
     def seed(self, layer: int, keys: Any, values: Any) -> None:
         """Sets rows 0..n-1 of a layer from [heads, n, head_dim] tensors; ValueError for another layer, shape or too many rows."""
-        _, layers, heads, dim = self.keys.shape
-        if not 0 <= layer < layers:
-            raise ValueError(f"layer: must be from 0 to {layers - 1}, but got {layer}")
+        _, _, heads, dim = self.keys.shape
+        self._require(layer, 0)
         for name, cache, rows in (("keys", self.keys, keys), ("values", self.values, values)):
             array = _fp32(rows)
             if array.ndim != 3 or (array.shape[0], array.shape[2]) != (heads, dim) or array.shape[1] > self.context:
                 raise ValueError(f"{name}: must be [{heads}, at most {self.context}, {dim}], but got {list(array.shape)}")
             cache[: array.shape[1], layer] = round_to(array, self.dtype).swapaxes(0, 1)
+
+    def read(self, layer: int, stop: int) -> tuple[F32, F32]:
+        """Copies of rows 0..stop-1 of a layer, each [heads, stop, head_dim]; ValueError for another layer or too many rows."""
+        self._require(layer, stop)
+        return self.keys[:stop, layer].swapaxes(0, 1).copy(), self.values[:stop, layer].swapaxes(0, 1).copy()
+
+    def _require(self, layer: int, stop: int) -> None:
+        require_rows(layer, self.keys.shape[1], stop, self.context)
 
     def rows(self, layer: int, head: int, start: int, stop: int) -> tuple[F32, F32]:
         return self.keys[start:stop, layer, head], self.values[start:stop, layer, head]
@@ -41,6 +48,14 @@ class KvRows:
     def write(self, layer: int, head: int, row: int, k: F32, v: F32) -> None:
         self.keys[row, layer, head] = k
         self.values[row, layer, head] = v
+
+
+def require_rows(layer: int, layers: int, stop: int, context: int) -> None:
+    """ValueError unless `layer` and rows 0..stop-1 are in the cache."""
+    if not 0 <= layer < layers:
+        raise ValueError(f"layer: must be from 0 to {layers - 1}, but got {layer}")
+    if not 0 <= stop <= context:
+        raise ValueError(f"rows: must be at most {context}, but got {stop}")
 
 
 def _fp32(rows: Any) -> F32:

@@ -44,6 +44,10 @@ class UnprovenVM:
     def seed_kv(self, layer: int, keys: Any, values: Any) -> None:
         self._kv.seed(layer, keys, values)
 
+    def read_kv(self, layer: int, stop: int) -> tuple[Any, Any]:
+        keys, values = self._kv.read(layer, stop)
+        return _as_tensor(keys), _as_tensor(values)
+
     def decode(self, tokens: Sequence[int], position: int, *, steps: int | None = None, logits: bool = False) -> Decoded:
         launch = self._inputs(tokens, position, len(tokens) if steps is None else steps, logits)
         epoch = self._arena.begin(launch.steps)

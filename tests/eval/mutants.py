@@ -62,7 +62,7 @@ class Noisy:
         tied = self.model.spec.tied_head and {name, self.noisy} == {"head", "embed"}
         if name != self.noisy and not tied:
             return weight
-        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(7))
+        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(7)).to(device)
         exact = weight.float()
         return (exact + noise * (self.share * exact.norm() / noise.norm())).to(weight.dtype)
 
@@ -91,17 +91,21 @@ def rope_deleted(table: torch.Tensor) -> torch.Tensor:
 def rope_of_theta(theta: float) -> Callable[[torch.Tensor], torch.Tensor]:
     def turn(table: torch.Tensor) -> torch.Tensor:
         rows, half = table.shape[:2]
-        angles = torch.arange(rows)[:, None] * theta ** (-torch.arange(half) / half)
+        angles = torch.arange(rows, device=table.device)[:, None] * theta ** (-torch.arange(half, device=table.device) / half)
         return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
 
     return turn
+
+
+def rope_late_by_one(table: torch.Tensor) -> torch.Tensor:
+    return torch.cat([table[:1], table[:-1]])
 
 
 def rope_scaled(table: torch.Tensor) -> torch.Tensor:
     """Positions stretched by 2 %: the table of position 1.02 p."""
     angles = torch.atan2(table[..., 1], table[..., 0])
     rates = angles[1]
-    stretched = torch.arange(len(table))[:, None] * rates * 1.02
+    stretched = torch.arange(len(table), device=table.device)[:, None] * rates * 1.02
     return torch.stack([stretched.cos(), stretched.sin()], dim=-1)
 
 
@@ -159,6 +163,9 @@ class StaleRow:
         if layer == 0 and keys.shape[1] > self.row:
             keys[:, self.row], values[:, self.row] = keys[:, self.row - 1], values[:, self.row - 1]
         self.vm.seed_kv(layer, keys, values)
+
+    def read_kv(self, layer: int, stop: int) -> tuple[Any, Any]:
+        return self.vm.read_kv(layer, stop)
 
     def decode(self, tokens: Sequence[int], position: int, *, steps: int | None = None, logits: bool = False) -> Decoded:
         return self.vm.decode(tokens, position, steps=steps, logits=logits)

@@ -21,6 +21,7 @@ from amk.tests.eval.mutants import (
     drop_residuals,
     mask_too_strict,
     rope_deleted,
+    rope_late_by_one,
     rope_of_theta,
     rope_scaled,
     window_wider,
@@ -35,6 +36,8 @@ MADE = {
     "window": SIZES | {"model_type": "mistral", "num_hidden_layers": 2, "sliding_window": 60},
     "deep": SIZES | {"model_type": "llama", "num_hidden_layers": 8},
 }
+
+ROPES = {"deleted": rope_deleted, "theta": rope_of_theta(20_000.0), "scale": rope_scaled, "late by one": rope_late_by_one}
 
 
 @cache
@@ -73,7 +76,7 @@ def test_noise_in_any_one_tensor_fails(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("change", [rope_deleted, rope_of_theta(20_000.0), rope_scaled], ids=["deleted", "theta", "scale"])
+@pytest.mark.parametrize("change", ROPES.values(), ids=ROPES)
 def test_a_wrong_rope_fails(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     assert not case(name).finding(weights=Turned(case(name).model, change)).correct
 

@@ -15,7 +15,7 @@ from amk.eval.tolerance import FP32_ERROR, TIE
 from amk.models.registry import describe
 from amk.vm.interface import Decoded, LaunchFailed
 
-VOCAB, STEPS, PROMPT = 97, 12, 3
+VOCAB, STEPS, PROMPT, LAYERS = 97, 12, 3, 4
 EXPECTED = 0.01
 
 
@@ -25,21 +25,35 @@ def reference() -> Reference:
     tokens = [5, 6, 7]
     for row in logits[PROMPT - 1 : -1]:
         tokens.append(int(row.argmax()))
-    segment = Segment(0, tuple(tokens), logits, (EXPECTED,) * STEPS)
-    return Reference(Plan(PROMPT, STEPS, (), 0), "bf16", 1, segment, (), lambda layer, rows: (logits, logits))
+    segment = Segment(0, tuple(tokens), logits, (EXPECTED,) * STEPS, torch.full((LAYERS, 2, STEPS), EXPECTED))
+    return Reference(Plan(PROMPT, STEPS, (), 0), "bf16", LAYERS, segment, (), source_rows)
+
+
+def source_rows(layer: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rows = torch.randn(2, 2, STEPS, 8, generator=torch.Generator().manual_seed(layer))
+    return rows[0, :, :stop], rows[1, :, :stop]
 
 
 @dataclass
 class Echo:
-    """A machine that gives the reference's logits, changed by `edit`, and their best token or the one that `edit` returns."""
+    """A machine that gives the reference's logits, changed by `edit`, and their best token or the one that `edit` returns; its KV rows
+    are the reference's, changed by `edit_rows`.
+    """
 
     reference: Reference
     edit: Any = None
+    edit_rows: Any = None
     context: int = 64
     launches: list[tuple[tuple[int, ...], int, int]] = field(default_factory=list)
 
     def seed_kv(self, layer: int, keys: Any, values: Any) -> None:
         raise AssertionError("nothing is seeded without late positions")
+
+    def read_kv(self, layer: int, stop: int) -> tuple[Any, Any]:
+        rows = source_rows(layer, stop)
+        if self.edit_rows:
+            self.edit_rows(layer, *rows)
+        return rows
 
     def decode(self, tokens: Sequence[int], position: int, *, steps: int | None = None, logits: bool = False) -> Decoded:
         count = steps or len(tokens)
@@ -137,7 +151,35 @@ def test_errors_are_weighed_against_what_rounding_does(factor: float, correct: b
         moved = row.clone()
         shake(i, moved)
         steps.append(compare(i, int(moved.argmax()), moved, row, EXPECTED))
-    assert not [text for text in find(steps, [], "bf16").failures if "logit" in text and "own" not in text] == correct
+    assert not [text for text in find(steps, [], {}, "bf16").failures if "logit" in text and "own" not in text] == correct
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+@pytest.mark.parametrize(("factor", "correct"), [(1.5, True), (1.6, False)])
+def test_kv_rows_are_weighed_against_what_rounding_does(factor: float, correct: bool, kind: int) -> None:
+    """As logits are: energy over expected energy must stay below 2.4. The first layer that is wrong is named."""
+
+    def shake(layer: int, *rows: torch.Tensor) -> None:
+        if layer >= 2:
+            noise = torch.randn(rows[kind].shape, generator=torch.Generator().manual_seed(9))
+            rows[kind].add_(noise / noise.norm(dim=(0, 2), keepdim=True) * rows[kind].norm(dim=(0, 2), keepdim=True) * EXPECTED * factor)
+
+    finding = judge(Echo(reference(), edit_rows=shake), reference())
+    assert finding.correct == correct
+    name = "KV"[kind]
+    assert correct or finding.failures == (
+        f"error of the {name} rows of layer 2: must stay below its limit, but is 1.07 of it, and 1 more from there on",
+    )
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_kv_row_that_is_not_finite_fails(value: float) -> None:
+    def poison(layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        if layer == 3:
+            values[1, 5, 2] = value
+
+    finding = judge(Echo(reference(), edit_rows=poison), reference())
+    assert not finding.correct and finding.tolerance_used == math.inf
 
 
 def test_a_constant_added_to_every_logit_is_an_error() -> None:
@@ -146,7 +188,7 @@ def test_a_constant_added_to_every_logit_is_an_error() -> None:
 
 def test_a_model_that_rounding_alone_upsets_is_not_judged() -> None:
     step = Step(0, rel_err=0.3, expected=0.3, max_abs_err=1.0, agrees=True, near_tie=True, consistent=True)
-    assert not find([step], [], "bf16").correct
+    assert not find([step], [], {}, "bf16").correct
 
 
 def test_a_shorter_answer_than_asked_for_is_refused() -> None:
@@ -186,4 +228,4 @@ def test_fp32_is_held_to_one_in_ten_thousand() -> None:
     def step(error: float) -> Step:
         return Step(0, rel_err=error, expected=FP32_ERROR, max_abs_err=0.0, agrees=True, near_tie=True, consistent=True)
 
-    assert find([step(9e-5)], [], "fp32").correct and not find([step(1e-4)], [], "fp32").correct
+    assert find([step(9e-5)], [], {}, "fp32").correct and not find([step(1e-4)], [], {}, "fp32").correct

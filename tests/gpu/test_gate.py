@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import pytest
-import torch
 
 from amk.eval.oracle import Finding, Plan, Reference, judge, make_reference, rounding_points
 from amk.models.model import Model
 from amk.schedule.model import weight_shapes
+from amk.tests.eval.mutants import Noisy, Turned
+from amk.tests.eval.test_gate import ROPES
 from amk.tests.gpu.machines import card, llama, named, program, proven
 from amk.vm.build import compile_kernel
 from amk.vm.cuda import CudaVM
@@ -50,75 +50,31 @@ def finding(name: str, source: Any = None, edit: tuple[str, str] | None = None) 
     return result
 
 
-@dataclass(frozen=True)
-class Noisy:
-    """The model's weights with Gaussian noise of `share` of its norm in one tensor."""
-
-    model: Model
-    noisy: str
-    share: float = 0.02
-
-    def tensor(self, name: str, device: str = "cpu") -> torch.Tensor:
-        weight = self.model.weights.tensor(name, device)
-        if name != self.noisy:
-            return weight
-        noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(7)).to(device)
-        exact = weight.float()
-        return (exact + noise * (self.share * exact.norm() / noise.norm())).to(weight.dtype)
-
-    def rope_table(self, rows: int, device: str = "cpu") -> torch.Tensor:
-        return self.model.weights.rope_table(rows, device)
+def tensors(name: str, *layers: int) -> list[str]:
+    """Every weight of the layers and the ones outside layers."""
+    wanted = tuple(f"L{layer}." for layer in layers)
+    return [n for n in weight_shapes(model(name).spec) if n.startswith(wanted) or not n.startswith("L")]
 
 
-@dataclass(frozen=True)
-class Rope:
-    """The model's weights with another RoPE table: deleted, turned by another theta, or scaled."""
-
-    model: Model
-    change: str
-
-    def tensor(self, name: str, device: str = "cpu") -> torch.Tensor:
-        return self.model.weights.tensor(name, device)
-
-    def rope_table(self, rows: int, device: str = "cpu") -> torch.Tensor:
-        table = self.model.weights.rope_table(rows, device).clone()
-        if self.change == "deleted":
-            table[..., 0], table[..., 1] = 1.0, 0.0
-        elif self.change == "late by one":
-            table[1:] = table[:-1].clone()
-        elif self.change == "scaled":
-            table *= 1.02
-        else:
-            half = table.shape[1]
-            angle = torch.arange(rows, device=device)[:, None] * 20000.0 ** (-torch.arange(half, device=device) / half)
-            table = torch.stack([angle.cos(), angle.sin()], dim=2)
-        return table
-
-
-def tensors(name: str) -> list[str]:
-    """Every weight of the middle layer and the ones outside layers."""
-    layer = model(name).spec.layers // 2
-    return [n for n in weight_shapes(model(name).spec) if n.startswith(f"L{layer}.") or not n.startswith("L")]
-
-
-@pytest.mark.parametrize("name", ["toy", "toy-2L", "small", "window"])
+@pytest.mark.parametrize("name", ["toy", "toy-2L", "small", "window", "smollm2-135m"])
 def test_the_true_model_uses_at_most_half_of_the_tolerance(name: str, record_property: Any) -> None:
     true = finding(name)
     record_property("tolerance_used", true.tolerance_used)
     assert true.correct and true.tolerance_used <= 0.5, true
 
 
-@pytest.mark.parametrize("name", ["toy", "small"])
-def test_noise_in_any_one_tensor_fails(name: str, record_property: Any) -> None:
-    used = {tensor: finding(name, Noisy(model(name), tensor)) for tensor in tensors(name)}
+@pytest.mark.parametrize(("name", "layers"), [("toy", (0,)), ("small", (0, 1, 2)), ("window", (0, 1)), ("smollm2-135m", (0, 15, 29))])
+def test_noise_in_any_one_tensor_fails(name: str, layers: tuple[int, ...], record_property: Any) -> None:
+    share = 0.1 if model(name).spec.layers > 4 else 0.02
+    used = {tensor: finding(name, Noisy(model(name), tensor, share)) for tensor in tensors(name, *layers)}
     record_property("tolerance_used", {tensor: f.tolerance_used for tensor, f in used.items()})
     assert not [tensor for tensor, f in used.items() if f.correct]
 
 
-@pytest.mark.parametrize("name", ["toy", "small"])
-@pytest.mark.parametrize("change", ["deleted", "late by one", "theta 20000", "scaled"])
+@pytest.mark.parametrize("name", ["toy", "small", "smollm2-135m"])
+@pytest.mark.parametrize("change", ROPES)
 def test_wrong_rope_fails(name: str, change: str) -> None:
-    assert not finding(name, Rope(model(name), change)).correct
+    assert not finding(name, Turned(model(name), ROPES[change])).correct
 
 
 EDITS = {
@@ -137,7 +93,7 @@ EDITS = {
 }
 
 
-@pytest.mark.parametrize("name", ["toy", "small"])
+@pytest.mark.parametrize("name", ["toy", "small", "smollm2-135m"])
 @pytest.mark.parametrize("edit", EDITS)
 def test_wrong_device_code_fails(name: str, edit: str) -> None:
     old, new = EDITS[edit]
