@@ -39,7 +39,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cache_hint=none": {"kernel_knobs": {"cache_hint": "none"}},
     "sync=tags": {"kernel_knobs": {"sync": "tags"}},
     "poll_sleep_ns=100": {"kernel_knobs": {"poll_sleep_ns": 100}},
-    "unroll=8": {"kernel_knobs": {"unroll": 8}},
+    "release_early=0": {"kernel_knobs": {"release_early": 0}},
+    "release_early=8": {"kernel_knobs": {"release_early": 8}},
     "reduction_slots=8": {"kernel_knobs": {"reduction_slots": 8}},
     "kv_splits=1": {"kernel_knobs": {"kv_splits": 1}},
 }
