@@ -41,6 +41,7 @@ Device = Annotated[str, typer.Option(help="where to judge: auto, cuda or cpu")]
 ConfigFile = Annotated[
     str | None, typer.Option("--config", metavar="FILE|-", help="the ScheduleConfig as JSON; - reads stdin", show_default=False)
 ]
+Results = Annotated[Path, typer.Option("--results", help="results.tsv to add to; trials and corpus lie beside it")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 
 
@@ -53,11 +54,13 @@ def propose(model: Model, gpu: Gpu = None) -> int:
 
 
 @app.command("eval")
-def evaluate(model: Model, gpu: Gpu = None, config: ConfigFile = None, device: Device = "auto") -> int:
-    """One verdict; exits 0 only for a program that is valid and correct."""
+def evaluate(
+    model: Model, gpu: Gpu = None, config: ConfigFile = None, device: Device = "auto", results: Results = Path(harness.RESULTS_PATH)
+) -> int:
+    """One verdict, also written down as a trial; exits 0 only for a program that is valid and correct."""
     data = _read_config(config)
     with _answers() as answer:
-        verdict = harness.evaluate(model, gpu, data, device, progress=_say)
+        verdict = harness.evaluate(model, gpu, data, device, results_path=results, progress=_say)
         answer(verdict)
     return _judged(verdict)
 
@@ -69,7 +72,7 @@ def loop(
     budget: Annotated[int, typer.Option(help="configs to try")] = 8,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="seed of the search")] = 0,
-    results: Annotated[Path | None, typer.Option(help="results.tsv to append to; in workspace/ where none is named")] = None,
+    results: Results = Path(harness.RESULTS_PATH),
 ) -> int:
     """Keep or revert over several configs; exits 0 if any of them is correct."""
     with _answers() as answer:
@@ -178,7 +181,7 @@ def verify(
     programs: Annotated[int, typer.Option(help="random small programs")] = 2000,
     mutants: Annotated[int, typer.Option(help="mutants of real lowerings")] = 400,
     seed: Annotated[int, typer.Option(help="seed of the programs")] = 0,
-    minutes: Annotated[float | None, typer.Option(min=0, help="stop after this time", show_default=False)] = None,
+    minutes: Annotated[float | None, typer.Option(help="stop after this time", show_default=False)] = None,
 ) -> int:
     """Measures the validator against what programs really do; exits 1 for any false accept, or too many false rejects."""
     with _answers() as answer:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from amk.eval.candidate import Candidate, require_program
 from amk.eval.errors import UsageError
 from amk.eval.oracle import relative_error, rounding_points
 from amk.eval.session import Session
@@ -15,13 +16,21 @@ from amk.schedule.program import Program
 from amk.vm.interface import DecodeMachine
 
 TOKENS_A_LAUNCH = 256
+# A launch that begins costs tens of microseconds and its tokens are known when it ends: 16 are a few milliseconds, one screen update.
+STREAMED_TOKENS = 16
 OnToken = Callable[[int, int, str], None]
 
 
-def prompt_tokens(session: Session, text: str | None, ids: Sequence[int] | None) -> tuple[list[int], Any]:
-    """The prompt as token ids, and the tokenizer (None where the model has none). UsageError for no prompt, two, or unknown ids."""
-    if (text is None) == (ids is None):
+def check_request(prompt: str | None, prompt_ids: Sequence[int] | None, max_tokens: int) -> None:
+    """UsageError for what no model could do, before one is fetched: no prompt, two, or no tokens asked for."""
+    if (prompt is None) == (prompt_ids is None):
         raise UsageError("prompt: must be given once, as text or as ids")
+    if max_tokens < 1:
+        raise UsageError(f"max_tokens: must be at least 1, but got {max_tokens}")
+
+
+def prompt_tokens(session: Session, text: str | None, ids: Sequence[int] | None) -> tuple[list[int], Any]:
+    """The prompt as token ids, and the tokenizer (None where the model has none). UsageError for ids that the model has not, or none."""
     tokenizer = session.model.tokenizer()
     if text is not None:
         if tokenizer is None:
@@ -37,30 +46,31 @@ def prompt_tokens(session: Session, text: str | None, ids: Sequence[int] | None)
 
 def generate(
     session: Session,
+    candidate: Candidate,
     *,
     prompt: str | None = None,
     prompt_ids: Sequence[int] | None = None,
     max_tokens: int = 64,
     stop: Sequence[str] = (),
     verify: bool = False,
-    config: Any = None,
+    stream: bool = False,
     on_token: OnToken | None = None,
 ) -> dict[str, Any]:
-    """Greedy tokens after the prompt; the fields of product's `generate`. UsageError for what does not fit the context."""
+    """Greedy tokens after the prompt; with `stream`, `on_token` hears of each once its launch ends (STREAMED_TOKENS).
+
+    Rejected for a config that was refused, UsageError for what does not fit the context.
+    """
+    program = require_program(candidate).program
     tokens, tokenizer = prompt_tokens(session, prompt, prompt_ids)
-    if max_tokens < 1:
-        raise UsageError(f"max_tokens: must be at least 1, but got {max_tokens}")
-    candidate = session.prepare({} if config is None else config)
-    if candidate.program is None:
-        raise UsageError("config: " + "; ".join(candidate.rejections))
-    context = candidate.program.program.machine.context
+    context = program.machine.context
     if len(tokens) + max_tokens > context + 1:
         raise UsageError(f"prompt: {len(tokens)} tokens and {max_tokens} new ones must fit the context of {context}")
     facts, machine = session.load(candidate, max_steps=max(TOKENS_A_LAUNCH, len(tokens) + max_tokens))
     try:
         if machine_is_quick(session):
             machine.decode(tokens[:1], 0)  # a first launch loads the kernel: not the prompt's time
-        new, reason, elapsed = _decode(machine, session, tokens, max_tokens, stop, tokenizer, on_token)
+        heard = on_token if stream else None
+        new, reason, elapsed = _decode(machine, session, tokens, max_tokens, stop, tokenizer, heard)
     finally:
         machine.close()
     text = tokenizer.decode(new) if tokenizer else None
@@ -82,7 +92,7 @@ def generate(
         "gpu": session.place.target.name,
         "schedule_id": facts.schedule_id,
     }
-    return result | (compare(session, candidate.program.program, tokens, new) if verify else {})
+    return result | (compare(session, program, tokens, new) if verify else {})
 
 
 def _decode(
@@ -91,9 +101,9 @@ def _decode(
     """New tokens, why they end, and the device's microseconds (None on the CPU). The prompt and as many tokens as fit share a launch."""
     new: list[int] = []
     pending, position, elapsed = list(prompt), 0, 0.0
-    piece = TOKENS_A_LAUNCH if machine_is_quick(session) else 1
+    launches = launch_tokens(machine_is_quick(session), on_token is not None)
     while True:
-        steps = len(pending) + min(piece, count - len(new)) - 1
+        steps = len(pending) + min(next(launches), count - len(new)) - 1
         out = machine.decode(pending, position, steps=steps)
         elapsed += out.elapsed_us or 0.0
         position += steps
@@ -108,6 +118,14 @@ def _decode(
             if len(new) == count:
                 return new, "max_tokens", elapsed or None
         pending = [out.tokens[-1]]
+
+
+def launch_tokens(quick: bool, streamed: bool) -> Iterator[int]:
+    """New tokens of each launch: one on the CPU; on the card many, or where they are streamed the first alone and then a few."""
+    if quick and streamed:
+        yield 1
+    while True:
+        yield (STREAMED_TOKENS if streamed else TOKENS_A_LAUNCH) if quick else 1
 
 
 def machine_is_quick(session: Session) -> bool:

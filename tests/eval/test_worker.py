@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from amk.eval.candidate import prepare
 from amk.eval.card import Place, others
-from amk.eval.worker import RemoteError, Worker, WorkerDied, unfinished
+from amk.eval.worker import RemoteError, Request, Worker, WorkerDied, unfinished
+from amk.models.registry import describe
 from amk.schedule.targets import TARGETS
 
 CPU = Place(TARGETS["h200"], "cpu", None)
@@ -26,7 +28,8 @@ def worker() -> Iterator[Worker]:
 
 def evaluate(worker: Worker, model: str = "toy", config: Any = None, **options: Any) -> Any:
     events = options.pop("on_event", lambda kind, value: None)
-    return worker.call("evaluate", model, CPU, {"config": config or {}}, events, **options)
+    candidate = prepare(describe("toy"), CPU, config or {})
+    return worker.call(Request("evaluate", model, CPU, candidate), events, **options)
 
 
 def test_a_worker_serves_one_request_after_another_and_reports_on_the_way(worker: Worker) -> None:
@@ -35,6 +38,16 @@ def test_a_worker_serves_one_request_after_another_and_reports_on_the_way(worker
     assert verdict["correct"] and set(told) == {"progress"}
     assert evaluate(worker, config={"nonsense": 1})["status"] == "rejected"
     assert Worker.shared() is worker
+
+
+def test_a_worker_ends_when_it_is_asked_no_more_and_the_next_request_starts_another() -> None:
+    idle = Worker(idle_s=0.01)
+    try:
+        before = idle.pid
+        idle._process.join()
+        assert evaluate(idle)["correct"] and idle.pid != before
+    finally:
+        idle.kill()
 
 
 def test_an_error_of_a_request_keeps_its_sentence_and_exit_code(worker: Worker) -> None:
@@ -72,8 +85,8 @@ def test_a_request_that_its_caller_abandons_leaves_nothing_for_the_next(worker: 
 
 
 def test_a_bug_in_the_worker_is_told_to_the_parent(worker: Worker, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(WorkerDied, match="KeyError"):
-        worker.call("evaluate", "toy", CPU, {}, lambda kind, value: None)
+    with pytest.raises(WorkerDied, match="TypeError"):
+        worker.call(Request("bench", "toy", CPU, prepare(describe("toy"), CPU, {}), {"nonsense": 1}), lambda kind, value: None)
     assert "Traceback" not in capfd.readouterr().err
 
 
