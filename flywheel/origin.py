@@ -19,7 +19,7 @@ def commit(root: Path = ROOT) -> str:
         return told
     if not (root / ".git").exists():  # an installed package may lie inside somebody else's repository
         return "unknown"
-    head = _output(["git", "-C", str(root), "rev-parse", "HEAD"]).strip()
+    head = _output(["git", "-C", str(root), "rev-parse", "--verify", "--quiet", "HEAD"]).strip()
     changed = _output(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"]).strip()
     return (head + "+changes" if changed else head) if head else "unknown"
 
