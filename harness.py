@@ -164,7 +164,7 @@ def generate(
     `on_token(index, token, text)` hears of tokens as their launches end: each by itself on the CPU, by 16 on the card. `token` as for
     `evaluate`.
     """
-    check_request(prompt, prompt_ids, max_tokens)
+    check_request(prompt, prompt_ids, max_tokens, stop)
     subject = _subject(model_id, gpu, device, token, progress)
     candidate = subject.prepare(config_dict)
     require_program(candidate)

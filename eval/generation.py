@@ -21,12 +21,14 @@ STREAMED_TOKENS = 16
 OnToken = Callable[[int, int, str], None]
 
 
-def check_request(prompt: str | None, prompt_ids: Sequence[int] | None, max_tokens: int) -> None:
-    """UsageError for what no model could do, before one is fetched: no prompt, two, or no tokens asked for."""
+def check_request(prompt: str | None, prompt_ids: Sequence[int] | None, max_tokens: int, stop: Sequence[str]) -> None:
+    """UsageError for what no model could do, before one is fetched: no prompt, two, no tokens asked for, or an empty text to stop at."""
     if (prompt is None) == (prompt_ids is None):
         raise UsageError("prompt: must be given once, as text or as ids")
     if max_tokens < 1:
         raise UsageError(f"max_tokens: must be at least 1, but got {max_tokens}")
+    if "" in stop:
+        raise UsageError("stop: must be a text, but got an empty one, which is everywhere")
 
 
 def prompt_tokens(session: Session, text: str | None, ids: Sequence[int] | None) -> tuple[list[int], Any]:
@@ -62,6 +64,8 @@ def generate(
     """
     program = require_program(candidate).program
     tokens, tokenizer = prompt_tokens(session, prompt, prompt_ids)
+    if stop and tokenizer is None:
+        raise UsageError(f"stop: must be left out for {session.model.spec.name}, which has no tokenizer")
     context = program.machine.context
     if len(tokens) + max_tokens > context + 1:
         raise UsageError(f"prompt: {len(tokens)} tokens and {max_tokens} new ones must fit the context of {context}")
@@ -113,7 +117,7 @@ def _decode(
             new.append(token)
             if on_token:
                 on_token(len(new) - 1, token, tokenizer.decode([token]) if tokenizer else "")
-            if stop and tokenizer and any(s in tokenizer.decode(new) for s in stop):
+            if stop and any(s in tokenizer.decode(new) for s in stop):
                 return new, "stop_text", elapsed or None
             if len(new) == count:
                 return new, "max_tokens", elapsed or None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,8 +17,10 @@ from amk.flywheel.provenance import point_provenance
 from amk.flywheel.trials import Trial, save_trial, tag_of, utc_now
 from amk.schedule.config import config_dict
 from amk.schedule.knobs import Config
+from amk.schedule.rejection import show
 
 REGIME = "single-stream"
+MOST_NESTED, MOST_BITS = 16, 1024  # far beyond any config; Python raises on much deeper data and on much longer numbers
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ def trial_of(candidate: Candidate, verdict: dict[str, Any], *, kept: bool | None
         regime=REGIME,
         source=source,
         description=changes(candidate.asked),
-        config=candidate.asked,
+        config=_recordable(candidate.asked),
         verdict=verdict,
         record=_record(candidate, verdict, now),
         ts=now,
@@ -74,6 +77,23 @@ def _record(candidate: Candidate, verdict: Mapping[str, Any], ts: str) -> dict[s
     if verdict["latency_kind"] != "measured-gpu":
         return None
     return record_of(verdict, point_provenance(candidate.effective, candidate.asked, asdict(candidate.spec), REGIME, ts))
+
+
+def _recordable(config: Any) -> Any:
+    """The config where it is JSON data of a config's depth; else, since it was refused, only what it looks like."""
+    return config if _is_json(config, MOST_NESTED) else show(config)
+
+
+def _is_json(value: Any, depth: int) -> bool:
+    if isinstance(value, dict | list) and not depth:
+        return False
+    if isinstance(value, dict):
+        return all(type(key) is str and _is_json(item, depth - 1) for key, item in value.items())
+    if isinstance(value, list):
+        return all(_is_json(item, depth - 1) for item in value)
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or type(value) is str or (isinstance(value, int) and value.bit_length() <= MOST_BITS)
 
 
 def changes(config: Any, default: Any = None, at: str = "") -> str:
@@ -87,5 +107,5 @@ def changes(config: Any, default: Any = None, at: str = "") -> str:
         if isinstance(value, Mapping) and isinstance(known, Mapping):
             parts.append(changes(value, known, f"{at}{key}."))
         elif value != known:
-            parts.append(f"{at}{key}={value}")
+            parts.append(f"{at}{key}={show(value)}" if isinstance(key, str) else f"{at}{show(key)}")
     return ", ".join(filter(None, parts)) or ("" if at else "default")

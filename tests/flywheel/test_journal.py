@@ -33,6 +33,15 @@ def test_a_config_of_any_form_is_written_down_and_read_again(tmp_path: Path, con
     assert [(row.tag, row.source, row.trial) for row in read_rows(journal.results)] == [("rejected", "external", trial.id)]
 
 
+@pytest.mark.parametrize("config", [{"a": float("nan")}, {"a": {1, 2}}, {1: 2}, {"a": 10**5000}, {"a": object()}])
+def test_a_config_that_is_no_json_is_written_down_as_it_looks(tmp_path: Path, config: Any) -> None:
+    candidate = prepare(describe("toy"), CPU, config)
+    verdict = rejected(candidate.facts, candidate.rejections).to_json()
+    journal = open_journal(tmp_path / "results.tsv")
+    journal.write(trial := trial_of(candidate, verdict, kept=None, loop="eval", source="external", experiment="toy"))
+    assert read_trials(journal.runs) == [trial] and isinstance(trial.config, str)
+
+
 @pytest.mark.parametrize(
     ("config", "words"),
     [
