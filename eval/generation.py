@@ -18,6 +18,7 @@ from amk.vm.interface import DecodeMachine
 TOKENS_A_LAUNCH = 256
 # A launch that begins costs tens of microseconds and its tokens are known when it ends: 16 are a few milliseconds, one screen update.
 STREAMED_TOKENS = 16
+INCOMPLETE = "\ufffd"  # what a tokenizer writes for the bytes of half a character
 OnToken = Callable[[int, int, str], None]
 
 
@@ -104,6 +105,7 @@ def _decode(
 ) -> tuple[list[int], str, float | None]:
     """New tokens, why they end, and the device's microseconds (None on the CPU). The prompt and as many tokens as fit share a launch."""
     new: list[int] = []
+    spoken = Spoken(tokenizer)
     pending, position, elapsed = list(prompt), 0, 0.0
     launches = launch_tokens(machine_is_quick(session), on_token is not None)
     while True:
@@ -115,13 +117,38 @@ def _decode(
             if token in session.model.spec.stop_tokens:
                 return new, "stop_token", elapsed or None
             new.append(token)
+            piece = spoken.hear(token) if on_token or stop else ""
             if on_token:
-                on_token(len(new) - 1, token, tokenizer.decode([token]) if tokenizer else "")
-            if stop and any(s in tokenizer.decode(new) for s in stop):
+                on_token(len(new) - 1, token, piece)
+            if any(s in spoken.text for s in stop):
                 return new, "stop_text", elapsed or None
             if len(new) == count:
                 return new, "max_tokens", elapsed or None
         pending = [out.tokens[-1]]
+
+
+class Spoken:
+    """The text of tokens that come one by one: a character made of several of them is complete with its last."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.text = ""
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []  # from where the last piece began, since how a token is written depends on the one before
+        self._told = 0  # characters of them that `text` has
+
+    def hear(self, token: int) -> str:
+        """What the token adds to `text`: nothing while a character is incomplete, or where there is no tokenizer (None)."""
+        if self._tokenizer is None:
+            return ""
+        self._tokens.append(token)
+        written: str = self._tokenizer.decode(self._tokens)
+        if written.endswith(INCOMPLETE):
+            return ""
+        piece = written[self._told :]
+        self.text += piece
+        self._tokens = self._tokens[-1:]
+        self._told = len(self._tokenizer.decode(self._tokens))
+        return piece
 
 
 def launch_tokens(quick: bool, streamed: bool) -> Iterator[int]:
