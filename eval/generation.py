@@ -28,6 +28,8 @@ def check_request(prompt: str | None, prompt_ids: Sequence[int] | None, max_toke
         raise UsageError("prompt: must be given once, as text or as ids")
     if max_tokens < 1:
         raise UsageError(f"max_tokens: must be at least 1, but got {max_tokens}")
+    if isinstance(stop, str):
+        raise UsageError(f"stop: must be a list of texts, but got the text {stop!r} alone")
     if "" in stop:
         raise UsageError("stop: must be a text, but got an empty one, which is everywhere")
 

@@ -87,13 +87,14 @@ def test_where_a_program_is_needed_a_refused_config_is_judged_and_failed_not_mis
         (lambda: harness.generate("toy", "h200", prompt="a", prompt_ids=[1]), "prompt"),
         (lambda: harness.generate(**TOY, prompt_ids=[]), "prompt"),
         (lambda: harness.generate(**TOY, prompt_ids=[1], max_tokens=10**30), "context"),
+        (lambda: harness.generate(**TOY, prompt_ids=[1], stop="end"), "stop.*'end' alone"),
         (lambda: harness.bench(**TOY, positions=[]), "positions"),
         (lambda: harness.bench(**TOY, positions=[10**30]), "positions"),
         (lambda: harness.verify(programs=0, mutants=0), "programs and mutants"),
         (lambda: harness.verify(minutes=float("nan")), "minutes"),
     ],
 )
-def test_a_misuse_is_named_before_anything_is_judged(call: Callable[[], Any], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_misuse_is_named_before_anything_is_judged(call: Callable[[], Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         call()
 

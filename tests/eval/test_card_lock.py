@@ -76,23 +76,6 @@ def test_an_error_inside_releases_the_card() -> None:
         pass
 
 
-ONE_TOKEN = "from amk.harness import generate\ngenerate('toy', prompt_ids=[1], device='cuda')"
-WARM = f"import sys\n{ONE_TOKEN}\nprint('warm', flush=True)\nsys.stdin.read()"
-
-
-@pytest.mark.cuda
-def test_a_second_command_waits_for_the_card_of_the_first_one() -> None:
-    command = [sys.executable, "-c", "from amk.amk_cli import main; main()", "generate", "toy", "--prompt-ids", "1", "--device", "cuda"]
-    with subprocess.Popen([sys.executable, "-c", WARM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
-        assert first.stdin is not None and first.stdout is not None and first.stdout.readline() == "warm\n"
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as second:
-            assert second.stderr is not None
-            assert "waiting for the card, on which process" in second.stderr.readline()
-            first.stdin.close()
-            second.communicate()
-        assert second.returncode == 0
-
-
 def count_up(path: Path) -> None:
     for _ in range(EACH):
         with card_lock("c", lambda _: None):

@@ -10,7 +10,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from amk import harness
 from amk.eval.generation import STREAMED_TOKENS, TOKENS_A_LAUNCH, Spoken, launch_tokens
 
 
@@ -59,11 +58,3 @@ def test_without_a_tokenizer_nothing_is_said() -> None:
 )
 def test_launches_are_long_on_the_card_and_short_for_a_listener(quick: bool, streamed: bool, expected: list[int]) -> None:
     assert list(islice(launch_tokens(quick, streamed), 3)) == expected
-
-
-@pytest.mark.cuda
-def test_streamed_tokens_are_those_of_one_launch_on_the_card() -> None:
-    told: list[int] = []
-    asked: dict[str, Any] = {"prompt_ids": [3, 1, 4, 1, 5], "max_tokens": 70, "device": "cuda"}
-    streamed = harness.generate("toy", on_token=lambda index, token, text: told.append(token), **asked)
-    assert streamed["generated"] == told == harness.generate("toy", **asked)["generated"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +18,7 @@ from amk.models.registry import describe
 from amk.schedule.targets import TARGETS
 
 CPU = Place(TARGETS["h200"], "cpu", None)
+FILES = ("megakernel.cu", "megakernel.sm_90a.cubin", "records.bin", "report.json")
 
 
 @pytest.fixture
@@ -38,6 +41,24 @@ def test_a_worker_serves_one_request_after_another_and_reports_on_the_way(worker
     assert verdict["correct"] and set(told) == {"progress"}
     assert evaluate(worker, config={"nonsense": 1})["status"] == "rejected"
     assert Worker.shared() is worker
+
+
+def test_every_verb_goes_through_a_worker(worker: Worker, tmp_path: Path) -> None:
+    told: list[Any] = []
+
+    def ask(verb: str, **options: Any) -> Any:
+        request = Request(verb, "toy", CPU, prepare(describe("toy"), CPU, {}), options)
+        return worker.call(request, lambda kind, value: told.append(value) if kind == "token" else None)
+
+    assert [row["position"] for row in ask("bench", positions=[3])["rows"]] == [3]
+    assert ask("compile", folder=tmp_path)["files"] == [str(tmp_path / name) for name in FILES]
+    assert ask("generate", prompt_ids=[1, 2], max_tokens=3, stream=True)["generated"] == [token for _, token, _ in told] != []
+
+
+def test_a_candidate_for_another_model_than_the_fetched_one_is_prepared_anew(worker: Worker) -> None:
+    other = replace(describe("toy"), dtype="bf16")
+    verdict = worker.call(Request("evaluate", "toy", CPU, prepare(other, CPU, {})), lambda kind, value: None)
+    assert verdict["correct"] and verdict["dtype"] == describe("toy").dtype != other.dtype
 
 
 def test_a_worker_ends_when_it_is_asked_no_more_and_the_next_request_starts_another() -> None:
