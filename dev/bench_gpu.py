@@ -13,6 +13,7 @@ from typing import Any
 from amk.dev.provenance import write_results
 from amk.eval.bench import launch_start, quantiles, read_bandwidth_gbs, samples_us
 from amk.eval.card import choose
+from amk.eval.card_lock import live_card_lock
 from amk.eval.oracle import judge
 from amk.eval.session import Session
 from amk.schedule.cost import floor_us, streamed_bytes
@@ -79,6 +80,11 @@ def timed(machine: UnprovenCudaVM, name: str, label: str, position: int, bandwid
 
 
 def main() -> None:
+    with live_card_lock(print):
+        measure_all()
+
+
+def measure_all() -> None:
     sessions = {name: Session(name, choose(None, "cuda")) for name in POSITIONS}
     latency = [line for name, session in sessions.items() for line in judged_rows(session, "default", {}, POSITIONS[name])]
     cases = [(session, label, config) for session in sessions.values() for label, config in VARIANTS.items()]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from amk.eval.artefacts import write_artefacts
 from amk.eval.bench import measure, read_bandwidth_gbs
 from amk.eval.candidate import Candidate, prepare
 from amk.eval.card import Place
+from amk.eval.card_lock import live_card_lock
 from amk.eval.errors import EnvironmentProblem, UsageError
 from amk.eval.oracle import PROMPT_TEXT, Finding, Reference, default_plan, judge, make_reference, rounding_points
 from amk.eval.verdict import Facts, Judgement, Latency, Verdict, failed, judged, rejected
@@ -28,11 +31,11 @@ PREDICTION_NOTE = "latency is predicted by the cost model for the data sheet's b
 
 
 class Session:
-    """Everything about one model in one place; see Place for what "cuda" and "cpu" mean."""
+    """Everything about one model in one place; see Place for what "cuda" and "cpu" mean. The token is for fetching and is not kept."""
 
-    def __init__(self, model: str, place: Place, progress: Callable[[str], None] | None = None) -> None:
+    def __init__(self, model: str, place: Place, progress: Callable[[str], None] | None = None, token: str | None = None) -> None:
         self.place = place
-        self.model: Model = resolve(model, progress=progress)
+        self.model: Model = resolve(model, progress=progress, token=token)
         self.progress = progress or (lambda _: None)
         self._references: dict[tuple[int, RoundingPoints], Reference] = {}
         self._bandwidth: float | None = None
@@ -40,9 +43,12 @@ class Session:
     def prepare(self, config: Any, context: int | None = None) -> Candidate:
         return prepare(self.model.spec, self.place, config, context)
 
-    def evaluate(self, config: Any) -> Verdict:
-        """The verdict on one config: rejected, or judged and (if correct) timed. EnvironmentProblem if its binary does not build."""
-        candidate = self.prepare(config)
+    def adopt(self, candidate: Candidate) -> Candidate:
+        """The candidate; prepared anew only where the weights are stored in another dtype than the model's description said."""
+        return candidate if candidate.spec == self.model.spec else self.prepare(candidate.asked)
+
+    def evaluate(self, candidate: Candidate) -> Verdict:
+        """The verdict: rejected, or judged and (if correct) timed. EnvironmentProblem if its binary does not build."""
         if candidate.program is None:
             return rejected(candidate.facts, candidate.rejections)
         facts, machine = self.load(candidate)
@@ -100,7 +106,8 @@ class Session:
             return self._predicted(candidate, facts, position)
         self.progress("measuring")
         assert facts.program_digest is not None and facts.binary_digest is not None and isinstance(machine, UnprovenCudaVM)
-        return measure(machine, self.place.target, position, self.bandwidth(), (facts.program_digest, facts.binary_digest))
+        with live_card_lock(self.progress):
+            return measure(machine, self.place.target, position, self.bandwidth(), (facts.program_digest, facts.binary_digest))
 
     def bandwidth(self) -> float:
         """The card's plain-read bandwidth, GB/s, measured once a session."""
@@ -123,16 +130,23 @@ class Session:
             spec_bandwidth_gbs=target.bandwidth_gbs,
         )
 
-    def bench(self, config: Any, positions: Sequence[int]) -> dict[str, Any]:
+    def compile(self, candidate: Candidate, folder: Path) -> dict[str, Any]:
+        """The verdict, and the files written into `folder`: none for a program that was refused. EnvironmentProblem as for `evaluate`."""
+        verdict = self.evaluate(candidate).to_json()
+        if candidate.program is None:
+            return {"verdict": verdict, "files": []}
+        files = write_artefacts(folder, candidate, self.place.target.arch, self.build(candidate), verdict)
+        return {"verdict": verdict, "files": files}
+
+    def bench(self, candidate: Candidate, positions: Sequence[int]) -> dict[str, Any]:
         """Verdict and a latency a position. UsageError for a position outside the context."""
-        candidate = self.prepare(config)
         if candidate.program is None:
             return {"verdict": rejected(candidate.facts, candidate.rejections).to_json(), "rows": []}
         context = candidate.program.program.machine.context
         outside = [p for p in positions if not 0 <= p < context]
         if outside:
             raise UsageError(f"positions: must lie in 0..{context - 1} for this model, but got {outside[0]}")
-        verdict = self.evaluate(config)
+        verdict = self.evaluate(candidate)
         if not verdict.correct:
             return {"verdict": verdict.to_json(), "rows": []}
         facts, machine = self.load(candidate)
