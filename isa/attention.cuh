@@ -88,21 +88,23 @@ struct HeadRow {
 
   __device__ __forceinline__ void read(Consumer& c, const uint64_t* from, Expected want) {
     uint2 a[PAIRS] = {}, b[PAIRS] = {};
+    c.read_all([&](bool again) {
+      bool here = true;
 #pragma unroll
-    for (int i = 0; i < PAIRS; ++i) {
-      const int d = c.lane + 32 * i;
-      if (d < HALF) { a[i] = load_packet(from + d); b[i] = load_packet(from + HALF + d); }
-    }
-#pragma unroll
-    for (int i = 0; i < PAIRS; ++i) {
-      const int d = c.lane + 32 * i;
-      low[i] = high[i] = 0.f;
-      if (d < HALF) {
-        if (!want.match(a[i].y)) a[i] = c.read(from + d, want);
-        if (!want.match(b[i].y)) b[i] = c.read(from + HALF + d, want);
-        low[i] = as_float(a[i].x);
-        high[i] = as_float(b[i].x);
+      for (int i = 0; i < PAIRS; ++i) {
+        const int d = c.lane + 32 * i;
+        if (d < HALF && !(again && want.match(a[i]))) a[i] = load_packet(from + d);
+        if (d < HALF && !(again && want.match(b[i]))) b[i] = load_packet(from + HALF + d);
       }
+#pragma unroll
+      for (int i = 0; i < PAIRS; ++i)
+        if (c.lane + 32 * i < HALF) here &= want.match(a[i]) && want.match(b[i]);
+      return here;
+    });
+#pragma unroll
+    for (int i = 0; i < PAIRS; ++i) {
+      low[i] = as_float(a[i].x);
+      high[i] = as_float(b[i].x);
     }
     __syncwarp();
   }
@@ -447,11 +449,11 @@ constexpr int sharers(int free) { return free >= 8 ? 8 : free >= 4 ? 4 : free >=
 constexpr int SHARERS = sharers(CONSUMER_THREADS / (GROUP * PER_HEAD));
 constexpr int SPLITS_AT_ONCE = 8;
 
-// A split's published partial of NARROW dims from `d` on: asked for, and asked for again until it is there.
-struct SplitReader {
+// A split's published partial of NARROW dims from `d` on.
+struct SplitPackets {
   uint4 ml = {}, o = {};  // a register that some path leaves unwritten would be kept for all the kernel's life
 
-  __device__ __forceinline__ void ask(const uint64_t* part, int d) {
+  __device__ __forceinline__ void load(const uint64_t* part, int d) {
     ml = load_packets(part);
     if constexpr (NARROW == 2) o = load_packets(part + PARTIAL_HEAD + d);
     else {
@@ -459,19 +461,14 @@ struct SplitReader {
       o = make_uint4(one.x, one.y, one.x, one.y);
     }
   }
-  __device__ __forceinline__ Partial get(Consumer& c, const uint64_t* part, int d, Expected want) {
-    if (!here(want)) wait_until(c.abort, WAIT_TAG, [&] { ask(part, d); return here(want); });
+  __device__ __forceinline__ bool here(Expected want) const { return want.match(ml) && want.match(o); }
+  __device__ __forceinline__ Partial partial() const {
     Partial read;
     read.m = as_float(ml.x);
     read.l = as_float(ml.z);
     read.o[0] = as_float(o.x);
     if constexpr (NARROW == 2) read.o[NARROW - 1] = as_float(o.z);
     return read;
-  }
-
- private:
-  __device__ __forceinline__ bool here(Expected want) const {
-    return want.match(ml.y) && want.match(ml.w) && want.match(o.y) && want.match(o.w);
   }
 };
 
@@ -480,14 +477,21 @@ __device__ __forceinline__ Partial merge_splits(Consumer& c, const uint64_t* par
   Partial total;
 #pragma unroll 1
   for (int base = first; base < count; base += SHARERS * SPLITS_AT_ONCE) {
-    SplitReader readers[SPLITS_AT_ONCE];
+    SplitPackets read[SPLITS_AT_ONCE];
+    c.read_all([&](bool again) {
+      bool here = true;
+#pragma unroll
+      for (int i = 0; i < SPLITS_AT_ONCE; ++i)
+        if (base + i * SHARERS < count && !(again && read[i].here(want))) read[i].load(part + (base + i * SHARERS) * stride, d);
+#pragma unroll
+      for (int i = 0; i < SPLITS_AT_ONCE; ++i)
+        if (base + i * SHARERS < count) here &= read[i].here(want);
+      return here;
+    });
     Partial parts[SPLITS_AT_ONCE + 1];
 #pragma unroll
     for (int i = 0; i < SPLITS_AT_ONCE; ++i)
-      if (base + i * SHARERS < count) readers[i].ask(part + (base + i * SHARERS) * stride, d);
-#pragma unroll
-    for (int i = 0; i < SPLITS_AT_ONCE; ++i)
-      if (base + i * SHARERS < count) parts[i] = readers[i].get(c, part + (base + i * SHARERS) * stride, d, want);
+      if (base + i * SHARERS < count) parts[i] = read[i].partial();
     parts[SPLITS_AT_ONCE] = total;
     total = merge(parts);
   }

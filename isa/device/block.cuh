@@ -118,6 +118,11 @@ struct Consumer {
     if (!want.match(v.y)) wait_until(abort, WAIT_TAG, [&] { v = load_packet(packet); return want.match(v.y); });
     return v;
   }
+  // Reads several packets at once: `load(again)` loads all of them, or `again` those that were not there, and says whether all are there now.
+  template <class Load>
+  __device__ __forceinline__ void read_all(Load load) {
+    if (!load(false)) wait_until(abort, WAIT_TAG, [&] { return load(true); });
+  }
   // Waits until both packets of `v`, last loaded from `packets`, carry the tag.
   __device__ __forceinline__ void settle(uint4& v, const uint64_t* packets, Expected want) {
     if (!want.match(v.y) || !want.match(v.w))

@@ -90,15 +90,22 @@ struct Slice {
 #pragma unroll
     for (int base = 0; base < LOADS; base += BATCH) {
       uint4 v[BATCH] = {};  // a register that some path leaves unwritten would be kept for all the kernel's life
+      c.read_all([&](bool again) {
+        bool here = true;
 #pragma unroll
-      for (int i = 0; i < BATCH; ++i)
-        if (base + i < LOADS && column(base + i, c.lane) < count) v[i] = load_packets(from + (base + i) * 64);
+        for (int i = 0; i < BATCH; ++i) {
+          if (base + i >= LOADS || column(base + i, c.lane) >= count) continue;
+          if (!again || !want.match(v[i])) v[i] = load_packets(from + (base + i) * 64);
+        }
+#pragma unroll
+        for (int i = 0; i < BATCH; ++i)
+          if (base + i < LOADS && column(base + i, c.lane) < count) here &= want.match(v[i]);
+        return here;
+      });
 #pragma unroll
       for (int i = 0; i < BATCH; ++i) {
-        if (base + i >= LOADS) continue;
         const int at = column(base + i, c.lane);
-        if (at < count) c.settle(v[i], from + (base + i) * 64, want);
-        if (at < P::SLICE) squares += keep(v[i], g, base + i, at, to);
+        if (base + i < LOADS && at < P::SLICE) squares += keep(v[i], g, base + i, at, to);
       }
     }
     return squares;
@@ -168,28 +175,33 @@ struct Sums {
   }
 };
 
-// The fragments of one chunk that are this warp's, in registers. A chunk is fetched one ahead of its product, the first of a task before x
-// is there, so neither the ring's barrier nor shared memory is waited for between two products.
+// Fragments of the next chunks that are this warp's, in registers: the first of a task are fetched before x is there, so the ring has room for
+// as many more while a boundary is waited for, and no product waits for shared memory. A chunk always has the same registers.
 template <class P>
-struct Chunk {
-  uint4 a[P::PER_CHUNK];
+struct Fetched {
+  static constexpr int DEPTH = P::CHUNKS % 4 == 0 ? 4 : P::CHUNKS % 3 == 0 ? 3 : P::CHUNKS % 2 == 0 ? 2 : 1;
+  static constexpr bool UNIFORM = P::HIGH_WARPS == 0 && P::LAST_HIGH == P::PER_CHUNK;  // the last chunk of a tile is as the others
+  uint4 a[DEPTH][P::PER_CHUNK];
+  const int last, last_at;  // fragments of this warp in the last chunk of a tile, and where they begin
 
-  // Waits for the chunk in the ring, reads it and frees its slot. The last chunk of a tile holds `last` fragments of this warp at `last_at`.
-  template <bool LAST>
-  __device__ __forceinline__ void fetch(Consumer& c, int last, int last_at) {
-    constexpr int MOST = LAST ? P::LAST_HIGH : P::PER_CHUNK;
-    const uint8_t* from = c.wait_chunk() + (LAST ? last_at : c.warp * P::PER_CHUNK * FRAGMENT_BYTES) + c.lane * 16;
+  __device__ __forceinline__ Fetched(int warp)
+      : last(warp < P::HIGH_WARPS ? P::LAST_HIGH : P::LAST_LOW),
+        last_at((warp * P::LAST_LOW + min_of(warp, P::HIGH_WARPS)) * FRAGMENT_BYTES) {}
+  __device__ __forceinline__ bool has(int j, bool is_last) const { return UNIFORM || !is_last || j < last; }
+  // Waits for the next chunk in the ring, reads it and frees its slot.
+  __device__ __forceinline__ void fetch(Consumer& c, int slot, bool is_last) {
+    const int at = !UNIFORM && is_last ? last_at : c.warp * P::PER_CHUNK * FRAGMENT_BYTES;
+    const uint8_t* from = c.wait_chunk() + at + c.lane * 16;
 #pragma unroll
-    for (int j = 0; j < MOST; ++j)
-      a[j] = !LAST || !P::HIGH_WARPS || j < last ? *reinterpret_cast<const uint4*>(from + j * FRAGMENT_BYTES) : uint4{};
+    for (int j = 0; j < P::PER_CHUNK; ++j)
+      a[slot][j] = has(j, is_last) ? *reinterpret_cast<const uint4*>(from + j * FRAGMENT_BYTES) : uint4{};
     c.release_chunk();
   }
-  template <bool LAST, class X>
-  __device__ __forceinline__ void multiply_into(Sums& sums, int last, X x) const {
-    constexpr int MOST = LAST ? P::LAST_HIGH : P::PER_CHUNK;
+  template <class X>
+  __device__ __forceinline__ void multiply_into(Sums& sums, int slot, bool is_last, X x) const {
 #pragma unroll
-    for (int j = 0; j < MOST; ++j)
-      if (!LAST || !P::HIGH_WARPS || j < last) sums.add(j, a[j], x(j));
+    for (int j = 0; j < P::PER_CHUNK; ++j)
+      if (has(j, is_last)) sums.add(j, a[slot][j], x(j));
   }
 };
 
@@ -198,7 +210,7 @@ template <class P, bool TWO>
 struct Operands {
   static constexpr bool KEPT = P::HIGH * Operand::WORDS <= KEPT_WORDS;
   const uint8_t* from;
-  Operand kept[KEPT ? P::HIGH : 1];
+  Operand kept[KEPT ? P::CHUNKS * P::PER_CHUNK : 1];  // those beyond the slice are never used
 
   // After the warp has written its slice to `slice`.
   __device__ __forceinline__ void begin(const uint8_t* slice, int lane) {
@@ -227,40 +239,33 @@ __device__ __forceinline__ void multiply_tiles(Consumer& c, const MatVecTask& ta
   constexpr int OWN_BYTES = SCRATCH_BYTES / CONSUMER_WARPS / 16 * 16;
   static_assert(P::SLICE_BYTES * (TWO ? 2 : 1) <= OWN_BYTES, "a consumer's share of scratch must hold its slice of x");
   uint8_t* slice_bytes = reinterpret_cast<uint8_t*>(b.scratch()) + c.warp * OWN_BYTES;
-  const int last = c.warp < P::HIGH_WARPS ? P::LAST_HIGH : P::LAST_LOW;
-  const int last_at = (c.warp * P::LAST_LOW + min_of(c.warp, P::HIGH_WARPS)) * FRAGMENT_BYTES;
   const int tiles = task.tiles;
 
   Slice<COLUMNS, FLAGS> slice(c.warp);
   if constexpr (FLAGS & X_NORM) slice.prefetch_gain(gain, c.lane);
-  Chunk<P> next{};
-  next.template fetch<P::CHUNKS == 1>(c, last, last_at);
+  using F = Fetched<P>;
+  F chunks(c.warp);
+#pragma unroll
+  for (int d = 0; d < F::DEPTH; ++d) chunks.fetch(c, d, d + 1 == P::CHUNKS);
   c.wait_released();
   float squares = slice.load(c, x, token.expect(task.x_tag), gain, slice_bytes);
   __syncwarp();
   if constexpr (FLAGS & X_NORM) squares = warp_sum(squares);
-  Operands<P, TWO> operands;
+  using O = Operands<P, TWO>;
+  O operands;
   operands.begin(slice_bytes, c.lane);
 
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
     Sums sums;
-    auto whole = [&](int k) {
-      const Chunk<P> chunk = next;
-      if (k + 2 < P::CHUNKS) next.template fetch<false>(c, last, last_at);
-      else next.template fetch<true>(c, last, last_at);
-      chunk.template multiply_into<false>(sums, last, [&](int j) { return operands.at(k * P::PER_CHUNK + j); });
-    };
-    if constexpr (Operands<P, TWO>::KEPT) {
+#pragma unroll(O::KEPT ? P::CHUNKS : 1)
+    for (int group = 0; group < P::CHUNKS; group += F::DEPTH)
 #pragma unroll
-      for (int k = 0; k + 1 < P::CHUNKS; ++k) whole(k);
-    } else {
-#pragma unroll 4
-      for (int k = 0; k + 1 < P::CHUNKS; ++k) whole(k);
-    }
-    const Chunk<P> chunk = next;
-    if (tile + 1 < tiles) next.template fetch<P::CHUNKS == 1>(c, last, last_at);
-    chunk.template multiply_into<true>(sums, last, [&](int j) { return operands.at((P::CHUNKS - 1) * P::PER_CHUNK + j); });
+      for (int d = 0; d < F::DEPTH; ++d) {
+        const int k = group + d, next = k + F::DEPTH;
+        chunks.multiply_into(sums, d, k + 1 == P::CHUNKS, [&](int j) { return operands.at(k * P::PER_CHUNK + j); });
+        if (next < P::CHUNKS || tile + 1 < tiles) chunks.fetch(c, d, next + 1 == P::CHUNKS || next + 1 == 2 * P::CHUNKS);
+      }
     float* part = c.wait_reduction_slot();
     sums.store(part, c.lane, TWO);
     if ((FLAGS & X_NORM) && c.lane == 1) part[TILE_ROWS] = squares;

@@ -136,6 +136,8 @@ __device__ __forceinline__ void publish(uint64_t* p, uint32_t value, uint32_t ta
 struct Expected {
   uint32_t tag, mask;
   __device__ __forceinline__ bool match(uint32_t seen) const { return ((seen ^ tag) & mask) == 0; }
+  __device__ __forceinline__ bool match(const uint2& packet) const { return match(packet.y); }
+  __device__ __forceinline__ bool match(const uint4& packets) const { return (((packets.y ^ tag) | (packets.w ^ tag)) & mask) == 0; }
 };
 
 // Asks for the line at `p` without waiting for it.

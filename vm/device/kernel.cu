@@ -11,6 +11,7 @@ struct ImageHead {  // one SM's part of the program image; task records and stre
 };
 
 __device__ __forceinline__ void copy_words(uint8_t* to, const uint8_t* from, int bytes) {
+#pragma unroll 1
   for (int i = threadIdx.x * 4; i < bytes; i += BLOCK_THREADS * 4)
     *reinterpret_cast<uint32_t*>(to + i) = *reinterpret_cast<const uint32_t*>(from + i);
 }
