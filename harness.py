@@ -17,7 +17,7 @@ from amk.eval import worker
 from amk.eval.artefacts import write_artefacts
 from amk.eval.candidate import prepare
 from amk.eval.card import Place, choose, live_card
-from amk.eval.errors import UsageError
+from amk.eval.errors import EnvironmentProblem, UsageError
 from amk.eval.session import Session
 from amk.eval.soundness.verify import run_verify
 from amk.eval.verdict import Facts, failed, rejected
@@ -130,17 +130,29 @@ def bench(
     gpu: str | None = None,
     *,
     positions: Sequence[int] = (16, 128, 1024),
+    baselines: bool = False,
     config_dict: Any = None,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """A latency a position, after the program has been judged: {model, gpu, device, verdict, rows}."""
+    """A latency a position, after the program has been judged: {model, gpu, device, verdict, rows}.
+
+    `baselines` measures transformers under a CUDA graph and torch.compile in turns with it; EnvironmentProblem without a card.
+    """
     place = choose(gpu, device)
     if not positions:
         raise UsageError("positions: must be at least one, but got none")
-    arguments = {"config": {} if config_dict is None else config_dict, "positions": list(positions)}
+    if baselines and place.device != "cuda":
+        raise EnvironmentProblem(f"baselines: must be measured on the live card, but {_why_cpu(place, device)}; leave them out")
+    arguments = {"config": {} if config_dict is None else config_dict, "positions": list(positions), "baselines": baselines}
     result = _answer(model_id, place, "bench", arguments, None, progress)
     return {"model": model_id, "gpu": place.target.name, "device": place.device, **result}
+
+
+def _why_cpu(place: Place, device: str) -> str:
+    if device == "cpu":
+        return "device cpu was asked for"
+    return "there is none" if live_card() is None else f"it is not a {place.target.name}"
 
 
 def compile_model(

@@ -58,8 +58,29 @@ class Generate(TypedDict):
     schedule_id: str
 
 
+class BaselineRow(TypedDict):
+    """A baseline at one position, sampled in turns with ours: "measured", "failed" (it did not build or run) or "refused" (it is wrong, or
+    under the floor).
+
+    `form` says what it is, `rel_err` how far its logits are from the source model's, `expected_rel_err` how far that model's own
+    are in `dtype`. `ratio` is its latency over ours.
+    """
+
+    name: Literal["cuda-graph", "torch-compile"]
+    status: Literal["measured", "failed", "refused"]
+    reason: str | None
+    form: str | None
+    dtype: str
+    rel_err: float | None
+    expected_rel_err: float | None
+    latency_us: float | None
+    ratio: float | None
+    samples: Samples | None
+    samples_us: list[float]
+
+
 class BenchRow(TypedDict):
-    """A token's time at one position; null where it was under its floor."""
+    """A token's time at one position; null where it was under its floor. `baselines` is empty where none were asked for."""
 
     position: int
     latency_us: float | None
@@ -71,6 +92,8 @@ class BenchRow(TypedDict):
     bandwidth_kind: Literal["measured", "spec"]
     streamed_bytes: int
     samples: Samples | None
+    samples_us: list[float]
+    baselines: list[BaselineRow]
 
 
 class Bench(TypedDict):

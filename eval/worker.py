@@ -134,5 +134,5 @@ def run(session: Session, verb: str, arguments: dict[str, Any], on_token: Callab
     if verb == "evaluate":
         return session.evaluate(arguments["config"]).to_json()
     if verb == "bench":
-        return session.bench(arguments["config"], arguments["positions"])
+        return session.bench(**arguments)
     return generate(session, on_token=on_token, **arguments)

@@ -162,6 +162,12 @@ def test_asking_for_a_card_where_there_is_none_is_an_environment_error(capsys: C
     assert "card" in refused(capsys, 3, verb, "toy", *gpu, "--device", "cuda")
 
 
+@NO_CARD
+@pytest.mark.parametrize("device", ((), CPU))
+def test_baselines_without_a_card_are_an_environment_error(capsys: Capture, device: tuple[str, ...]) -> None:
+    assert "baselines" in refused(capsys, 3, "bench", "toy", "--baselines", *device)
+
+
 def test_truncated_checkpoint_is_an_environment_error(capsys: Capture, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     weights = tmp_path / "model.safetensors"
@@ -214,8 +220,9 @@ def test_compile_writes_the_files_that_it_lists(capsys: Capture, tmp_path: Path)
 
 
 def test_bench_has_a_row_a_position(capsys: Capture) -> None:
-    code, table, _ = answer(capsys, "bench", "toy", "--positions", "16,128", "--gpu", "h200", *CPU)
+    code, table, err = answer(capsys, "bench", "toy", "--positions", "16,128", "--gpu", "h200", *CPU)
     assert (code, [row["position"] for row in table["rows"]]) == (0, [16, 128])
+    assert all(f"{row['latency_us']:.1f} (predicted)" in err for row in table["rows"])
 
 
 def test_verify_finds_no_false_accept_and_counts_no_cases_as_no_pass(capsys: Capture) -> None:
