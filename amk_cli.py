@@ -152,6 +152,24 @@ def bench(
 
 
 @app.command()
+def trace(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", dir_okay=False, help="the timeline, for ui.perfetto.dev", show_default=False)],
+    position: Annotated[int, typer.Option(min=0, help="position of the token that is traced")] = 128,
+    gpu: Gpu = None,
+    config: ConfigFile = None,
+    device: Device = "auto",
+) -> int:
+    """A timeline of every SM's actors in one token, and where its time went; needs a card."""
+    data = _read_config(config)
+    with _answers() as answer:
+        found = harness.trace(model, out, gpu, position=position, config_dict=data, device=device, progress=_say)
+        answer(found)
+    _print_phases(found)
+    return _judged(found["verdict"])
+
+
+@app.command()
 def doctor(as_json: AsJson = False) -> int:
     """What this machine offers: packages, compiler, card."""
     with _answers() as answer:
@@ -344,6 +362,21 @@ def _print_latencies(result: dict[str, Any]) -> None:
     for row in rows:
         for baseline in row["baselines"]:
             _say(f"position {row['position']}, {baseline['name']}: {baseline['reason'] or baseline['form']}")
+
+
+def _print_phases(found: dict[str, Any]) -> None:
+    """Where the traced token's time went, on stderr."""
+    phases = ("wait", "load", "compute", "publish")
+    if found["file"] is None:
+        return
+    title = f"{found['model']}, position {found['position']}: us of {found['traced_us']:.1f} traced (not a latency)"
+    table = Table("task", "actor", *phases, title=title)
+    for row in [*({"task": "all"} | row for row in found["by_actor"]), *found["by_task"]]:
+        table.add_row(row["task"], row["actor"], *(f"{row[f'{phase}_us']:.1f}" for phase in phases))
+    Console(stderr=True).print(table)
+    if found["lost_events"]:
+        _say(f"{found['lost_events']} events found no room: the timeline has gaps")
+    _say(f"timeline: {found['file']}")
 
 
 def _latency_cell(row: dict[str, Any]) -> str:

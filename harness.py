@@ -149,6 +149,27 @@ def bench(
     return {"model": model_id, "gpu": place.target.name, "device": place.device, **result}
 
 
+def trace(
+    model_id: str,
+    out: Path | str,
+    gpu: str | None = None,
+    *,
+    position: int = 128,
+    config_dict: Any = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Where the time of one token goes (eval.shapes.Trace), and its timeline in the file `out`; EnvironmentProblem without a card."""
+    place, folder = choose(gpu, device), Path(out).resolve().parent
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"out: must lie in a folder that can be written to, but {folder} is none")
+    if place.device != "cuda":
+        raise EnvironmentProblem(f"trace: must run on the live card, but {_why_cpu(place, device)}")
+    arguments = {"config": {} if config_dict is None else config_dict, "position": position, "out": str(Path(out).resolve())}
+    result = _answer(model_id, place, "trace", arguments, None, progress)
+    return {"model": model_id, "gpu": place.target.name, "device": place.device, **result}
+
+
 def _why_cpu(place: Place, device: str) -> str:
     if device == "cpu":
         return "device cpu was asked for"

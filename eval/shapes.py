@@ -106,7 +106,42 @@ class Bench(TypedDict):
     rows: list[BenchRow]
 
 
-SHAPES: Mapping[str, type] = {"verdict": Verdict, "propose": Propose, "loop": Loop, "generate": Generate, "bench": Bench}
+class ActorTime(TypedDict):
+    """Microseconds that an average actor of a role spent in each phase: waiting for others, loading, computing, publishing."""
+
+    actor: Literal["feeder", "consumer", "storer", "watcher"]
+    wait_us: float
+    load_us: float
+    compute_us: float
+    publish_us: float
+
+
+class TaskTime(ActorTime):
+    """The same in one class of tasks, all layers together."""
+
+    task: str
+
+
+class Trace(TypedDict):
+    """Where the time of the token at `position` went, in a build made for that: slower than the measured one, so no time here is a latency.
+
+    `file` is a Chrome trace with every SM's actors (of its consumers the first); the sums are over all of them. Null and empty where
+    the program was not found correct.
+    """
+
+    model: str
+    gpu: str
+    device: str
+    verdict: Verdict
+    position: int
+    file: str | None
+    traced_us: float | None
+    lost_events: int
+    by_actor: list[ActorTime]
+    by_task: list[TaskTime]
+
+
+SHAPES: Mapping[str, type] = {"verdict": Verdict, "propose": Propose, "loop": Loop, "generate": Generate, "bench": Bench, "trace": Trace}
 
 
 def result_schema(name: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from amk.eval.card import Place
 from amk.eval.errors import EvalError
 from amk.eval.generation import generate
 from amk.eval.session import Session
+from amk.eval.trace import trace
 from amk.models.errors import ModelError
 from amk.vm.interface import LaunchFailed
 
@@ -135,4 +136,6 @@ def run(session: Session, verb: str, arguments: dict[str, Any], on_token: Callab
         return session.evaluate(arguments["config"]).to_json()
     if verb == "bench":
         return session.bench(**arguments)
+    if verb == "trace":
+        return trace(session, **arguments)
     return generate(session, on_token=on_token, **arguments)

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from amk.amk_cli import run
 from amk.dev.card import card_count
 
-VERBS = ("propose", "eval", "loop", "compile", "generate", "bench", "doctor", "knobs", "verify")
+VERBS = ("propose", "eval", "loop", "compile", "generate", "bench", "trace", "doctor", "knobs", "verify")
 GUIDE = {
     "tiling": {"gemv": {"N_tile": 128}, "attention": {"kv_block": 128}}, "fusion_grouping": [], "sm_assignment": "load_balance",
     "pipelining_depth": 3, "page_allocation": "graph_color", "threads_per_block": 256, "smem_bytes_per_block": 0,
@@ -72,6 +72,9 @@ def feed_stdin(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
         (("loop", "toy", "--budget", "many"), ("--budget", "integer")),
         (("loop", "toy", "--budget", "1.5"), ("--budget", "integer")),
         (("compile", "toy"), ("--out",)),
+        (("trace", "toy"), ("--out",)),
+        (("trace", "toy", "-o", "x.json", "--position", "-1"), ("--position",)),
+        (("trace", "toy", "-o", "nowhere/x.json"), ("out", "nowhere")),
         (("generate", "toy", *CPU), ("prompt",)),
         (("generate", "toy", "--prompt-ids", "1,x", *CPU), ("--prompt-ids", "'x'")),
         (("generate", "toy", "--prompt-ids", "1,99999", *CPU), ("99999", "256")),
@@ -166,6 +169,13 @@ def test_asking_for_a_card_where_there_is_none_is_an_environment_error(capsys: C
 @pytest.mark.parametrize("device", ((), CPU))
 def test_baselines_without_a_card_are_an_environment_error(capsys: Capture, device: tuple[str, ...]) -> None:
     assert "baselines" in refused(capsys, 3, "bench", "toy", "--baselines", *device)
+
+
+@NO_CARD
+@pytest.mark.parametrize("device", ((), CPU))
+def test_trace_without_a_card_is_an_environment_error(capsys: Capture, tmp_path: Path, device: tuple[str, ...]) -> None:
+    assert "card" in refused(capsys, 3, "trace", "toy", "-o", str(tmp_path / "trace.json"), *device)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_truncated_checkpoint_is_an_environment_error(capsys: Capture, tmp_path: Path) -> None:

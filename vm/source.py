@@ -139,6 +139,11 @@ def abi_hash(program: Program) -> int:
     return text_hash(_prelude(program, shared_layout(program), TEST_MACROS))
 
 
+def traced_source(program: Program, events: int) -> str:
+    """The source of a build that writes down up to `events` events a warp (isa/device/trace.cuh) and is the same otherwise."""
+    return f"#define AMK_TRACE {events}u\n" + kernel_source(program)
+
+
 def kernel_source(program: Program, **macros: int) -> str:
     """CUDA C++ of the megakernel for this program; `macros` are the test builds' (DRY_FEED, STRESS, HANG_ACTOR)."""
     unknown = set(macros) - set(TEST_MACROS)
