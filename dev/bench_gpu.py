@@ -1,9 +1,10 @@
 """Measures the published figures on the live card: latency by position, and what each knob does. Writes results/bench-CARD.json.
 
-    python amk_bootstrap.py amk.dev.bench_gpu [--baselines] [--processes N] [--models A,B] [--no-knobs] [--out FILE]
+    python amk_bootstrap.py amk.dev.bench_gpu [--baselines] [--processes N] [--models A,B] [--positions P,Q] [--no-knobs] [--out FILE]
 
 Every program is judged by the oracle before it is timed; a row has what the oracle found, the digests and the raw samples. Measuring
-happens in fresh processes, one after the other; with --processes N the latencies are medians over N of them.
+happens in fresh processes, one after the other; with --processes N the latencies are medians over N of them. torch.compile takes minutes
+for each model and position the first time; later runs find what it built in its own cache.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from amk.vm.cuda import UnprovenCudaVM
 
 ONE_B, SMOL = "llama-3.2-1b-shape", "smollm2-135m-shape"
 POSITIONS = {ONE_B: (16, 128, 1024, 8000), SMOL: (16, 128, 1024)}
+ALL_POSITIONS = sorted({position for positions in POSITIONS.values() for position in positions})
 CONTEXT = {ONE_B: 9216, SMOL: 4096}
 VARIANTS: dict[str, dict[str, Any]] = {
     "sm_assignment=load_balance": {"sm_assignment": "load_balance"},
@@ -100,11 +102,18 @@ def told(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def measure_part(part: str, models: list[str], baselines: bool) -> dict[str, Any]:
+def wanted(asked: argparse.Namespace) -> dict[str, tuple[int, ...]]:
+    """The positions that were asked for of each model that was; a model without any of them is left out."""
+    positions = set(map(int, asked.positions.split(",")))
+    found = {name: tuple(p for p in POSITIONS[name] if p in positions) for name in asked.models.split(",")}
+    return {name: chosen for name, chosen in found.items() if chosen}
+
+
+def measure_part(part: str, positions: dict[str, tuple[int, ...]], baselines: bool) -> dict[str, Any]:
     """What one process measures: the "latency" lines of the default config, or the "knobs" lines, and its plain reads."""
-    sessions = {name: Session(name, choose(None, "cuda")) for name in models}
+    sessions = {name: Session(name, choose(None, "cuda")) for name in positions}
     if part == "latency":
-        rows = [row for name, session in sessions.items() for row in judged_rows(session, "default", {}, POSITIONS[name], baselines)]
+        rows = [row for name, session in sessions.items() for row in judged_rows(session, "default", {}, positions[name], baselines)]
     else:
         cases = [(session, label, config) for session in sessions.values() for label, config in VARIANTS.items()]
         rows = [row for session, label, config in cases for row in judged_rows(session, label, config, (128,), False)]
@@ -119,7 +128,8 @@ def in_fresh_process(part: str, asked: argparse.Namespace) -> dict[str, Any]:
         out = Path(folder) / "part.json"
         flags = ["--baselines"] if asked.baselines else []
         command = [sys.executable, str(ROOT / "amk_bootstrap.py"), "amk.dev.bench_gpu", "--part", part, *flags]
-        code = subprocess.run([*command, "--models", asked.models, "--out", str(out)]).returncode
+        choice = ["--models", asked.models, "--positions", asked.positions]
+        code = subprocess.run([*command, *choice, "--out", str(out)]).returncode
         if code:
             sys.exit(code)
         measured_part: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
@@ -131,14 +141,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--baselines", action="store_true", help="CUDA-graphed transformers and torch.compile beside every latency")
     parser.add_argument("--processes", type=int, default=1, help="fresh processes that measure the latencies")
     parser.add_argument("--models", default=",".join(POSITIONS), help="some of the models, with commas between them")
+    parser.add_argument("--positions", default=",".join(map(str, ALL_POSITIONS)), help="some of the positions, with commas between them")
     parser.add_argument("--no-knobs", action="store_true", help="leave out what each knob does")
     parser.add_argument("--out", type=Path, help="the results file; results/bench-CARD.json where none is named")
     parser.add_argument("--part", choices=("latency", "knobs"), help=argparse.SUPPRESS)  # what a fresh process is asked for
     asked = parser.parse_args()
     if asked.processes < 1:
         parser.error(f"--processes: must be at least 1, but got {asked.processes}")
-    if unknown := sorted(set(asked.models.split(",")) - set(POSITIONS)):
-        parser.error(f"--models: must be some of {', '.join(POSITIONS)}, but got {unknown[0]!r}")
+    for option, allowed in (("models", list(POSITIONS)), ("positions", list(map(str, ALL_POSITIONS)))):
+        if unknown := sorted(set(getattr(asked, option).split(",")) - set(allowed)):
+            parser.error(f"--{option}: must be some of {', '.join(allowed)}, but got {unknown[0]!r}")
+    if not wanted(asked):
+        parser.error(f"--positions: must be some of {', '.join(map(str, POSITIONS[asked.models]))} for {asked.models}")
     return asked
 
 
@@ -148,7 +162,7 @@ def main() -> None:
         print("bench_gpu: needs an NVIDIA card and its driver, but none was found", file=sys.stderr)
         sys.exit(3)
     if asked.part:
-        found = measure_part(asked.part, asked.models.split(","), asked.baselines)
+        found = measure_part(asked.part, wanted(asked), asked.baselines)
         asked.out.write_text(json.dumps(found), encoding="utf-8")
         return
     runs = [in_fresh_process("latency", asked) for _ in range(asked.processes)]

@@ -102,7 +102,7 @@ def captured(decoder: StaticDecoder, step: Step, start: int) -> Step:
         decoder.begin(start, 1)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a library's other threads may use the card meanwhile
         logits = step()
 
     def replay() -> torch.Tensor:

@@ -16,7 +16,14 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.skipif(card_count() > 0, reason="says what happens where there is no card")
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
-    [((), 3, "card"), (("--processes", "0"), 2, "at least 1"), (("--models", "llama"), 2, "'llama'"), (("--part", "latency"), 3, "card")],
+    [
+        ((), 3, "card"),
+        (("--part", "latency"), 3, "card"),
+        (("--processes", "0"), 2, "at least 1"),
+        (("--models", "llama"), 2, "'llama'"),
+        (("--positions", "16,17"), 2, "'17'"),
+        (("--models", "smollm2-135m-shape", "--positions", "8000"), 2, "16, 128, 1024"),
+    ],
 )
 def test_what_cannot_be_measured_is_one_sentence(arguments: tuple[str, ...], code: int, words: str, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "amk_bootstrap.py"), "amk.dev.bench_gpu", *arguments]
