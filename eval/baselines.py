@@ -68,7 +68,7 @@ Entrant: TypeAlias = Rival | Missing
 
 def graphed(decoder: StaticDecoder, start: int) -> tuple[Step, str]:
     """One decode step as a CUDA graph."""
-    return captured(decoder, decoder.step, start), "transformers, CUDA graph"
+    return captured(decoder, decoder.step, start), "transformers' decode step as a CUDA graph"
 
 
 def compiled(decoder: StaticDecoder, start: int) -> tuple[Step, str]:
@@ -84,9 +84,9 @@ def compiled(decoder: StaticDecoder, start: int) -> tuple[Step, str]:
         return captured(decoder, step, start)
 
     try:
-        return build(True), "torch.compile max-autotune, one graph, CUDA graph"
+        return build(True), "torch.compile max-autotune without graph breaks, as a CUDA graph"
     except Unsupported:
-        return build(False), "torch.compile max-autotune with graph breaks, CUDA graph"
+        return build(False), "torch.compile max-autotune with graph breaks, as a CUDA graph"
 
 
 def captured(decoder: StaticDecoder, step: Step, start: int) -> Step:

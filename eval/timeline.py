@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any
 
 import numpy as np
@@ -139,10 +139,12 @@ def by_actor(spans: Iterable[Span]) -> list[dict[str, Any]]:
 
 
 def by_task(spans: Iterable[Span], program: Program) -> list[dict[str, Any]]:
-    """The same for each class of tasks and role: tasks of all layers together."""
+    """The same for each class of tasks and role, in the order of the program: tasks of all layers together."""
     classes = [[task_class(program, task) for task in queue] for queue in program.queues]
     means = _means(spans, lambda span: (classes[span.sm][span.task], span.role))
-    return [{"task": task, "actor": role, **times} for (task, role), times in means.items()]
+    order = list(dict.fromkeys(task for tasks in zip_longest(*classes) for task in tasks))
+    ranked = sorted(means.items(), key=lambda item: (order.index(item[0][0]), item[0][1]))
+    return [{"task": task, "actor": role, **times} for (task, role), times in ranked]
 
 
 def _means(spans: Iterable[Span], key: Any) -> dict[tuple[str, ...], dict[str, float]]:
