@@ -1,6 +1,7 @@
 """`amk VERB`: the harness on the command line. stdout carries JSON, stderr everything else, the exit code the outcome.
 
-0 done (for a judged program: valid and correct), 1 judged and failed, 2 usage, 3 environment, 130 interrupted.
+0 done (for a judged program: valid and correct), 1 judged and failed, 2 usage, 3 environment, 130 interrupted, 141 whoever read
+stdout is gone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TextIO
 
@@ -25,7 +26,8 @@ from rich.table import Table
 
 from amk import harness
 
-OK, FAILED, USAGE, ENVIRONMENT, INTERRUPTED = 0, 1, 2, 3, 130
+OK, FAILED, USAGE, ENVIRONMENT, INTERRUPTED, READER_GONE = 0, 1, 2, 3, 130, 141
+MOST_CONFIG_BYTES = 1 << 24
 Answer = Callable[[Any], None]
 
 app = typer.Typer(
@@ -41,6 +43,7 @@ Device = Annotated[str, typer.Option(help="where to judge: auto, cuda or cpu")]
 ConfigFile = Annotated[
     str | None, typer.Option("--config", metavar="FILE|-", help="the ScheduleConfig as JSON; - reads stdin", show_default=False)
 ]
+Results = Annotated[Path, typer.Option("--results", help="results.tsv to add to; trials and corpus lie beside it")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 
 
@@ -53,11 +56,13 @@ def propose(model: Model, gpu: Gpu = None) -> int:
 
 
 @app.command("eval")
-def evaluate(model: Model, gpu: Gpu = None, config: ConfigFile = None, device: Device = "auto") -> int:
-    """One verdict; exits 0 only for a program that is valid and correct."""
+def evaluate(
+    model: Model, gpu: Gpu = None, config: ConfigFile = None, device: Device = "auto", results: Results = Path(harness.RESULTS_PATH)
+) -> int:
+    """One verdict, also written down as a trial; exits 0 only for a program that is valid and correct."""
     data = _read_config(config)
     with _answers() as answer:
-        verdict = harness.evaluate(model, gpu, data, device, progress=_say)
+        verdict = harness.evaluate(model, gpu, data, device, results_path=results, progress=_say)
         answer(verdict)
     return _judged(verdict)
 
@@ -69,7 +74,7 @@ def loop(
     budget: Annotated[int, typer.Option(help="configs to try")] = 8,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="seed of the search")] = 0,
-    results: Annotated[Path | None, typer.Option(help="results.tsv to append to; in workspace/ where none is named")] = None,
+    results: Results = Path(harness.RESULTS_PATH),
 ) -> int:
     """Keep or revert over several configs; exits 0 if any of them is correct."""
     with _answers() as answer:
@@ -198,7 +203,7 @@ def verify(
     programs: Annotated[int, typer.Option(help="random small programs")] = 2000,
     mutants: Annotated[int, typer.Option(help="mutants of real lowerings")] = 400,
     seed: Annotated[int, typer.Option(help="seed of the programs")] = 0,
-    minutes: Annotated[float | None, typer.Option(min=0, help="stop after this time", show_default=False)] = None,
+    minutes: Annotated[float | None, typer.Option(help="stop after this time", show_default=False)] = None,
 ) -> int:
     """Measures the validator against what programs really do; exits 1 for any false accept, or too many false rejects."""
     with _answers() as answer:
@@ -219,16 +224,33 @@ def _read_config(source: str | None) -> dict[str, Any] | None:
     if source is None:
         return None
     try:
-        data = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-        config = json.loads(data.decode("utf-8-sig"), parse_constant=_no_constant, object_pairs_hook=_unique_keys)
+        data = _read_bytes(source).decode("utf-8-sig")
+        config = json.loads(data, parse_constant=_no_constant, parse_float=_finite_number, object_pairs_hook=_unique_keys)
     except OSError as problem:
-        _refuse("--config", f"must be a readable file, but {source} is not: {problem.strerror}")
+        _refuse("--config", f"must be a readable file, but {source!r} is not: {problem.strerror}")
     except (ValueError, RecursionError) as problem:
         where = "stdin" if source == "-" else source
         _refuse("--config", f"must be JSON, but {where} is not: {problem}")
     if not isinstance(config, dict):
         _refuse("--config", f"must be a JSON object, but got {json.dumps(config)[:60]}")
     return config
+
+
+def _read_bytes(source: str) -> bytes:
+    """The file's content, or stdin's; a usage error for one that is closed or has no end."""
+    if source == "-" and sys.stdin is None:
+        _refuse("--config", "must come on stdin for -, but stdin is closed")
+    with nullcontext(sys.stdin.buffer) if source == "-" else open(source, "rb") as file:
+        data = file.read(MOST_CONFIG_BYTES + 1)
+    if len(data) > MOST_CONFIG_BYTES:
+        _refuse("--config", f"must be at most {MOST_CONFIG_BYTES >> 20} MiB of JSON, but {source} is longer")
+    return data
+
+
+def _finite_number(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:40]} is too large a number")
+    return number
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -267,7 +289,11 @@ def _refuse(option: str, sentence: str) -> NoReturn:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    """Progress, tables and errors. Work does not end because nobody listens to it."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = open(os.devnull, "w")
 
 
 def _tenths() -> Callable[[int, int], None]:
@@ -292,27 +318,30 @@ def _trial_line(row: dict[str, Any], budget: int) -> str:
 def _answers() -> Iterator[Answer]:
     """Gives the one writer to stdout. What libraries, compilers and child processes write there meanwhile goes to stderr."""
     own: TextIO = sys.stdout
-    replaced = own is not sys.__stdout__
-    if replaced:  # by a caller's stream, which no descriptor reaches
+    if own is not sys.__stdout__:  # but a caller's stream, which no descriptor reaches
         with redirect_stdout(sys.stderr):
-            yield lambda value: _write_json(own, value)
+            yield lambda value: print(_json(value), file=own, flush=True)
         return
     own.flush()
     descriptor = os.dup(1)
     os.dup2(2, 1)
     try:
-        with open(descriptor, "w", encoding="utf-8", closefd=False) as stream:
-            yield lambda value: _write_json(stream, value)
+        yield lambda value: _write_all(descriptor, _json(value, os.isatty(descriptor)).encode() + b"\n")
     finally:
         own.flush()
         os.dup2(descriptor, 1)
         os.close(descriptor)
 
 
-def _write_json(stream: TextIO, value: Any) -> None:
+def _write_all(descriptor: int, data: bytes) -> None:
+    """Nothing is kept back that a later write would try again."""
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _json(value: Any, spread: bool = False) -> str:
     """One line, so that a stream of values is one value a line; spread out where a person reads it."""
-    indent = 2 if stream.isatty() else None
-    print(json.dumps(_finite(value), indent=indent, allow_nan=False), file=stream, flush=True)
+    return json.dumps(_finite(value), indent=2 if spread else None, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:
@@ -414,7 +443,7 @@ def _usage(message: str) -> str:
 
 def _fail(code: int, text: str) -> int:
     sentence = " ".join(text.split())
-    _write_json(sys.stdout, {"error": sentence})
+    print(_json({"error": sentence}, sys.stdout.isatty()), flush=True)
     _say(sentence)
     return code
 
@@ -422,9 +451,22 @@ def _fail(code: int, text: str) -> int:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line (the process's own where None is given) and returns its exit code; nothing is raised."""
     try:
+        return _run(arguments)
+    except BrokenPipeError:
+        return READER_GONE
+    except OSError as problem:
+        _say(f"stdout must take the answer, but does not: {problem.strerror}")
+        return ENVIRONMENT
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    """As `run`; OSError where stdout cannot be written."""
+    try:
         code = app(args=arguments, prog_name="amk", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
+    except SystemExit as ended:  # Typer and Rich end so where stdout is a pipe that nobody reads
+        raise BrokenPipeError from ended
     except Exception as error:  # the edge: whatever went wrong ends as one sentence
         code, sentence = _outcome_of(error)
         if os.environ.get("AMK_DEBUG") == "1" and not hasattr(error, "exit_code"):
@@ -438,7 +480,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
 def main() -> NoReturn:
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None where the caller has closed it
     sys.stderr = sys.stderr or open(os.devnull, "w")
-    sys.exit(run())
+    code = run()
+    try:
+        sys.stdout.flush()
+    except OSError:  # or Python would try again when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

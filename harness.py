@@ -7,100 +7,141 @@ amk.models.errors); a config that is refused or wrong is a verdict, not an excep
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from amk.eval import worker
-from amk.eval.artefacts import write_artefacts
-from amk.eval.candidate import prepare
+from amk.eval.candidate import Candidate, prepare, require_program
 from amk.eval.card import Place, choose, live_card
 from amk.eval.errors import EnvironmentProblem, UsageError
+from amk.eval.generation import check_request
 from amk.eval.session import Session
 from amk.eval.soundness.verify import run_verify
-from amk.eval.verdict import Facts, failed, rejected
+from amk.eval.trace import untraced
+from amk.eval.verdict import failed, rejected
+from amk.eval.writable import require_writable_file, require_writable_folder
+from amk.flywheel.journal import REGIME, open_journal, trial_of
 from amk.flywheel.search import run_loop
 from amk.models.cache import cache_root
 from amk.models.registry import describe
 from amk.schedule.config import config_dict
 from amk.schedule.knobs import KNOBS, Config
+from amk.schedule.model import ModelSpec
 from amk.schedule.render import search_space
 from amk.vm.build import BuildFailed, compiler_version
 
 SCHEMA_PATH = "schemas/schedule_config.json"
 EDIT_SURFACE = "the ScheduleConfig with its kernel_knobs; everything else is frozen"
-REGIME = "single-stream"
+RESULTS_PATH = "workspace/results.tsv"
 Progress = Callable[[str], None]
 
 
-def propose(model_id: str, gpu: str | None = None, *, incumbent: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The incumbent config (default: the model's default) with its id, and everything that may be changed about it."""
-    spec, place = describe(model_id), choose(gpu, "auto")
+@dataclass(frozen=True)
+class _Subject:
+    """The model and the place that a call is about; the token fetches the model and serves nothing else."""
+
+    model_id: str
+    spec: ModelSpec
+    place: Place
+    token: str | None = field(repr=False)
+    progress: Progress
+
+    def prepare(self, config: Any) -> Candidate:
+        return prepare(self.spec, self.place, {} if config is None else config)
+
+
+def _subject(model_id: str, gpu: str | None, device: str, token: str | None, progress: Progress | None = None) -> _Subject:
+    place = choose(gpu, device)
+    return _Subject(model_id, describe(model_id, token=token), place, token, progress or (lambda _: None))
+
+
+def propose(
+    model_id: str, gpu: str | None = None, *, incumbent: Mapping[str, Any] | None = None, token: str | None = None
+) -> dict[str, Any]:
+    """The incumbent config (default: the model's default) with its id, and everything that may be changed about it.
+
+    Rejected for an incumbent that is refused.
+    """
+    subject = _subject(model_id, gpu, "auto", token)
     config = dict(incumbent) if incumbent is not None else config_dict(Config())
-    candidate = prepare(spec, place, config)
-    if candidate.program is None:
-        raise UsageError("incumbent: " + "; ".join(candidate.rejections))
+    candidate = subject.prepare(config)
+    require_program(candidate, "incumbent")
     return {
         "model": model_id,
-        "gpu": place.target.name,
+        "gpu": subject.place.target.name,
         "schedule_config": config,
         "effective_config": candidate.effective,
         "schedule_id": candidate.facts.schedule_id,
-        "search_space": search_space(spec),
+        "search_space": search_space(subject.spec),
         "schema": SCHEMA_PATH,
         "edit_surface": EDIT_SURFACE,
     }
 
 
 def evaluate(
-    model_id: str, gpu: str | None = None, config_dict: Any = None, device: str = "auto", *, progress: Progress | None = None
+    model_id: str,
+    gpu: str | None = None,
+    config_dict: Any = None,
+    device: str = "auto",
+    *,
+    token: str | None = None,
+    results_path: Path | str | None = None,
+    corpus_path: Path | str | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """One verdict (eval.verdict.Verdict as JSON). Bad configs are refused here, before a worker or a checkpoint is touched."""
-    place, config = choose(gpu, device), {} if config_dict is None else config_dict
-    spec = describe(model_id)
-    candidate = prepare(spec, place, config)
+    """One verdict (eval.verdict.Verdict as JSON). Bad configs are refused here, before a worker or a checkpoint is touched.
+
+    `token` is a HuggingFace access token for a gated or private model. With `results_path` the trial is written down there and in the
+    folders beside it (flywheel.journal); UsageError, before anything is judged, if that cannot be.
+    """
+    journal = None if results_path is None else open_journal(results_path, corpus_path)
+    subject = _subject(model_id, gpu, device, token, progress)
+    candidate = subject.prepare(config_dict)
+    verdict = _judge(subject, candidate)
+    if journal is not None:
+        journal.write(trial_of(candidate, verdict, kept=None, loop="eval", source="external", experiment=model_id))
+    return verdict
+
+
+def _judge(subject: _Subject, candidate: Candidate) -> dict[str, Any]:
+    """The candidate's verdict, whatever became of its launches."""
     if candidate.program is None:
         return rejected(candidate.facts, candidate.rejections).to_json()
-    return _answer(model_id, place, "evaluate", {"config": config}, candidate.facts, progress)
-
-
-def _answer(
-    model_id: str,
-    place: Place,
-    verb: str,
-    arguments: dict[str, Any],
-    facts: Facts | None,
-    progress: Progress | None,
-    on_token: Callable[..., None] | None = None,
-) -> dict[str, Any]:
-    """Runs a session's request: here on the CPU, in the card's worker process otherwise."""
-    tell, token = progress or (lambda _: None), on_token or (lambda *_: None)
-    if place.device == "cpu":
-        result: dict[str, Any] = worker.run(_cpu_session(model_id, place, tell), verb, arguments, token)
-        return result
-    shared = worker.Worker.shared()
     try:
-        answer: dict[str, Any] = shared.call(verb, model_id, place, arguments, lambda kind, v: token(*v) if kind == "token" else tell(v))
-        return answer
+        verdict: dict[str, Any] = _answer(subject, "evaluate", candidate)
+        return verdict
     except worker.WorkerDied as death:
-        shared.kill()
-        if facts is None:
-            raise
-        return failed(facts, "timeout" if death.kind == "timeout" else "crash", str(death)).to_json()
+        return _verdict_on(candidate, death)
+
+
+def _verdict_on(candidate: Candidate, death: worker.WorkerDied) -> dict[str, Any]:
+    return failed(candidate.facts, "timeout" if death.kind == "timeout" else "crash", str(death)).to_json()
+
+
+def _answer(subject: _Subject, verb: str, candidate: Candidate, on_token: Callable[..., None] | None = None, **options: Any) -> Any:
+    """Runs a session's request: here on the CPU, in the card's worker process otherwise. WorkerDied if that ends without an answer."""
+    request = worker.Request(verb, subject.model_id, subject.place, candidate, options, subject.token)
+    token = on_token or (lambda *_: None)
+    if subject.place.device == "cpu":
+        return worker.run(_cpu_session(subject), request, token)
+    return worker.Worker.shared().call(request, lambda kind, value: token(*value) if kind == "token" else subject.progress(value))
 
 
 _SESSIONS: dict[tuple[str, Place], Session] = {}
 
 
-def _cpu_session(model_id: str, place: Place, progress: Progress) -> Session:
+def _cpu_session(subject: _Subject) -> Session:
     """The last CPU session: a loop judges many configs of one model."""
-    key = (model_id, place)
+    key = (subject.model_id, subject.place)
     if key not in _SESSIONS:
         _SESSIONS.clear()
-        _SESSIONS[key] = Session(model_id, place, progress)
-    _SESSIONS[key].progress = progress  # the last caller's, not that of the call before
+        _SESSIONS[key] = Session(subject.model_id, subject.place, subject.progress, subject.token)
+    _SESSIONS[key].progress = subject.progress  # the last caller's, not that of the call before
     return _SESSIONS[key]
 
 
@@ -115,14 +156,22 @@ def generate(
     verify: bool = False,
     config_dict: Any = None,
     device: str = "auto",
+    token: str | None = None,
     on_token: Callable[[int, int, str], None] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Greedy tokens from the megakernel; `verify` compares them with the source model."""
-    arguments = {"prompt": prompt, "prompt_ids": prompt_ids, "max_tokens": max_tokens, "stop": list(stop)}
-    arguments |= {"verify": verify, "config": config_dict}
-    describe(model_id)
-    return _answer(model_id, choose(gpu, device), "generate", arguments, None, progress, on_token)
+    """Greedy tokens from the megakernel; `verify` compares them with the source model. Rejected for a config that is refused.
+
+    `on_token(index, token, text)` hears of tokens as their launches end: each by itself on the CPU, by 16 on the card. `token` as for
+    `evaluate`.
+    """
+    check_request(prompt, prompt_ids, max_tokens, stop)
+    subject = _subject(model_id, gpu, device, token, progress)
+    candidate = subject.prepare(config_dict)
+    require_program(candidate)
+    options = {"prompt": prompt, "prompt_ids": prompt_ids, "max_tokens": max_tokens, "stop": list(stop), "verify": verify}
+    result: dict[str, Any] = _answer(subject, "generate", candidate, on_token, stream=on_token is not None, **options)
+    return result
 
 
 def bench(
@@ -133,20 +182,24 @@ def bench(
     baselines: bool = False,
     config_dict: Any = None,
     device: str = "auto",
+    token: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """A latency a position, after the program has been judged: {model, gpu, device, verdict, rows}.
+    """A latency a position, after the program has been judged: {model, gpu, device, verdict, rows}. `token` as for `evaluate`.
 
     `baselines` measures transformers under a CUDA graph and torch.compile in turns with it; EnvironmentProblem without a card.
     """
-    place = choose(gpu, device)
     if not positions:
         raise UsageError("positions: must be at least one, but got none")
-    if baselines and place.device != "cuda":
-        raise EnvironmentProblem(f"baselines: must be measured on the live card, but {_why_cpu(place, device)}; leave them out")
-    arguments = {"config": {} if config_dict is None else config_dict, "positions": list(positions), "baselines": baselines}
-    result = _answer(model_id, place, "bench", arguments, None, progress)
-    return {"model": model_id, "gpu": place.target.name, "device": place.device, **result}
+    if baselines:
+        _require_card("baselines", gpu, device)
+    subject = _subject(model_id, gpu, device, token, progress)
+    candidate = subject.prepare(config_dict)
+    if candidate.program is None:
+        result = {"verdict": _judge(subject, candidate), "rows": []}
+    else:
+        result = _answer(subject, "bench", candidate, positions=list(positions), baselines=baselines)
+    return {"model": model_id, "gpu": subject.place.target.name, "device": subject.place.device, **result}
 
 
 def trace(
@@ -157,17 +210,30 @@ def trace(
     position: int = 128,
     config_dict: Any = None,
     device: str = "auto",
+    token: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Where the time of one token goes (eval.shapes.Trace), and its timeline in the file `out`; EnvironmentProblem without a card."""
-    place, folder = choose(gpu, device), Path(out).resolve().parent
-    if not os.access(folder, os.W_OK):
-        raise UsageError(f"out: must lie in a folder that can be written to, but {folder} is none")
+    """Where the time of one token goes (eval.shapes.Trace), and its timeline in the file `out`; EnvironmentProblem without a card.
+
+    UsageError, before anything is judged, if that file cannot be written. `token` as for `evaluate`.
+    """
+    file = Path(out)
+    require_writable_file(file, "out")
+    _require_card("trace", gpu, device)
+    subject = _subject(model_id, gpu, device, token, progress)
+    candidate = subject.prepare(config_dict)
+    if candidate.program is None:
+        result = untraced(_judge(subject, candidate), position)
+    else:
+        result = _answer(subject, "trace", candidate, position=position, out=file.resolve())
+    return {"model": model_id, "gpu": subject.place.target.name, "device": subject.place.device, **result}
+
+
+def _require_card(what: str, gpu: str | None, device: str) -> None:
+    """EnvironmentProblem that names `what` unless it would run on the live card."""
+    place = choose(gpu, device)
     if place.device != "cuda":
-        raise EnvironmentProblem(f"trace: must run on the live card, but {_why_cpu(place, device)}")
-    arguments = {"config": {} if config_dict is None else config_dict, "position": position, "out": str(Path(out).resolve())}
-    result = _answer(model_id, place, "trace", arguments, None, progress)
-    return {"model": model_id, "gpu": place.target.name, "device": place.device, **result}
+        raise EnvironmentProblem(f"{what}: must be measured on the live card, but {_why_cpu(place, device)}")
 
 
 def _why_cpu(place: Place, device: str) -> str:
@@ -183,16 +249,24 @@ def compile_model(
     config_dict: Any = None,
     device: str = "auto",
     *,
+    token: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Import, lower, prove, judge, build, measure; writes the program's records, kernel source, cubin and report into `out`."""
-    verdict = evaluate(model_id, gpu, config_dict, device, progress=progress)
-    if not verdict["valid"]:
-        return {"verdict": verdict, "files": []}
-    candidate = prepare(describe(model_id), choose(gpu, device), {} if config_dict is None else config_dict)
-    assert candidate.program is not None
-    files = write_artefacts(Path(out), candidate, choose(gpu, device).target, verdict)
-    return {"verdict": verdict, "regime": REGIME, "files": files}
+    """Import, lower, prove, judge, build, measure; writes the program's records, kernel source, cubin and report into `out`.
+
+    UsageError, before anything is judged, if files cannot be written there. `token` as for `evaluate`.
+    """
+    folder = Path(out)
+    require_writable_folder(folder, "out")
+    subject = _subject(model_id, gpu, device, token, progress)
+    candidate = subject.prepare(config_dict)
+    if candidate.program is None:
+        return {"verdict": _judge(subject, candidate), "regime": REGIME, "files": []}
+    try:
+        result = _answer(subject, "compile", candidate, folder=folder)
+    except worker.WorkerDied as death:
+        result = {"verdict": _verdict_on(candidate, death), "files": []}
+    return {"verdict": result["verdict"], "regime": REGIME, "files": result["files"]}
 
 
 def loop(
@@ -202,27 +276,31 @@ def loop(
     device: str = "auto",
     *,
     seed: int = 0,
-    results_path: Path | str | None = None,
+    results_path: Path | str = RESULTS_PATH,
     corpus_path: Path | str | None = None,
     explore_fraction: float = 0.35,
+    token: str | None = None,
     on_trial: Callable[[dict[str, Any]], None] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Keep or revert over `budget` configs, the default first; UsageError for a budget below 1."""
+    """Keep or revert over `budget` configs, the default first; the corpus is beside the results where no other is named.
+
+    UsageError for a budget below 1 or, before anything is judged, for files that cannot be written. `token` as for `evaluate`.
+    """
     if budget < 1:
         raise UsageError(f"budget: must be at least 1, but got {budget}")
     if not 0 <= explore_fraction <= 1:
         raise UsageError(f"explore_fraction: must be from 0 to 1, but got {explore_fraction}")
-    place, spec = choose(gpu, device), describe(model_id)
+    journal = open_journal(results_path, corpus_path)
+    subject = _subject(model_id, gpu, device, token, progress)
     return run_loop(
-        model_id,
-        spec,
-        place,
+        subject.spec,
+        subject.place,
         budget,
-        evaluate=lambda config: evaluate(model_id, gpu, config, device, progress=progress),
+        evaluate=lambda candidate: _judge(subject, candidate),
         seed=seed,
-        results_path=Path(results_path or "workspace/results.tsv"),
-        corpus_path=Path(corpus_path or "workspace/corpus.jsonl"),
+        journal=journal,
+        experiment=f"{model_id} seed {seed}",
         explore_fraction=explore_fraction,
         on_trial=on_trial,
     )
@@ -292,4 +370,8 @@ def verify(
     for name, value in (("programs", programs), ("mutants", mutants)):
         if value < 0:
             raise UsageError(f"{name}: must be at least 0, but got {value}")
+    if programs + mutants == 0:
+        raise UsageError("programs and mutants: must be at least one case together, but got none")
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise UsageError(f"minutes: must be a positive number, but got {minutes}")
     return run_verify(programs, mutants, seed, minutes, progress)

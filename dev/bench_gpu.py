@@ -3,8 +3,8 @@
     python amk_bootstrap.py amk.dev.bench_gpu [--baselines] [--processes N] [--models A,B] [--positions P,Q] [--no-knobs] [--out FILE]
 
 Every program is judged by the oracle before it is timed; a row has what the oracle found, the digests and the raw samples. Measuring
-happens in fresh processes, one after the other; with --processes N the latencies are medians over N of them. torch.compile takes minutes
-for each model and position the first time; later runs find what it built in its own cache.
+happens in fresh processes, one after the other, each of which holds the card's lock; with --processes N the latencies are medians over N
+of them. torch.compile takes minutes for each model and position the first time; later runs find what it built in its own cache.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from amk.dev.fresh import combined
-from amk.dev.provenance import ROOT, write_results
+from amk.dev.provenance import write_results
 from amk.eval.baselines import Contest, Rival
 from amk.eval.bench import launch_start, measured, read_bandwidth_gbs, take
 from amk.eval.card import choose, live_card
+from amk.eval.card_lock import live_card_lock
+from amk.eval.errors import EvalError
 from amk.eval.latency_table import baseline_rows
 from amk.eval.oracle import judge
 from amk.eval.session import Session
 from amk.vm.cuda import UnprovenCudaVM
 
+ROOT = Path(__file__).resolve().parents[1]
 ONE_B, SMOL = "llama-3.2-1b-shape", "smollm2-135m-shape"
 POSITIONS = {ONE_B: (16, 128, 1024, 8000), SMOL: (16, 128, 1024)}
 ALL_POSITIONS = sorted({position for positions in POSITIONS.values() for position in positions})
@@ -50,7 +53,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cache_hint=none": {"kernel_knobs": {"cache_hint": "none"}},
     "sync=tags": {"kernel_knobs": {"sync": "tags"}},
     "poll_sleep_ns=100": {"kernel_knobs": {"poll_sleep_ns": 100}},
-    "unroll=8": {"kernel_knobs": {"unroll": 8}},
+    "release_early=0": {"kernel_knobs": {"release_early": 0}},
+    "release_early=8": {"kernel_knobs": {"release_early": 8}},
     "reduction_slots=8": {"kernel_knobs": {"reduction_slots": 8}},
     "kv_splits=1": {"kernel_knobs": {"kv_splits": 1}},
 }
@@ -162,7 +166,12 @@ def main() -> None:
         print("bench_gpu: needs an NVIDIA card and its driver, but none was found", file=sys.stderr)
         sys.exit(3)
     if asked.part:
-        found = measure_part(asked.part, wanted(asked), asked.baselines)
+        try:
+            with live_card_lock(partial(print, flush=True)):
+                found = measure_part(asked.part, wanted(asked), asked.baselines)
+        except EvalError as problem:
+            print(f"bench_gpu: {problem}", file=sys.stderr)
+            sys.exit(problem.exit_code)
         asked.out.write_text(json.dumps(found), encoding="utf-8")
         return
     runs = [in_fresh_process("latency", asked) for _ in range(asked.processes)]

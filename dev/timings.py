@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 from typing import TypedDict
 
-from amk.dev.provenance import ROOT, write_results
+from amk.dev.provenance import write_results
 
+ROOT = Path(__file__).resolve().parents[1]
 RUNS = 3
 COMMANDS: dict[str, tuple[str, ...]] = {
     "amk --help": ("amk_cli.py", "--help"),

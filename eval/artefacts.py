@@ -7,23 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from amk.eval.candidate import Candidate
-from amk.schedule.targets import Target
-from amk.vm.build import compile_kernel
+from amk.vm.build import Binary
 from amk.vm.image import pack_program
 from amk.vm.source import kernel_source
 
 
-def write_artefacts(folder: Path, candidate: Candidate, target: Target, verdict: dict[str, Any]) -> list[str]:
-    """Writes into `folder` (made if missing) and returns the files' paths. BuildFailed if the kernel does not compile."""
+def write_artefacts(folder: Path, candidate: Candidate, arch: str, binary: Binary, verdict: dict[str, Any]) -> list[str]:
+    """Writes into `folder` (made if missing) and returns the files' paths."""
     assert candidate.program is not None
     program = candidate.program.program
-    source = kernel_source(program)
-    binary = compile_kernel(source, target.arch)
     image = pack_program(program)
     report = {
         "verdict": verdict,
         "config": candidate.effective,
-        "arch": target.arch,
+        "arch": arch,
         "registers": binary.registers,
         "stack_bytes": binary.stack_bytes,
         "spill_store_bytes": binary.spill_store_bytes,
@@ -31,8 +28,8 @@ def write_artefacts(folder: Path, candidate: Candidate, target: Target, verdict:
         "cubin_digest": binary.digest,
     }
     contents = {
-        "megakernel.cu": source.encode(),
-        f"megakernel.{target.arch}.cubin": binary.cubin,
+        "megakernel.cu": kernel_source(program).encode(),
+        f"megakernel.{arch}.cubin": binary.cubin,
         "records.bin": b"".join(image.tasks),
         "report.json": (json.dumps(report, indent=1) + "\n").encode(),
     }

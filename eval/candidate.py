@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from amk.eval.card import Place
+from amk.eval.errors import Rejected
 from amk.eval.verdict import Facts
 from amk.schedule.compile import compile_program, effective_config, notes
 from amk.schedule.config import parse_config
@@ -20,8 +21,13 @@ from amk.schedule.validate import Limits, ValidProgram, validate
 
 @dataclass(frozen=True)
 class Candidate:
-    """`program` is None exactly where there are `rejections`; `effective` is the config as the program realises it."""
+    """What became of the config `asked` (JSON data) for the model `spec`.
 
+    `program` is None exactly where there are `rejections`; `effective` is the config as the program realises it.
+    """
+
+    spec: ModelSpec
+    asked: Any
     facts: Facts
     program: ValidProgram | None = None
     rejections: tuple[str, ...] = ()
@@ -34,15 +40,22 @@ def prepare(spec: ModelSpec, place: Place, config: Any, context: int | None = No
     facts = Facts(model=spec.name, gpu=place.target.name, device=place.device, dtype=spec.dtype, device_name=place.device_name)
     parsed = parse_config(config)
     if not isinstance(parsed, Config):
-        return Candidate(facts, rejections=tuple(map(str, parsed)))
+        return Candidate(spec, config, facts, rejections=tuple(map(str, parsed)))
     program = compile_program(spec, parsed, place.target, context=context)
     if not isinstance(program, Program):
-        return Candidate(facts, rejections=tuple(map(str, program)))
+        return Candidate(spec, config, facts, rejections=tuple(map(str, program)))
     facts = program_facts(facts, program)
     proof = validate(program, limits(place.target))
     if not isinstance(proof, ValidProgram):
-        return Candidate(facts, rejections=tuple(map(str, proof)))
-    return Candidate(facts, proof, (), effective_config(parsed, program), tuple(notes(parsed, program)))
+        return Candidate(spec, config, facts, rejections=tuple(map(str, proof)))
+    return Candidate(spec, config, facts, proof, (), effective_config(parsed, program), tuple(notes(parsed, program)))
+
+
+def require_program(candidate: Candidate, what: str = "config") -> ValidProgram:
+    """The candidate's program. Rejected, with every reason against `what`, if it has none."""
+    if candidate.program is None:
+        raise Rejected(f"{what}: " + "; ".join(candidate.rejections))
+    return candidate.program
 
 
 def limits(target: Target) -> Limits:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import uuid
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -17,9 +18,10 @@ DEVICES = ("auto", "cuda", "cpu")
 
 @dataclass(frozen=True)
 class Card:
-    """The first CUDA device: its driver name and its facts as a compile target."""
+    """The first CUDA device: its driver name, the UUID that no other card has, and its facts as a compile target."""
 
     device_name: str
+    uuid: str
     target: Target
 
 
@@ -66,7 +68,7 @@ def _read_card(driver: Any) -> Card:
         clock_mhz=attribute("CLOCK_RATE") // 1000,
         bandwidth_gbs=bandwidth,
     )
-    return Card(name, target)
+    return Card(name, uuid.UUID(bytes=bytes(driver.cuDeviceGetUuid(device)[1].bytes)).hex, target)
 
 
 def choose(gpu: str | None, device: str) -> Place:

@@ -17,6 +17,12 @@ class UsageError(EvalError):
     exit_code: ClassVar[int] = 2
 
 
+class Rejected(EvalError):
+    """The config was refused where only its program's output was asked for; the sentence has every reason."""
+
+    exit_code: ClassVar[int] = 1
+
+
 class EnvironmentProblem(EvalError):
     """The machine cannot do it: no card, another card than asked for, a failed build, a missing package."""
 

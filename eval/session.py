@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from amk.eval.artefacts import write_artefacts
 from amk.eval.baselines import Contest, Entrant, Rival
 from amk.eval.bench import Timing, launch_start, measured, read_bandwidth_gbs, take
 from amk.eval.candidate import Candidate, prepare
 from amk.eval.card import Place
+from amk.eval.card_lock import live_card_lock
 from amk.eval.errors import EnvironmentProblem, UsageError
 from amk.eval.latency_table import table_row
 from amk.eval.oracle import PROMPT_TEXT, Finding, Reference, default_plan, judge, make_reference, rounding_points
@@ -31,11 +34,11 @@ PREDICTION_NOTE = "latency is predicted by the cost model for the data sheet's b
 
 
 class Session:
-    """Everything about one model in one place; see Place for what "cuda" and "cpu" mean."""
+    """Everything about one model in one place; see Place for what "cuda" and "cpu" mean. The token is for fetching and is not kept."""
 
-    def __init__(self, model: str, place: Place, progress: Callable[[str], None] | None = None) -> None:
+    def __init__(self, model: str, place: Place, progress: Callable[[str], None] | None = None, token: str | None = None) -> None:
         self.place = place
-        self.model: Model = resolve(model, progress=progress)
+        self.model: Model = resolve(model, progress=progress, token=token)
         self.progress = progress or (lambda _: None)
         self._references: dict[tuple[int, RoundingPoints], Reference] = {}
         self._bandwidth: float | None = None
@@ -43,9 +46,12 @@ class Session:
     def prepare(self, config: Any, context: int | None = None) -> Candidate:
         return prepare(self.model.spec, self.place, config, context)
 
-    def evaluate(self, config: Any) -> Verdict:
-        """The verdict on one config: rejected, or judged and (if correct) timed. EnvironmentProblem if its binary does not build."""
-        candidate = self.prepare(config)
+    def adopt(self, candidate: Candidate) -> Candidate:
+        """The candidate; prepared anew only where the weights are stored in another dtype than the model's description said."""
+        return candidate if candidate.spec == self.model.spec else self.prepare(candidate.asked)
+
+    def evaluate(self, candidate: Candidate) -> Verdict:
+        """The verdict: rejected, or judged and (if correct) timed. EnvironmentProblem if its binary does not build."""
         if candidate.program is None:
             return rejected(candidate.facts, candidate.rejections)
         facts, machine = self.load(candidate)
@@ -104,9 +110,10 @@ class Session:
             return self._predicted(candidate, facts, position), None
         self.progress(f"measuring at position {position}")
         assert facts.program_digest is not None and facts.binary_digest is not None and isinstance(machine, UnprovenCudaVM)
-        bandwidth, span = self.bandwidth(), launch_start(position, machine.context)
-        timing = take(machine, position, [partial(rival.sample_us, span) for rival in entrants if isinstance(rival, Rival)])
-        digests = (facts.program_digest, facts.binary_digest)
+        digests, span = (facts.program_digest, facts.binary_digest), launch_start(position, machine.context)
+        with live_card_lock(self.progress):
+            bandwidth = self.bandwidth()
+            timing = take(machine, position, [partial(rival.sample_us, span) for rival in entrants if isinstance(rival, Rival)])
         return measured(machine, self.place.target, position, bandwidth, digests, timing), timing
 
     def bandwidth(self) -> float:
@@ -130,16 +137,23 @@ class Session:
             spec_bandwidth_gbs=target.bandwidth_gbs,
         )
 
-    def bench(self, config: Any, positions: Sequence[int], baselines: bool = False) -> dict[str, Any]:
+    def compile(self, candidate: Candidate, folder: Path) -> dict[str, Any]:
+        """The verdict, and the files written into `folder`: none for a program that was refused. EnvironmentProblem as for `evaluate`."""
+        verdict = self.evaluate(candidate).to_json()
+        if candidate.program is None:
+            return {"verdict": verdict, "files": []}
+        files = write_artefacts(folder, candidate, self.place.target.arch, self.build(candidate), verdict)
+        return {"verdict": verdict, "files": files}
+
+    def bench(self, candidate: Candidate, positions: Sequence[int], baselines: bool = False) -> dict[str, Any]:
         """Verdict and a latency a position, in turns with the baselines where asked. UsageError for a position outside the context."""
-        candidate = self.prepare(config)
         if candidate.program is None:
             return {"verdict": rejected(candidate.facts, candidate.rejections).to_json(), "rows": []}
         context = candidate.program.program.machine.context
         outside = [p for p in positions if not 0 <= p < context]
         if outside:
             raise UsageError(f"positions: must lie in 0..{context - 1} for this model, but got {outside[0]}")
-        verdict = self.evaluate(config)
+        verdict = self.evaluate(candidate)
         if not verdict.correct:
             return {"verdict": verdict.to_json(), "rows": []}
         contest = Contest(self.model, [launch_start(p, context) for p in positions], self.progress) if baselines else None

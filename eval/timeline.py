@@ -197,5 +197,3 @@ def chrome_events(spans: Sequence[Span], program: Program) -> Iterator[dict[str,
 
 def _extent(part: Span | Wait) -> dict[str, float]:
     return {"ts": round(part.begin_us, 3), "dur": round(part.end_us - part.begin_us, 3)}
-
-

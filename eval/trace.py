@@ -23,23 +23,27 @@ from amk.vm.trace import Recording, record
 ROOM = 12288  # events a warp: three tokens of an 8-billion-parameter model with a wait for every chunk
 
 
-def trace(session: Session, *, config: Any, position: int, out: str) -> dict[str, Any]:
+def trace(session: Session, candidate: Candidate, *, position: int, out: Path) -> dict[str, Any]:
     """A shapes.Trace; the timeline of the token at `position` goes to the file `out`. UsageError for a position outside the context."""
-    candidate = session.prepare(config)
     if candidate.program is not None:
         context = candidate.program.program.machine.context
         if not 0 <= position < context:
             raise UsageError(f"position: must lie in 0..{context - 1} for this model, but got {position}")
-    verdict = session.evaluate(config)
+    verdict = session.evaluate(candidate)
     if not verdict.correct:
-        return {"verdict": verdict.to_json(), "position": position, "file": None, **nothing()}
+        return untraced(verdict.to_json(), position)
     assert candidate.program is not None
     program = candidate.program.program
     start, steps = launch(position, program.machine.context)
     recording = recorded(session, candidate, start, steps)
     spans = timeline(recording.events, program.machine.consumer_warps, position - start)
-    write_chrome_trace(Path(out), spans, program)
-    return {"verdict": verdict.to_json(), "position": position, "file": out, **summary(spans, program, recording.lost)}
+    write_chrome_trace(out, spans, program)
+    return {"verdict": verdict.to_json(), "position": position, "file": str(out), **summary(spans, program, recording.lost)}
+
+
+def untraced(verdict: dict[str, Any], position: int) -> dict[str, Any]:
+    """What is said of a program that was refused or found wrong: nothing but that."""
+    return {"verdict": verdict, "position": position, "file": None, **nothing()}
 
 
 def launch(position: int, context: int) -> tuple[int, int]:
@@ -71,6 +75,7 @@ def recorded(session: Session, candidate: Candidate, start: int, steps: int) -> 
 
 def write_chrome_trace(path: Path, spans: Sequence[Span], program: Program) -> None:
     """The timeline as a file that Perfetto and chrome://tracing open; one event a line. OSError if it cannot be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         file.write('{"displayTimeUnit": "ns", "traceEvents": [\n')
         file.write(",\n".join(json.dumps(event, separators=(",", ":")) for event in chrome_events(spans, program)))

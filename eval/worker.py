@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any, ClassVar
 
+from amk.eval.candidate import Candidate
 from amk.eval.card import Place
+from amk.eval.card_lock import live_card_lock
 from amk.eval.errors import EvalError
 from amk.eval.generation import generate
 from amk.eval.session import Session
@@ -18,7 +22,7 @@ from amk.vm.interface import LaunchFailed
 Event = tuple[str, Any]
 OnEvent = Callable[[str, Any], None]
 TIMEOUT_S = 900.0
-
+IDLE_S = 60.0
 
 # What ends a request: an answer or an error; the same of a worker whose context may be damaged; what the worker itself ended on.
 ENDS = ("result", "error", "last", "failed", "died")
@@ -26,6 +30,8 @@ ENDS = ("result", "error", "last", "failed", "died")
 
 class WorkerDied(Exception):
     """The worker ended without an answer: `kind` is "timeout" (killed by the watchdog) or "crash"."""
+
+    exit_code: ClassVar[int] = 1
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -40,15 +46,37 @@ class RemoteError(Exception):
         self.exit_code = exit_code
 
 
+@dataclass(frozen=True)
+class Request:
+    """One question to a session of `model` in `place`: evaluate, compile, bench, trace or generate, with that verb's further arguments.
+
+    `token` serves to fetch the model and for nothing else.
+    """
+
+    verb: str
+    model: str
+    place: Place
+    candidate: Candidate
+    options: dict[str, Any] = field(default_factory=dict)
+    token: str | None = field(default=None, repr=False)
+
+
 class Worker:
-    """A process that serves Session requests one at a time; `Worker.shared` keeps one for all callers of this process."""
+    """A process that serves requests one at a time; `Worker.shared` keeps one for all callers of this process.
+
+    It ends after `idle_s` without a request, so that the card is free for others, and is started anew by the next one.
+    """
 
     _shared: ClassVar[Worker | None] = None
 
-    def __init__(self) -> None:
+    def __init__(self, idle_s: float = IDLE_S) -> None:
+        self._idle_s = idle_s
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other,), daemon=True)
+        self._process = context.Process(target=_serve, args=(other, self._idle_s), daemon=True)
         self._process.start()
         other.close()
 
@@ -62,13 +90,14 @@ class Worker:
             cls._shared = cls()
         return cls._shared
 
-    def call(self, verb: str, model: str, place: Place, arguments: dict[str, Any], on_event: OnEvent, timeout_s: float = TIMEOUT_S) -> Any:
+    def call(self, request: Request, on_event: OnEvent, timeout_s: float = TIMEOUT_S) -> Any:
         """The answer of one request. RemoteError for what the request itself met; WorkerDied if no word came for `timeout_s`, or no more.
 
         A worker whose request did not end in order is killed: nothing of it can reach the next request.
         """
         try:
-            self._pipe.send((verb, model, place, arguments))
+            if not self._begin(request, timeout_s):
+                raise WorkerDied("crash", "the worker process must start, but died; amk doctor says what this machine has")
             kind, value = self._next(timeout_s)
             while kind not in ENDS:
                 on_event(kind, value)
@@ -83,6 +112,27 @@ class Worker:
         if kind in ("error", "failed"):
             raise RemoteError(*value)
         return value
+
+    def _begin(self, request: Request, timeout_s: float) -> bool:
+        """Whether a process took the request: this one, or a new one where this one had ended idle."""
+        if self._take(request, timeout_s):
+            return True
+        self._process.join()
+        self._pipe.close()
+        self._start()
+        return self._take(request, timeout_s)
+
+    def _take(self, request: Request, timeout_s: float) -> bool:
+        try:
+            self._pipe.send(request)
+        except ConnectionError:
+            return False
+        try:
+            return self._next(timeout_s)[0] == "begun"
+        except WorkerDied as death:
+            if death.kind == "timeout":
+                raise
+            return False
 
     def _next(self, timeout_s: float) -> Event:
         try:
@@ -101,28 +151,36 @@ class Worker:
             Worker._shared = None
 
 
-def _serve(pipe: Connection) -> None:
-    """The worker's side: keeps the last session, answers until the parent goes away or the card's context may be damaged."""
+def _serve(pipe: Connection, idle_s: float) -> None:
+    """The worker's side: holds the card and the last session, answers until the parent goes away, asks no more, or a launch went wrong."""
     session: tuple[str, Place, Session] | None = None
-    while True:
-        try:
-            verb, model, place, arguments = pipe.recv()
-        except EOFError:
-            return
-        try:
-            if session is None or session[:2] != (model, place):
-                session = None  # its weights go before the next model's come
-                session = (model, place, Session(model, place, lambda text: pipe.send(("progress", text))))
-            result = run(session[2], verb, arguments, lambda *token: pipe.send(("token", token)))
-            pipe.send(("last" if unfinished(result) else "result", result))
-        except (EvalError, ModelError) as problem:
-            pipe.send(("error", (str(problem), problem.exit_code)))
-        except LaunchFailed as problem:
-            pipe.send(("failed", (f"{problem.kind}: {problem}", 1)))
-        except ImportError as problem:
-            pipe.send(("error", (f"a package is missing: {problem}", 3)))
-        except Exception as problem:  # the edge of this process: the parent learns what it was, and starts another
-            pipe.send(("died", f"{type(problem).__name__}: {problem}"))
+
+    def tell(text: str) -> None:
+        pipe.send(("progress", text))
+
+    with ExitStack() as held:
+        while pipe.poll(idle_s):
+            try:
+                request: Request = pipe.recv()
+            except EOFError:
+                return
+            try:
+                pipe.send(("begun", None))
+                if request.place.device == "cuda":
+                    held.enter_context(live_card_lock(tell))
+                if session is None or session[:2] != (request.model, request.place):
+                    session = None  # its weights go before the next model's come
+                    session = (request.model, request.place, Session(request.model, request.place, tell, request.token))
+                result = run(session[2], request, lambda *token: pipe.send(("token", token)))
+                pipe.send(("last" if unfinished(result) else "result", result))
+            except (EvalError, ModelError) as problem:
+                pipe.send(("error", (str(problem), problem.exit_code)))
+            except LaunchFailed as problem:
+                pipe.send(("failed", (f"{problem.kind}: {problem}", 1)))
+            except ImportError as problem:
+                pipe.send(("error", (f"a package is missing: {problem}", 3)))
+            except Exception as problem:  # the edge of this process: the parent learns what it was, and starts another
+                pipe.send(("died", f"{type(problem).__name__}: {problem}"))
 
 
 def unfinished(result: dict[str, Any]) -> bool:
@@ -130,12 +188,15 @@ def unfinished(result: dict[str, Any]) -> bool:
     return result.get("verdict", result).get("status") in ("timeout", "crash")
 
 
-def run(session: Session, verb: str, arguments: dict[str, Any], on_token: Callable[..., None]) -> Any:
+def run(session: Session, request: Request, on_token: Callable[..., None]) -> dict[str, Any]:
     """One request of a session, in whichever process it lives."""
-    if verb == "evaluate":
-        return session.evaluate(arguments["config"]).to_json()
-    if verb == "bench":
-        return session.bench(**arguments)
-    if verb == "trace":
-        return trace(session, **arguments)
-    return generate(session, on_token=on_token, **arguments)
+    candidate = session.adopt(request.candidate)
+    if request.verb == "evaluate":
+        return session.evaluate(candidate).to_json()
+    if request.verb == "compile":
+        return session.compile(candidate, **request.options)
+    if request.verb == "bench":
+        return session.bench(candidate, **request.options)
+    if request.verb == "trace":
+        return trace(session, candidate, **request.options)
+    return generate(session, candidate, on_token=on_token, **request.options)

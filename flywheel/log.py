@@ -89,6 +89,11 @@ def append_row(path: Path | str, row: Row) -> None:
         append(path, head + format_row(row) + "\n", _is_whole)
 
 
+def check_columns(path: Path) -> None:
+    """ValueError if the file begins with other columns."""
+    _body(path)
+
+
 def read_rows(path: Path | str) -> list[Row]:
     """Every row in order, none if there is no file. A torn last line is left out; ValueError names any other line that is no row."""
     path = Path(path)

@@ -2,50 +2,44 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-from pathlib import Path
+from dataclasses import fields, is_dataclass
 from typing import Any
 
+from amk.flywheel.origin import cards, commit
 from amk.isa.abi import text_hash
-from amk.isa.registry import headers
+from amk.isa.machine import Machine
+from amk.isa.registry import headers, instructions
+from amk.schedule import program
 
-ROOT = Path(__file__).resolve().parents[1]
 EVAL_VERSION = "1"  # rises when the oracle or the bench judges or times differently
 CLOCK_FIELDS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
 
 
 def point_provenance(effective: Any, schedule: Any, shape: dict[str, Any], regime: str, ts: str) -> dict[str, Any]:
     """The fields of a corpus record that a verdict has not."""
+    card = next(iter(cards()), {})
     return {
         "shape": shape,
         "regime": regime,
         "schedule": schedule,
         "effective": effective,
-        "ir_version": f"{text_hash(headers()):08x}",
-        "abi_version": f"{text_hash(headers()):08x}",
+        "ir_version": ir_version(),
+        "abi_version": abi_version(),
         "eval_version": EVAL_VERSION,
         "commit": commit(),
-        "driver": _query(["driver_version"]).get("driver_version", "unknown"),
-        "clocks": _query(list(CLOCK_FIELDS)),
+        "driver": card.get("driver_version", "unknown"),
+        "clocks": {name: card[name] for name in CLOCK_FIELDS if name in card},
         "ts": ts,
     }
 
 
-def commit() -> str:
-    """AMK_COMMIT where a copy without git was told, else git's HEAD, else "unknown"."""
-    told = os.environ.get("AMK_COMMIT")
-    return told or _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"]).strip() or "unknown"
+def abi_version() -> str:
+    """Of the records that host and device share."""
+    return f"{text_hash(headers()):08x}"
 
 
-def _query(names: list[str]) -> dict[str, str]:
-    row = _output(["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]).splitlines()[:1]
-    cells = row[0].split(", ") if row else []
-    return dict(zip(names, cells, strict=True)) if len(cells) == len(names) else {}
-
-
-def _output(command: list[str]) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
+def ir_version() -> str:
+    """Of what a program consists of: the records of `schedule.program`, the machine, and every instruction, by field and type."""
+    own = [value for value in vars(program).values() if isinstance(value, type) and value.__module__ == program.__name__]
+    records = {cls.__name__: cls for cls in (*filter(is_dataclass, own), Machine, *instructions().values())}
+    return f"{text_hash(*(f'{name}.{f.name}: {f.type}' for name, cls in sorted(records.items()) for f in fields(cls))):08x}"

@@ -90,11 +90,11 @@ def _correctness(verdict: Verdict) -> Correctness:
     return "PASS" if verdict.correct else "FAIL"
 
 
-def tag_of(verdict: Mapping[str, Any], *, kept: bool) -> Tag:
-    """How a trial with this verdict ended; a correct one without a latency was tried, since nothing could be decided."""
+def tag_of(verdict: Mapping[str, Any], *, kept: bool | None) -> Tag:
+    """How a trial with this verdict ended. A correct one was tried where nothing was decided: `kept` is None, or it has no latency."""
     status = verdict["status"]
     if status == "correct":
-        return "tried" if verdict["latency_us"] is None else "kept" if kept else "revert"
+        return "tried" if verdict["latency_us"] is None or kept is None else "kept" if kept else "revert"
     ends: dict[str, Tag] = {"rejected": "rejected", "incorrect": "failed", "timeout": "timeout", "crash": "crash"}
     return ends[status]
 

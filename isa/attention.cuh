@@ -65,6 +65,21 @@ struct AttentionScratch {
   __device__ float* partial(int part, int head) const { return base + (GROUP + 2) * HD + (part * GROUP + head) * PARTIAL_ROW; }
 };
 
+// Elements d and d + 1 of a query as the products see them.
+__device__ __forceinline__ float2 query_pair(const AttentionScratch& s, int head, int d) {
+  if constexpr (WIDE) return *reinterpret_cast<const float2*>(s.q(head) + d * ELEMENT_BYTES);
+  else {
+    const uint32_t v = *reinterpret_cast<const uint32_t*>(s.q(head) + d * ELEMENT_BYTES);
+    float2 q = make_float2(unpack_low(v), unpack_high(v));
+    if constexpr (TWO_PART) {
+      const uint32_t error = *reinterpret_cast<const uint32_t*>(s.q(GROUP + head) + d * ELEMENT_BYTES);
+      q.x += unpack_low(error);
+      q.y += unpack_high(error);
+    }
+    return q;
+  }
+}
+
 // One head row of q, k or v: lane l holds dims l + 32 i and the partners half a head above.
 struct HeadRow {
   static constexpr int HALF = HEAD_DIM / 2;
@@ -72,7 +87,7 @@ struct HeadRow {
   float low[PAIRS], high[PAIRS];
 
   __device__ __forceinline__ void read(Consumer& c, const uint64_t* from, Expected want) {
-    uint2 a[PAIRS], b[PAIRS];
+    uint2 a[PAIRS] = {}, b[PAIRS] = {};
 #pragma unroll
     for (int i = 0; i < PAIRS; ++i) {
       const int d = c.lane + 32 * i;
@@ -358,87 +373,148 @@ struct BlockSoftmaxWide {
   }
 };
 
-// The new row alone: one score a head; its values are the output.
+// The new row alone: one score a head, eight lanes for each; its values are the output.
 __device__ __forceinline__ void attend_new_row(const AttentionScratch& s, int nq, int lane) {
-  for (int h = 0; h < nq; ++h) {
+  constexpr int LANES = 8, AT_ONCE = 32 / LANES;
+  const int part = lane % LANES;
+#pragma unroll
+  for (int base = 0; base < GROUP; base += AT_ONCE) {
+    const int h = base + lane / LANES;
     float score = 0.f;
-    for (int d = lane; d < HEAD_DIM; d += 32) {
-      float q;
-      if constexpr (WIDE) q = reinterpret_cast<const float*>(s.q(h))[d];
-      else q = unpack_low(reinterpret_cast<const uint16_t*>(s.q(h))[d]);
-      if constexpr (TWO_PART) q += unpack_low(reinterpret_cast<const uint16_t*>(s.q(GROUP + h))[d]);
-      score = fmaf(q, s.new_k()[d], score);
-    }
-    score = warp_sum(score);
+    if (h < nq)
+      for (int d = 2 * part; d < HEAD_DIM; d += 2 * LANES) {
+        const float2 k = *reinterpret_cast<const float2*>(s.new_k() + d);
+        const float2 q = query_pair(s, h, d);
+        score = fmaf(q.x, k.x, fmaf(q.y, k.y, score));
+      }
+#pragma unroll
+    for (int x = 1; x < LANES; x <<= 1) score += __shfl_xor_sync(~0u, score, x);
+    if (h >= nq) continue;
     float* to = s.partial(CONSUMER_WARPS, h);
-    if (lane == 0) { to[0] = score; to[1] = 1.f; }
-    for (int d = lane; d < HD; d += 32) to[PARTIAL_HEAD + d] = s.new_v()[d];
+    if (part == 0) { to[0] = score; to[1] = 1.f; }
+    for (int d = 2 * part; d < HD; d += 2 * LANES) *reinterpret_cast<float2*>(to + PARTIAL_HEAD + d) = *reinterpret_cast<const float2*>(s.new_v() + d);
   }
 }
 
-// Merge of partials of one (head, dim): maximum, sum and value.
-struct Merge {
+// Softmax partials of one head and of NARROW dims: maximum (base 2), sum and values. Of several, all are read before any is weighed, so a
+// merge costs one latency and not one for each.
+struct Partial {
   float m = NEG_INF, l = 0.f, o[NARROW] = {};
-  __device__ __forceinline__ void add(float part_m, float part_l, const float (&part_o)[NARROW]) {
-    const float top = fmaxf(m, part_m), a = fast_exp2(m - top), b = fast_exp2(part_m - top);
+  __device__ __forceinline__ void weigh(float top) {
+    const float scale = fast_exp2(m - top);
     m = top;
-    l = l * a + part_l * b;
+    l *= scale;
 #pragma unroll
-    for (int i = 0; i < NARROW; ++i) o[i] = o[i] * a + part_o[i] * b;
+    for (int e = 0; e < NARROW; ++e) o[e] *= scale;
+  }
+  __device__ __forceinline__ void add(const Partial& other) {  // of the same maximum
+    l += other.l;
+#pragma unroll
+    for (int e = 0; e < NARROW; ++e) o[e] += other.o[e];
+  }
+};
+template <int N>
+__device__ __forceinline__ Partial merge(Partial (&parts)[N]) {
+  float top = parts[0].m;
+#pragma unroll
+  for (int i = 1; i < N; ++i) top = fmaxf(top, parts[i].m);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    parts[i].weigh(top);
+    if (i) parts[0].add(parts[i]);
+  }
+  return parts[0];
+}
+
+// The warps' partials of elements [d, d + NARROW) of a head, in warp order.
+__device__ __forceinline__ Partial merge_warps(const AttentionScratch& s, uint32_t used, int head, int d) {
+  Partial parts[CONSUMER_WARPS + 1];
+#pragma unroll
+  for (int w = 0; w <= CONSUMER_WARPS; ++w) {
+    if (!(used >> w & 1)) continue;
+    const float* from = s.partial(w, head);
+    parts[w].m = from[0];
+    parts[w].l = from[1];
+#pragma unroll
+    for (int e = 0; e < NARROW; ++e) parts[w].o[e] = from[PARTIAL_HEAD + d + e];
+  }
+  return merge(parts);
+}
+
+// Threads that share the merge of one (head, dims): neighbours, each with its share of the splits.
+constexpr int PER_HEAD = HEAD_DIM / NARROW;
+constexpr int sharers(int free) { return free >= 8 ? 8 : free >= 4 ? 4 : free >= 2 ? 2 : 1; }
+constexpr int SHARERS = sharers(CONSUMER_THREADS / (GROUP * PER_HEAD));
+constexpr int SPLITS_AT_ONCE = 8;
+
+// A split's published partial of NARROW dims from `d` on: asked for, and asked for again until it is there.
+struct SplitReader {
+  uint4 ml = {}, o = {};  // a register that some path leaves unwritten would be kept for all the kernel's life
+
+  __device__ __forceinline__ void ask(const uint64_t* part, int d) {
+    ml = load_packets(part);
+    if constexpr (NARROW == 2) o = load_packets(part + PARTIAL_HEAD + d);
+    else {
+      const uint2 one = load_packet(part + PARTIAL_HEAD + d);
+      o = make_uint4(one.x, one.y, one.x, one.y);
+    }
+  }
+  __device__ __forceinline__ Partial get(Consumer& c, const uint64_t* part, int d, Expected want) {
+    if (!here(want)) wait_until(c.abort, WAIT_TAG, [&] { ask(part, d); return here(want); });
+    Partial read;
+    read.m = as_float(ml.x);
+    read.l = as_float(ml.z);
+    read.o[0] = as_float(o.x);
+    if constexpr (NARROW == 2) read.o[NARROW - 1] = as_float(o.z);
+    return read;
+  }
+
+ private:
+  __device__ __forceinline__ bool here(Expected want) const {
+    return want.match(ml.y) && want.match(ml.w) && want.match(o.y) && want.match(o.w);
   }
 };
 
-// The warps' partials of elements [d, d + NARROW) of a head, in warp order.
-__device__ __forceinline__ Merge merge_warps(const AttentionScratch& s, uint32_t used, int head, int d) {
-  Merge merged;
-  for (int w = 0; w <= CONSUMER_WARPS; ++w) {
-    if (!(used >> w & 1)) continue;
-    const float* part = s.partial(w, head);
-    float o[NARROW];
+// The other splits' partials that fall to this thread: splits `first`, first + SHARERS, ... of `count`, in that order.
+__device__ __forceinline__ Partial merge_splits(Consumer& c, const uint64_t* part, int stride, int first, int count, int d, Expected want) {
+  Partial total;
+#pragma unroll 1
+  for (int base = first; base < count; base += SHARERS * SPLITS_AT_ONCE) {
+    SplitReader readers[SPLITS_AT_ONCE];
+    Partial parts[SPLITS_AT_ONCE + 1];
 #pragma unroll
-    for (int i = 0; i < NARROW; ++i) o[i] = part[PARTIAL_HEAD + d + i];
-    merged.add(part[0], part[1], o);
+    for (int i = 0; i < SPLITS_AT_ONCE; ++i)
+      if (base + i * SHARERS < count) readers[i].ask(part + (base + i * SHARERS) * stride, d);
+#pragma unroll
+    for (int i = 0; i < SPLITS_AT_ONCE; ++i)
+      if (base + i * SHARERS < count) parts[i] = readers[i].get(c, part + (base + i * SHARERS) * stride, d, want);
+    parts[SPLITS_AT_ONCE] = total;
+    total = merge(parts);
   }
-  return merged;
+  return total;
 }
 
-// Adds the other splits' published partials, in split order, four at a time in flight.
-__device__ __forceinline__ void merge_splits(Consumer& c, Merge& merged, const uint64_t* part, int stride, int count, int d, Expected want) {
-  constexpr int BATCH = 4;
-  for (int base = 0; base < count; base += BATCH) {
-    uint2 m[BATCH], l[BATCH], o[BATCH][NARROW];
+// Neighbouring threads' shares of one (head, dims) become one.
+__device__ __forceinline__ Partial merge_sharers(Partial mine) {
 #pragma unroll
-    for (int i = 0; i < BATCH; ++i) {
-      const uint64_t* from = part + (base + i) * stride;
-      if (base + i >= count) continue;
-      m[i] = load_packet(from);
-      l[i] = load_packet(from + 1);
+  for (int x = 1; x < SHARERS; x <<= 1) {
+    Partial parts[2];
+    parts[0] = mine;
+    parts[1].m = __shfl_xor_sync(~0u, mine.m, x);
+    parts[1].l = __shfl_xor_sync(~0u, mine.l, x);
 #pragma unroll
-      for (int e = 0; e < NARROW; ++e) o[i][e] = load_packet(from + PARTIAL_HEAD + d + e);
-    }
-#pragma unroll
-    for (int i = 0; i < BATCH; ++i) {
-      const uint64_t* from = part + (base + i) * stride;
-      if (base + i >= count) continue;
-      if (!want.match(m[i].y)) m[i] = c.read(from, want);
-      if (!want.match(l[i].y)) l[i] = c.read(from + 1, want);
-      float value[NARROW];
-#pragma unroll
-      for (int e = 0; e < NARROW; ++e) {
-        if (!want.match(o[i][e].y)) o[i][e] = c.read(from + PARTIAL_HEAD + d + e, want);
-        value[e] = as_float(o[i][e].x);
-      }
-      merged.add(as_float(m[i].x), as_float(l[i].x), value);
-    }
+    for (int e = 0; e < NARROW; ++e) parts[1].o[e] = __shfl_xor_sync(~0u, mine.o[e], x);
+    mine = merge(parts);
   }
+  return mine;
 }
 
 __device__ __forceinline__ void publish_partial(const Consumer& c, const AttentionTask& task, const AttentionScratch& s, uint32_t used,
                                                 uint64_t* out, uint32_t tag) {
-  const int size = HEAD_DIM + PARTIAL_HEAD, thread = c.warp * 32 + c.lane;
-  for (int i = thread; i < task.nq * (HEAD_DIM / NARROW); i += CONSUMER_THREADS) {
-    const int head = i / (HEAD_DIM / NARROW), d = i % (HEAD_DIM / NARROW) * NARROW;
-    const Merge merged = merge_warps(s, used, head, d);
+  const int size = HEAD_DIM + PARTIAL_HEAD;
+  for (int i = c.warp * 32 + c.lane; i < task.nq * PER_HEAD; i += CONSUMER_THREADS) {
+    const int head = i / PER_HEAD, d = i % PER_HEAD * NARROW;
+    const Partial merged = merge_warps(s, used, head, d);
     if (d == 0) {
       publish(out + head * size, as_bits(merged.m), tag);
       publish(out + head * size + 1, as_bits(merged.l), tag);
@@ -450,27 +526,42 @@ __device__ __forceinline__ void publish_partial(const Consumer& c, const Attenti
 
 __device__ __forceinline__ void publish_output(Consumer& c, const AttentionTask& task, const AttentionScratch& s, uint32_t used,
                                                const uint64_t* partials, int others, const Token& token) {
-  const int size = HEAD_DIM + PARTIAL_HEAD, thread = c.warp * 32 + c.lane;
-  constexpr int PER_HEAD = HEAD_DIM / NARROW;
+  const int size = HEAD_DIM + PARTIAL_HEAD, thread = c.warp * 32 + c.lane, share = thread % SHARERS;
   uint64_t* out = c.b.buffer(task.out_buf) + task.q0 * PER_HEAD;
-  constexpr int ROUNDS = ceil_div(GROUP * PER_HEAD, CONSUMER_THREADS);
-  Merge merged[ROUNDS];
+  constexpr int ROUNDS = ceil_div(GROUP * PER_HEAD * SHARERS, CONSUMER_THREADS);
+  Partial merged[ROUNDS];
 #pragma unroll
   for (int round = 0; round < ROUNDS; ++round) {
-    const int i = thread + round * CONSUMER_THREADS, head = i / PER_HEAD, d = i % PER_HEAD * NARROW;
-    if (i >= task.nq * PER_HEAD) continue;
-    merged[round] = merge_warps(s, used, head, d);
-    merge_splits(c, merged[round], partials + head * size, task.nq * size, others, d, token.expect(task.part_tag));
+    const int i = (thread + round * CONSUMER_THREADS) / SHARERS, head = i / PER_HEAD, d = i % PER_HEAD * NARROW;
+    const bool mine = i < task.nq * PER_HEAD;
+    if (mine && share < others)
+      merged[round] = merge_splits(c, partials + head * size, task.nq * size, share, others, d, token.expect(task.part_tag));
+    __syncwarp();
+    if (mine && share == 0) {
+      Partial both[2] = {merge_warps(s, used, head, d), merged[round]};
+      merged[round] = merge(both);
+    }
+    __syncwarp();
+    merged[round] = merge_sharers(merged[round]);
   }
   if (others) c.meet();  // every read of the task comes before its first publish
 #pragma unroll
   for (int round = 0; round < ROUNDS; ++round) {
-    const int i = thread + round * CONSUMER_THREADS;
-    if (i >= task.nq * PER_HEAD) continue;
+    const int i = (thread + round * CONSUMER_THREADS) / SHARERS;
+    if (share || i >= task.nq * PER_HEAD) continue;
     const float inverse = 1.f / merged[round].l;
     if constexpr (WIDE) publish(out + i, as_bits(merged[round].o[0] * inverse), token.tag(task.out_tag));
     else publish(out + i, pack2(merged[round].o[0] * inverse, merged[round].o[NARROW - 1] * inverse), token.tag(task.out_tag));
   }
+}
+
+// The tail's blocks come from global memory, where the weight stream has driven them out of L2: asked for before the wait, so that they
+// are in L1 when they are needed. Only this SM ever writes them.
+__device__ __forceinline__ void touch_newest_blocks(const Consumer& c, const AttentionTask& task, const KvSpan& span, int position) {
+  constexpr int SECTOR = 32;
+  const uint8_t* from = kv_block(c.b.p, task.layer, task.kv_head, span.old);
+  const int bytes = (span.newest - span.old + (position % KV_BLOCK_ROWS != 0)) * KV_BLOCK_BYTES;
+  for (int at = (c.warp * 32 + c.lane) * SECTOR; at < bytes; at += CONSUMER_THREADS * SECTOR) touch(from + at);
 }
 
 // Blocks of a task, streamed ones first, then the tail's two, are dealt to the warps in turn. `used` marks the partials that exist.
@@ -490,6 +581,7 @@ __device__ __forceinline__ void consume_attention(Consumer& c, const AttentionTa
   const bool tail = task.split == 0;
   const int window_start = task.window ? max(0, position - task.window + 1) : 0;
   const AttentionScratch s{b.scratch()};
+  if (tail) touch_newest_blocks(c, task, span, position);
   c.meet();  // scratch is all consumers': none may still be at an earlier task
   prepare_rows(c, task, token, s);
   c.meet();

@@ -27,6 +27,7 @@ class Embed(Instruction):
 
     stem: ClassVar[str] = "embed"
     carried: ClassVar[bool] = True
+    polls: ClassVar[bool] = True
 
     def reads(self, machine: Machine, position: int) -> list[Access]:
         return [Access(self.token_buf, 0, 1, self.token_tag, "u32", carried=True)]

@@ -9,6 +9,7 @@ __device__ __forceinline__ void store_gemv(Storer& s, const GemvTask& task, cons
   const uint64_t* residual = task.res_buf == NONE ? nullptr : b.buffer(task.res_buf) + task.out_start;
   const Expected want = token.expect(task.res_tag);
   const uint32_t tag = token.tag(task.out_tag);
+  ScaledRows rows(task.flags, task.cols);
   for (int tile = 0; tile < task.tiles; ++tile) {
     const int r = (task.tile0 + tile) * TILE_ROWS + row;
     const bool mine = s.lane < 16 && r < task.rows;
@@ -16,9 +17,8 @@ __device__ __forceinline__ void store_gemv(Storer& s, const GemvTask& task, cons
     if (mine && task.bias >= 0) extra = __ldg(b.constant(task.bias + r));
     if (mine && residual) extra += s.read(residual + r, want);
     __syncwarp();
-    float squares;
-    const float sum = s.reduce(squares);
-    if (mine) publish(out + r, as_bits(fmaf(sum, norm_scale(task.flags, task.cols, squares), extra)), tag);
+    const float y = rows.next(s, tile, extra);
+    if (mine) publish(out + r, as_bits(y), tag);
   }
 }
 

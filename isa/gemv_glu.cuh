@@ -2,19 +2,18 @@
 #pragma once
 #include "isa/device/matvec.cuh"
 
-__device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); }
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
 
 __device__ __forceinline__ void store_gemv_glu(Storer& s, const GemvGluTask& task, const Token& token) {
   const Block& b = s.b;
   const int row = s.lane & 15;
   uint64_t* out = b.buffer(task.out_buf) + task.out_start;
   const uint32_t tag = token.tag(task.out_tag);
+  ScaledRows rows(task.flags, task.cols);
   for (int tile = 0; tile < task.tiles; ++tile) {
     const int t = task.tile0 + tile;
     const float bias = task.bias >= 0 ? __ldg(b.constant(task.bias + t * TILE_ROWS + row)) : 0.f;
-    float squares;
-    const float sum = s.reduce(squares);
-    const float y = fmaf(sum, norm_scale(task.flags, task.cols, squares), bias);
+    const float y = rows.next(s, tile, bias);
     const float up = __shfl_down_sync(~0u, y, 8);
     const float h = silu(y) * up;
     const float next = __shfl_down_sync(~0u, h, 1);

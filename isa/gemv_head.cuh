@@ -20,12 +20,11 @@ __device__ __forceinline__ void store_gemv_head(Storer& s, const GemvHeadTask& t
   const uint32_t tag = token.tag(task.out_tag);
   float best = -__int_as_float(0x7f800000);
   int best_row = task.tile0 * TILE_ROWS;  // a token that exists even where every logit is NaN: the next step looks it up
+  ScaledRows rows(task.flags, task.cols);
   for (int tile = 0; tile < task.tiles; ++tile) {
     const int r = (task.tile0 + tile) * TILE_ROWS + (s.lane & 15);
     const float bias = task.bias >= 0 && r < task.rows ? __ldg(b.constant(task.bias + r)) : 0.f;
-    float squares;
-    const float sum = s.reduce(squares);
-    const float y = fmaf(sum, norm_scale(task.flags, task.cols, squares), bias);
+    const float y = rows.next(s, tile, bias);
     if (s.lane < 16 && r < task.rows) {
       logits[r] = y;
       keep_best(best, best_row, y, r);

@@ -10,10 +10,18 @@ __device__ __forceinline__ void consume_sample(Consumer& c, const SampleTask& ta
     const Expected want = token.expect(task.in_tag);
     float best = -__int_as_float(0x7f800000);
     int row = 0x7fffffff;
-    for (int i = c.lane; i < task.count; i += 32) {
-      uint4 v = load_packets(in + 2 * i);
-      c.settle(v, in + 2 * i, want);
-      keep_best(best, row, as_float(v.x), (int)v.z);
+    constexpr int AT_ONCE = 8;
+    for (int base = c.lane; base < task.count; base += 32 * AT_ONCE) {
+      uint4 v[AT_ONCE] = {};
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; ++j)
+        if (base + 32 * j < task.count) v[j] = load_packets(in + 2 * (base + 32 * j));
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; ++j) {
+        if (base + 32 * j >= task.count) continue;
+        c.settle(v[j], in + 2 * (base + 32 * j), want);
+        keep_best(best, row, as_float(v[j].x), (int)v[j].z);
+      }
     }
     __syncwarp();
     warp_best(best, row);

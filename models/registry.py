@@ -19,10 +19,12 @@ from amk.schedule.model import ModelSpec
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def resolve(name: str, *, cache_dir: Path | None = None, progress: Callable[[str], None] | None = None) -> Model:
+def resolve(name: str, *, cache_dir: Path | None = None, progress: Callable[[str], None] | None = None, token: str | None = None) -> Model:
     """The model called `name`, ready to hand out weights; fetched and converted the first time where it must be.
 
-    Raises `UnknownModel`, `Unsupported`, `DamagedCheckpoint` or `Unavailable`, each one sentence with its exit code.
+    `token` is a HuggingFace access token, for what is gated or private there; without one HuggingFace's own rules find it (HF_TOKEN,
+    or the file of `hf auth login`). Raises `UnknownModel`, `BadToken`, `Unsupported`, `DamagedCheckpoint` or `Unavailable`, each one
+    sentence with its exit code.
     """
     if name in RANDOM:
         return random_model(name, RANDOM[name])
@@ -34,10 +36,12 @@ def resolve(name: str, *, cache_dir: Path | None = None, progress: Callable[[str
     if _is_gguf(path):
         return checkpoint_model(read_checkpoint(converted_gguf(path, cache_dir, progress), path.stem))
     _require_hub_id(name, path)
-    return checkpoint_model(read_checkpoint(fetch_hub(name, progress), name))
+    return checkpoint_model(read_checkpoint(fetch_hub(name, progress, token), name))
 
 
-def describe(name: str, *, cache_dir: Path | None = None, progress: Callable[[str], None] | None = None) -> ModelSpec:
+def describe(
+    name: str, *, cache_dir: Path | None = None, progress: Callable[[str], None] | None = None, token: str | None = None
+) -> ModelSpec:
     """The description of the model called `name`, without torch for built-ins and folders, and without its weights.
 
     A GGUF file is converted, a HuggingFace id has its config fetched. Raises as `resolve` does.
@@ -52,7 +56,7 @@ def describe(name: str, *, cache_dir: Path | None = None, progress: Callable[[st
     if _is_gguf(path):
         return describe_folder(converted_gguf(path, cache_dir, progress), path.stem)
     _require_hub_id(name, path)
-    return describe_hub(name)
+    return describe_hub(name, token)
 
 
 def _is_gguf(path: Path) -> bool:

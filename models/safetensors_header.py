@@ -48,7 +48,7 @@ def _entries(path: Path, text: bytes, data_bytes: int) -> dict[str, StoredTensor
         header.pop("__metadata__", None)
         tensors = {name: StoredTensor(path, entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
         spans = {name: (int(entry["data_offsets"][0]), int(entry["data_offsets"][1])) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path} has a broken safetensors header; fetch the checkpoint again") from error
     for name, (begin, end) in spans.items():
         expected = math.prod(tensors[name].shape) * _ELEMENT_BYTES.get(tensors[name].dtype, 0)

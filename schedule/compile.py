@@ -63,7 +63,7 @@ def _assemble(spec: ModelSpec, settings: Settings, graph: Graph, arena: Arena, s
     config = settings.config
     return Program(
         machine=machine,
-        device=DeviceKnobs(config.cache_hint, config.sync, config.poll_sleep_ns, config.unroll),
+        device=DeviceKnobs(config.cache_hint, config.sync, config.poll_sleep_ns, config.release_early),
         buffers=tuple(Buffer(v.name, v.kind, arena.offsets[v.name], v.packets) for v in graph.values),
         arena_packets=arena.packets,
         matrices=graph.matrices,

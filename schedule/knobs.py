@@ -194,14 +194,14 @@ class Config:
         unit="ns",
         choices=(0, 20, 50, 100),
     )
-    unroll: int = _knob(
-        "kernel_knobs.unroll",
+    release_early: int = _knob(
+        "kernel_knobs.release_early",
         "int",
-        4,
-        "weight fragments that are loaded ahead in the inner loop of a product",
-        "vm consumer",
-        unit="fragments",
-        choices=(2, 4, 8),
+        2,
+        "share of a task's awaited arrivals that may be missing when consumers begin to look at the tags themselves",
+        "vm watcher",
+        unit="1/32",
+        choices=(0, 1, 2, 4, 8, 16),
     )
     reduction_slots: int = _knob(
         "kernel_knobs.reduction_slots",

@@ -77,7 +77,7 @@ class DeviceKnobs:
     cache_hint: str
     sync: str
     poll_sleep_ns: int
-    unroll: int
+    release_early: int
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,14 @@ class Sync:
 
 
 def synchronise(graph: Graph, placement: Placement, consumer_warps: int, style: str) -> Sync:
-    """Each op waits for all arrivals of the op that writes the last of its inputs; with style "tags" there are no counters."""
+    """Each op waits for all arrivals of the op that writes the last of its inputs; with style "tags" there are no counters.
+
+    Nor is there one for instructions that poll the tags themselves.
+    """
     tags = {name: tag for tag, name in enumerate((name for op in graph.ops for name in op.writes), start=1)}
     if style == "tags":
         return Sync(tags, (), {}, {})
-    sources = {op.name: _last_source(graph, op) for op in graph.ops}
+    sources = {op.name: _last_source(graph, op) for op in graph.ops if not op.instruction.polls}
     waited = [op for op in graph.ops if op.name in {source.name for source in sources.values()}]
     done = {op.name: i for i, op in enumerate(waited)}
     counts = {op.name: _arrivals(op, placement, consumer_warps) for op in waited}

@@ -50,7 +50,8 @@ def constants(program: Program, layout: SharedLayout, macros: dict[str, int]) ->
         "SCRATCH_BYTES": program.scratch_bytes,
         "SCRATCH_OFFSET": layout.scratch, "REDUCTION_OFFSET": layout.reduction, "TASKS_OFFSET": layout.tasks,
         "STREAM_OFFSET": layout.streams, "BUFFERS_OFFSET": layout.buffers, "BARRIER_OFFSET": layout.barriers,
-        "BARRIER_BYTES": layout.barrier_bytes, "POLL_SLEEP_NS": d.poll_sleep_ns, "HANG_ACTOR": macros["HANG_ACTOR"],
+        "BARRIER_BYTES": layout.barrier_bytes, "POLL_SLEEP_NS": d.poll_sleep_ns, "RELEASE_EARLY": d.release_early,
+        "HANG_ACTOR": macros["HANG_ACTOR"],
     }  # fmt: skip
 
 
@@ -67,7 +68,6 @@ def _prelude(program: Program, layout: SharedLayout, macros: dict[str, int]) -> 
     lines = [
         f"#define ELEMENT {ELEMENT[program.machine.dtype]}",
         f"#define EVICT_FIRST {int(program.device.cache_hint == 'evict_first')}",
-        f"#define UNROLL {program.device.unroll}",
         f"#define DRY_FEED {macros['DRY_FEED']}",
         f"#define STRESS {macros['STRESS']}",
         f"#define FOR_EACH_SHAPE(X) {shapes}",

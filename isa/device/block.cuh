@@ -140,8 +140,9 @@ struct Storer {
     if (!want.match(v.y)) wait_until(abort, WAIT_TAG, [&] { v = load_packet(packet); return want.match(v.y); });
     return as_float(v.x);
   }
-  // Sum over the consumer warps, in warp order within each half: lane r and lane r + 16 get row r; `squares` gets the sum of x squared.
-  __device__ __forceinline__ float reduce(float& squares) {
+  // Sum over the consumer warps, in warp order within each half: lane r and lane r + 16 get row r; `squares`, where it is wanted, gets the
+  // sum of x squared.
+  __device__ __forceinline__ float reduce(bool want_squares, float& squares) {
     uint64_t* bar = &b.barriers().slot_full[red];
     const uint32_t parity = red_parity;
     wait_until(abort, WAIT_SLOT, [=] { return barrier_passed(bar, parity); });
@@ -151,15 +152,13 @@ struct Storer {
     for (int w = 0; w < CONSUMER_WARPS / 2; ++w) {
       const float* part = b.partial(red, half * (CONSUMER_WARPS / 2) + w);
       sum += part[row];
-      ss += part[TILE_ROWS];
+      if (want_squares) ss += part[TILE_ROWS];
     }
-    sum += __shfl_xor_sync(~0u, sum, 16);
-    ss += __shfl_xor_sync(~0u, ss, 16);
     __syncwarp();
     if (lane == 0) barrier_arrive(&b.barriers().slot_free[red]);
     if (++red == REDUCTION_SLOTS) { red = 0; red_parity ^= 1; }
-    squares = ss;
-    return sum;
+    if (want_squares) squares = ss + __shfl_xor_sync(~0u, ss, 16);
+    return sum + __shfl_xor_sync(~0u, sum, 16);
   }
 };
 

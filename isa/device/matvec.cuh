@@ -6,6 +6,7 @@
 #include "isa/device/block.cuh"
 
 constexpr int X_NARROW = 1, X_NORM = 2;
+constexpr int KEPT_WORDS = 40;  // registers a lane may spend on its slice of x
 
 // How a tile of 16 rows by COLUMNS is cut into chunks and shared among the warps: isa.machine.chunk_plan, at compile time.
 template <int COLUMNS>
@@ -26,6 +27,22 @@ struct Plan {
 // tensor core multiplies 8 columns whether they are used or not.
 template <int FLAGS>
 constexpr bool TWO_COLUMNS = !WIDE && !(FLAGS & X_NARROW);
+
+// A lane's part of x for one fragment: the B operand of a 16-bit product, or four fp32 columns.
+struct Operand {
+  static constexpr int WORDS = WIDE ? 4 : 2;
+  uint32_t v[WORDS];
+  static __device__ __forceinline__ int offset(int lane) { return WIDE ? (lane & 1) * 16 : (lane & 3) * 8; }
+  __device__ __forceinline__ void read(const uint8_t* from) {
+    if constexpr (WIDE) {
+      const uint4 x = *reinterpret_cast<const uint4*>(from);
+      v[0] = x.x, v[1] = x.y, v[2] = x.z, v[3] = x.w;
+    } else {
+      const uint2 x = *reinterpret_cast<const uint2*>(from);
+      v[0] = x.x, v[1] = x.y;
+    }
+  }
+};
 
 template <int COLUMNS>
 __device__ __forceinline__ bool stream_tiles(Feeder& f, const uint8_t*& at, int tiles) {
@@ -72,7 +89,7 @@ struct Slice {
     float squares = 0.f;
 #pragma unroll
     for (int base = 0; base < LOADS; base += BATCH) {
-      uint4 v[BATCH];
+      uint4 v[BATCH] = {};  // a register that some path leaves unwritten would be kept for all the kernel's life
 #pragma unroll
       for (int i = 0; i < BATCH; ++i)
         if (base + i < LOADS && column(base + i, c.lane) < count) v[i] = load_packets(from + (base + i) * 64);
@@ -81,7 +98,6 @@ struct Slice {
         if (base + i >= LOADS) continue;
         const int at = column(base + i, c.lane);
         if (at < count) c.settle(v[i], from + (base + i) * 64, want);
-        else v[i] = make_uint4(0, 0, 0, 0);
         if (at < P::SLICE) squares += keep(v[i], g, base + i, at, to);
       }
     }
@@ -122,16 +138,17 @@ struct Sums {
 #pragma unroll
       for (int j = 0; j < 4; ++j) acc[i][j] = 0.f;
   }
-  // `from`: N fragments of this lane in shared memory; `x`: the slice at the first of them. Fragments from `count` on are left out.
-  template <int N>
-  __device__ __forceinline__ void add(Consumer& c, const uint8_t* from, const uint8_t* x, int count) {
-    uint4 a[N];
-#pragma unroll
-    for (int j = 0; j < N; ++j)
-      if (j < count) a[j] = *reinterpret_cast<const uint4*>(from + j * FRAGMENT_BYTES + c.lane * 16);
-#pragma unroll
-    for (int j = 0; j < N; ++j)
-      if (j < count) add_one(j, a[j], x + j * FRAGMENT_COLUMNS * ELEMENT_BYTES, c.lane);
+  // Adds fragment `a`, the j-th of its chunk, times `x`, the lane's part of the same columns.
+  __device__ __forceinline__ void add(int j, const uint4& a, const Operand& x) {
+    if constexpr (WIDE) {
+      float& s = acc[j & 3][0];
+      s = fmaf(as_float(a.x), as_float(x.v[0]), s);
+      s = fmaf(as_float(a.y), as_float(x.v[1]), s);
+      s = fmaf(as_float(a.z), as_float(x.v[2]), s);
+      s = fmaf(as_float(a.w), as_float(x.v[3]), s);
+    } else {
+      multiply(acc[j & 3], a, x.v[0], x.v[1]);
+    }
   }
   // The rows' sums over this warp's K slice; `two`: column 1 holds the product with the rounding errors.
   __device__ __forceinline__ void store(float* part, int lane, bool two) {
@@ -149,20 +166,53 @@ struct Sums {
       part[8 + (lane >> 2)] = high;
     }
   }
+};
 
- private:
-  __device__ __forceinline__ void add_one(int j, const uint4& a, const uint8_t* x, int lane) {
-    if constexpr (WIDE) {
-      const float4 b = *reinterpret_cast<const float4*>(x + (lane & 1) * 16);
-      float& s = acc[j & 3][0];
-      s = fmaf(as_float(a.x), b.x, s);
-      s = fmaf(as_float(a.y), b.y, s);
-      s = fmaf(as_float(a.z), b.z, s);
-      s = fmaf(as_float(a.w), b.w, s);
-    } else {
-      const uint2 b = *reinterpret_cast<const uint2*>(x + (lane & 3) * 8);
-      multiply(acc[j & 3], a, b.x, b.y);
+// The fragments of one chunk that are this warp's, in registers. A chunk is fetched one ahead of its product, the first of a task before x
+// is there, so neither the ring's barrier nor shared memory is waited for between two products.
+template <class P>
+struct Chunk {
+  uint4 a[P::PER_CHUNK];
+
+  // Waits for the chunk in the ring, reads it and frees its slot. The last chunk of a tile holds `last` fragments of this warp at `last_at`.
+  template <bool LAST>
+  __device__ __forceinline__ void fetch(Consumer& c, int last, int last_at) {
+    constexpr int MOST = LAST ? P::LAST_HIGH : P::PER_CHUNK;
+    const uint8_t* from = c.wait_chunk() + (LAST ? last_at : c.warp * P::PER_CHUNK * FRAGMENT_BYTES) + c.lane * 16;
+#pragma unroll
+    for (int j = 0; j < MOST; ++j)
+      a[j] = !LAST || !P::HIGH_WARPS || j < last ? *reinterpret_cast<const uint4*>(from + j * FRAGMENT_BYTES) : uint4{};
+    c.release_chunk();
+  }
+  template <bool LAST, class X>
+  __device__ __forceinline__ void multiply_into(Sums& sums, int last, X x) const {
+    constexpr int MOST = LAST ? P::LAST_HIGH : P::PER_CHUNK;
+#pragma unroll
+    for (int j = 0; j < MOST; ++j)
+      if (!LAST || !P::HIGH_WARPS || j < last) sums.add(j, a[j], x(j));
+  }
+};
+
+// Where the operands of a slice's fragments come from: registers, where the whole slice fits into some, or scratch.
+template <class P, bool TWO>
+struct Operands {
+  static constexpr bool KEPT = P::HIGH * Operand::WORDS <= KEPT_WORDS;
+  const uint8_t* from;
+  Operand kept[KEPT ? P::HIGH : 1];
+
+  // After the warp has written its slice to `slice`.
+  __device__ __forceinline__ void begin(const uint8_t* slice, int lane) {
+    from = slice + (TWO && lane >> 2 == 1 ? P::SLICE_BYTES : 0) + Operand::offset(lane);  // lanes 4 to 7 hold column 1
+    if constexpr (KEPT) {
+#pragma unroll
+      for (int i = 0; i < P::HIGH; ++i) kept[i].read(from + i * FRAGMENT_COLUMNS * ELEMENT_BYTES);
     }
+  }
+  __device__ __forceinline__ Operand at(int fragment) const {
+    if constexpr (KEPT) return kept[fragment];
+    Operand x;
+    x.read(from + fragment * FRAGMENT_COLUMNS * ELEMENT_BYTES);
+    return x;
   }
 };
 
@@ -176,33 +226,41 @@ __device__ __forceinline__ void multiply_tiles(Consumer& c, const MatVecTask& ta
   // The same place for every shape: another consumer may still be at an earlier task of another shape.
   constexpr int OWN_BYTES = SCRATCH_BYTES / CONSUMER_WARPS / 16 * 16;
   static_assert(P::SLICE_BYTES * (TWO ? 2 : 1) <= OWN_BYTES, "a consumer's share of scratch must hold its slice of x");
-  uint8_t* kept = reinterpret_cast<uint8_t*>(b.scratch()) + c.warp * OWN_BYTES;
-  const bool high = c.warp < P::HIGH_WARPS;
+  uint8_t* slice_bytes = reinterpret_cast<uint8_t*>(b.scratch()) + c.warp * OWN_BYTES;
+  const int last = c.warp < P::HIGH_WARPS ? P::LAST_HIGH : P::LAST_LOW;
+  const int last_at = (c.warp * P::LAST_LOW + min_of(c.warp, P::HIGH_WARPS)) * FRAGMENT_BYTES;
   const int tiles = task.tiles;
 
   Slice<COLUMNS, FLAGS> slice(c.warp);
   if constexpr (FLAGS & X_NORM) slice.prefetch_gain(gain, c.lane);
+  Chunk<P> next{};
+  next.template fetch<P::CHUNKS == 1>(c, last, last_at);
   c.wait_released();
-  float squares = slice.load(c, x, token.expect(task.x_tag), gain, kept);
+  float squares = slice.load(c, x, token.expect(task.x_tag), gain, slice_bytes);
   __syncwarp();
   if constexpr (FLAGS & X_NORM) squares = warp_sum(squares);
+  Operands<P, TWO> operands;
+  operands.begin(slice_bytes, c.lane);
 
-  const uint8_t* mine = kept + (TWO && c.lane >> 2 == 1 ? P::SLICE_BYTES : 0);  // lanes 4 to 7 hold column 1
-  const int last = high ? P::LAST_HIGH : P::LAST_LOW;
-  const int warp_last = (c.warp * P::LAST_LOW + min_of(c.warp, P::HIGH_WARPS)) * FRAGMENT_BYTES;
-  constexpr int KEPT_CHUNK = P::PER_CHUNK * FRAGMENT_COLUMNS * ELEMENT_BYTES;
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
     Sums sums;
-#pragma unroll UNROLL
-    for (int k = 0; k + 1 < P::CHUNKS; ++k) {
-      const uint8_t* chunk = c.wait_chunk() + c.warp * P::PER_CHUNK * FRAGMENT_BYTES;
-      sums.template add<P::PER_CHUNK>(c, chunk, mine + k * KEPT_CHUNK, P::PER_CHUNK);
-      c.release_chunk();
+    auto whole = [&](int k) {
+      const Chunk<P> chunk = next;
+      if (k + 2 < P::CHUNKS) next.template fetch<false>(c, last, last_at);
+      else next.template fetch<true>(c, last, last_at);
+      chunk.template multiply_into<false>(sums, last, [&](int j) { return operands.at(k * P::PER_CHUNK + j); });
+    };
+    if constexpr (Operands<P, TWO>::KEPT) {
+#pragma unroll
+      for (int k = 0; k + 1 < P::CHUNKS; ++k) whole(k);
+    } else {
+#pragma unroll 4
+      for (int k = 0; k + 1 < P::CHUNKS; ++k) whole(k);
     }
-    const uint8_t* chunk = c.wait_chunk() + warp_last;
-    sums.template add<P::LAST_HIGH>(c, chunk, mine + (P::CHUNKS - 1) * KEPT_CHUNK, P::HIGH_WARPS ? last : P::LAST_HIGH);
-    c.release_chunk();
+    const Chunk<P> chunk = next;
+    if (tile + 1 < tiles) next.template fetch<P::CHUNKS == 1>(c, last, last_at);
+    chunk.template multiply_into<true>(sums, last, [&](int j) { return operands.at((P::CHUNKS - 1) * P::PER_CHUNK + j); });
     float* part = c.wait_reduction_slot();
     sums.store(part, c.lane, TWO);
     if ((FLAGS & X_NORM) && c.lane == 1) part[TILE_ROWS] = squares;
@@ -210,10 +268,22 @@ __device__ __forceinline__ void multiply_tiles(Consumer& c, const MatVecTask& ta
   }
 }
 
-// The factor that RMS normalisation puts on the product: 1 where x is not normalised.
-__device__ __forceinline__ float norm_scale(int flags, int columns, float squares) {
-  return flags & X_NORM ? rsqrtf(squares / (float)columns + RMS_EPS) : 1.f;
-}
+// The storer's side of a tile: rows summed over the warps, times the factor of RMS normalisation, which is the same for every tile of a task.
+struct ScaledRows {
+  const bool normalised;
+  const float inverse_columns;
+  float scale = 1.f;
+
+  __device__ __forceinline__ ScaledRows(int flags, int columns) : normalised(flags & X_NORM), inverse_columns(1.f / (float)columns) {}
+  // Lanes r and r + 16 get row r of the tile, times the factor, plus `extra`.
+  __device__ __forceinline__ float next(Storer& s, int tile, float extra) {
+    const bool first = normalised && tile == 0;
+    float squares = 0.f;
+    const float sum = s.reduce(first, squares);
+    if (first) scale = rsqrtf(fmaf(squares, inverse_columns, RMS_EPS));
+    return fmaf(sum, scale, extra);
+  }
+};
 
 // Every compiled shape: X(index, columns, flags).
 __device__ __forceinline__ void consume_matvec(Consumer& c, const MatVecTask& task, const Token& token) {

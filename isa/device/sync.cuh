@@ -46,7 +46,10 @@ __device__ __forceinline__ bool must_give_up(const Abort& a, uint32_t polls, uin
   return true;
 }
 
-__device__ __forceinline__ void leave() { asm volatile("exit;"); }
+__device__ __forceinline__ void leave() {
+  asm volatile("exit;");
+  __builtin_unreachable();  // nothing need be kept for what would follow
+}
 
 #if STRESS
 // A build for tests: each wait may be late by up to 4 us, differently for each actor, task and run.
@@ -137,6 +140,12 @@ struct Expected {
   uint32_t tag, mask;
   __device__ __forceinline__ bool match(uint32_t seen) const { return ((seen ^ tag) & mask) == 0; }
 };
+
+// Asks for the line at `p` without waiting for it.
+__device__ __forceinline__ void touch(const void* p) {
+  uint32_t unused;
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(unused) : "l"(p) : "memory");
+}
 
 // ---- counters: relaxed hints that only grow; compared modulo 2^32 ---------------------------------------------------------------------
 

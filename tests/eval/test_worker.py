@@ -5,15 +5,21 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from amk.eval.candidate import prepare
 from amk.eval.card import Place, others
-from amk.eval.worker import RemoteError, Worker, WorkerDied, unfinished
+from amk.eval.shapes import Trace
+from amk.eval.worker import RemoteError, Request, Worker, WorkerDied, unfinished
+from amk.models.registry import describe
 from amk.schedule.targets import TARGETS
 
 CPU = Place(TARGETS["h200"], "cpu", None)
+FILES = ("megakernel.cu", "megakernel.sm_90a.cubin", "records.bin", "report.json")
 
 
 @pytest.fixture
@@ -26,7 +32,8 @@ def worker() -> Iterator[Worker]:
 
 def evaluate(worker: Worker, model: str = "toy", config: Any = None, **options: Any) -> Any:
     events = options.pop("on_event", lambda kind, value: None)
-    return worker.call("evaluate", model, CPU, {"config": config or {}}, events, **options)
+    candidate = prepare(describe("toy"), CPU, config or {})
+    return worker.call(Request("evaluate", model, CPU, candidate), events, **options)
 
 
 def test_a_worker_serves_one_request_after_another_and_reports_on_the_way(worker: Worker) -> None:
@@ -35,6 +42,47 @@ def test_a_worker_serves_one_request_after_another_and_reports_on_the_way(worker
     assert verdict["correct"] and set(told) == {"progress"}
     assert evaluate(worker, config={"nonsense": 1})["status"] == "rejected"
     assert Worker.shared() is worker
+
+
+def test_every_verb_goes_through_a_worker(worker: Worker, tmp_path: Path) -> None:
+    told: list[Any] = []
+
+    def ask(verb: str, **options: Any) -> Any:
+        request = Request(verb, "toy", CPU, prepare(describe("toy"), CPU, {}), options)
+        return worker.call(request, lambda kind, value: told.append(value) if kind == "token" else None)
+
+    assert [row["position"] for row in ask("bench", positions=[3])["rows"]] == [3]
+    assert ask("compile", folder=tmp_path)["files"] == [str(tmp_path / name) for name in FILES]
+    assert ask("generate", prompt_ids=[1, 2], max_tokens=3, stream=True)["generated"] == [token for _, token, _ in told] != []
+
+
+def test_a_trace_of_a_refused_config_is_its_verdict_alone_and_one_outside_the_context_is_an_error(worker: Worker, tmp_path: Path) -> None:
+    def ask(config: Any, position: int) -> Any:
+        candidate = prepare(describe("toy"), CPU, config)
+        return worker.call(Request("trace", "toy", CPU, candidate, {"position": position, "out": tmp_path / "t.json"}), lambda *_: None)
+
+    found = ask({"nonsense": 1}, 3)
+    assert (found["verdict"]["status"], found["file"], found["by_task"]) == ("rejected", None, [])
+    assert {"model", "gpu", "device", *found} == set(Trace.__annotations__)
+    with pytest.raises(RemoteError, match=r"^position: must lie in 0\.\.2047") as caught:
+        ask({}, 2048)
+    assert caught.value.exit_code == 2 and list(tmp_path.iterdir()) == []
+
+
+def test_a_candidate_for_another_model_than_the_fetched_one_is_prepared_anew(worker: Worker) -> None:
+    other = replace(describe("toy"), dtype="bf16")
+    verdict = worker.call(Request("evaluate", "toy", CPU, prepare(other, CPU, {})), lambda kind, value: None)
+    assert verdict["correct"] and verdict["dtype"] == describe("toy").dtype != other.dtype
+
+
+def test_a_worker_ends_when_it_is_asked_no_more_and_the_next_request_starts_another() -> None:
+    idle = Worker(idle_s=0.01)
+    try:
+        before = idle.pid
+        idle._process.join()
+        assert evaluate(idle)["correct"] and idle.pid != before
+    finally:
+        idle.kill()
 
 
 def test_an_error_of_a_request_keeps_its_sentence_and_exit_code(worker: Worker) -> None:
@@ -72,8 +120,8 @@ def test_a_request_that_its_caller_abandons_leaves_nothing_for_the_next(worker: 
 
 
 def test_a_bug_in_the_worker_is_told_to_the_parent(worker: Worker, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(WorkerDied, match="KeyError"):
-        worker.call("evaluate", "toy", CPU, {}, lambda kind, value: None)
+    with pytest.raises(WorkerDied, match="TypeError"):
+        worker.call(Request("bench", "toy", CPU, prepare(describe("toy"), CPU, {}), {"nonsense": 1}), lambda kind, value: None)
     assert "Traceback" not in capfd.readouterr().err
 
 

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.cuda
 
 def test_both_baselines_are_right_and_timed_in_the_same_run(record_property: Any) -> None:
     session = Session("small", choose(None, "cuda"))
-    table = session.bench({}, [16, 128], baselines=True)
+    table = session.bench(session.prepare({}), [16, 128], baselines=True)
     assert table["verdict"]["correct"], table["verdict"]["notes"]
     for row in table["rows"]:
         found = {baseline["name"]: baseline for baseline in row["baselines"]}

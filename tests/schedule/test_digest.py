@@ -89,6 +89,6 @@ def test_everything_executed_counts(program: Program, change: Callable[[Program]
 
 
 def test_kernel_knobs_count_in_the_id_alone(program: Program) -> None:
-    other = replace(program, device=replace(program.device, unroll=8))
+    other = replace(program, device=replace(program.device, release_early=8))
     assert program_digest(other) == program_digest(program)
     assert schedule_id(other) != schedule_id(program)

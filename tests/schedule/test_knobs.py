@@ -78,7 +78,7 @@ def test_explicit_map_survives_the_round_trip() -> None:
         ({"kernel_knobs": {"sync": "counters"}}, "sync: must be one of ('counter', 'tags'), but got 'counters'"),
         (
             {"kernel_knobs": 3},
-            "kernel_knobs: must be an object with keys of ('stage_bytes', 'cache_hint', 'sync', 'poll_sleep_ns', 'unroll'",
+            "kernel_knobs: must be an object with keys of ('stage_bytes', 'cache_hint', 'sync', 'poll_sleep_ns', 'release_early'",
         ),
         ({"tiling": {"gemm": 1}}, "tiling: unknown key 'gemm' (1); allowed keys are gemv, attention"),
         ({"Tiling": {}}, "config: unknown key 'Tiling' ({}); allowed keys are tiling, fusion_grouping, sm_assignment"),
@@ -94,9 +94,11 @@ def test_problem_is_one_sentence_with_what_is_allowed(obj: Any, text: str) -> No
 
 
 def test_all_problems_are_reported_at_once() -> None:
-    found = parse_config({"tiling": {"gemv": {"N_tile": 7, "M": 1}}, "pipelining_depth": "4", "colour": 1, "kernel_knobs": {"unroll": 3}})
+    found = parse_config(
+        {"tiling": {"gemv": {"N_tile": 7, "M": 1}}, "pipelining_depth": "4", "colour": 1, "kernel_knobs": {"release_early": 3}}
+    )
     assert isinstance(found, list)
-    assert [p.key for p in found] == ["tiling.gemv.N_tile", "tiling.gemv.M", "pipelining_depth", "colour", "kernel_knobs.unroll"]
+    assert [p.key for p in found] == ["tiling.gemv.N_tile", "tiling.gemv.M", "pipelining_depth", "colour", "kernel_knobs.release_early"]
 
 
 def test_ring_of_exactly_one_stage_is_accepted_and_one_byte_less_is_not() -> None:
@@ -181,7 +183,7 @@ def test_every_knob_has_a_neighbour_of_the_default() -> None:
 REALISED = {
     "kernel_knobs.cache_hint": "device",
     "kernel_knobs.poll_sleep_ns": "device",
-    "kernel_knobs.unroll": "device",
+    "kernel_knobs.release_early": "device",
 }
 
 

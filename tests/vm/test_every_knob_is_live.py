@@ -45,7 +45,7 @@ def test_changing_the_knob_changes_the_program_or_the_binary(knob: Knob) -> None
     assert all(schedule_id(p) == schedule_id(default) for p in same)
 
 
-@pytest.mark.parametrize("field", ["cache_hint", "poll_sleep_ns", "unroll"])
+@pytest.mark.parametrize("field", ["cache_hint", "poll_sleep_ns", "release_early"])
 def test_every_value_of_a_device_knob_has_a_binary_of_its_own(field: str) -> None:
     knob = next(knob for knob in KNOBS if knob.name.endswith(field))
     lowered = program(Config())

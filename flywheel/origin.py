@@ -1,0 +1,38 @@
+"""The code and the card of this process, as git and nvidia-smi state them; imports nothing of ours. It never raises."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NVIDIA_SMI_FIELDS = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
+
+
+def commit(root: Path = ROOT) -> str:
+    """AMK_COMMIT where a copy without its git folder was told, else what git says of `root`, else "unknown".
+
+    It ends in "+changes" when a file that git tracks differs from that commit.
+    """
+    if told := os.environ.get("AMK_COMMIT"):
+        return told
+    if not (root / ".git").exists():  # an installed package may lie inside somebody else's repository
+        return "unknown"
+    head = _output(["git", "-C", str(root), "rev-parse", "--verify", "--quiet", "HEAD"]).strip()
+    changed = _output(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"]).strip()
+    return (head + "+changes" if changed else head) if head else "unknown"
+
+
+def cards() -> list[dict[str, str]]:
+    """Name, driver, clocks and power limit of each NVIDIA card, as nvidia-smi prints them; empty where none is seen."""
+    query = _output(["nvidia-smi", f"--query-gpu={','.join(NVIDIA_SMI_FIELDS)}", "--format=csv,noheader"])
+    rows = [line.split(", ") for line in query.splitlines()]
+    return [dict(zip(NVIDIA_SMI_FIELDS, row, strict=True)) for row in rows if len(row) == len(NVIDIA_SMI_FIELDS)]
+
+
+def _output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return ""

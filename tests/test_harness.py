@@ -1,0 +1,221 @@
+"""The one API: what it prepares, writes down, refuses and keeps to itself."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from amk import harness
+from amk.eval import candidate as candidates
+from amk.eval.errors import EnvironmentProblem, EvalError, Rejected, UsageError
+from amk.flywheel.log import read_rows
+from amk.flywheel.trials import read_trials
+
+BAD: dict[str, Any] = {"tiling": {"gemv": {"N_tile": 7}}, "bogus": 1}
+TOY: dict[str, Any] = {"model_id": "toy", "gpu": "h200", "device": "cpu"}
+WRITERS, EACH = 4, 5
+TOKEN = "hf_ThisIsNobodysToken"
+
+VERBS: dict[str, Callable[..., Any]] = {
+    "evaluate": harness.evaluate,
+    "bench": lambda **options: harness.bench(positions=[3, 100], **options),
+    "compile": lambda **options: harness.compile_model(out="out", **options),
+    "generate": lambda **options: harness.generate(prompt_ids=[1, 2, 3], max_tokens=2, **options),
+    "propose": lambda device, **options: harness.propose(**options),
+}
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_lowers_and_proves_its_config_once(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def counted(name: str, own: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            calls.append(name)
+            return own(*arguments, **options)
+
+        return call
+
+    for name in ("compile_program", "validate"):
+        monkeypatch.setattr(candidates, name, counted(name, getattr(candidates, name)))
+    VERBS[verb](**TOY)
+    assert calls == ["compile_program", "validate"]
+
+
+@pytest.mark.parametrize("verb", ("evaluate", "bench", "compile"))
+def test_a_refused_config_is_a_verdict_with_all_its_reasons(verb: str) -> None:
+    result = VERBS[verb](**TOY, config_dict=BAD)
+    verdict = result.get("verdict", result)
+    assert (verdict["status"], verdict["valid"]) == ("rejected", False)
+    assert "N_tile" in verdict["rejected_reason"] and "bogus" in verdict["rejected_reason"]
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize("call", [lambda: harness.propose("toy", "h200", incumbent=BAD), lambda: VERBS["generate"](**TOY, config_dict=BAD)])
+def test_where_a_program_is_needed_a_refused_config_is_judged_and_failed_not_misused(call: Callable[[], Any]) -> None:
+    with pytest.raises(Rejected, match=r"N_tile.*bogus") as caught:
+        call()
+    assert caught.value.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: harness.evaluate("toy", "h200", {}, "tpu"), "device"),
+        (lambda: harness.evaluate("toy", "h2000"), "gpu"),
+        (lambda: harness.loop("toy", "h200", 0), "budget"),
+        (lambda: harness.loop("toy", "h200", explore_fraction=1.5), "explore_fraction"),
+        (lambda: harness.loop("toy", "h200", explore_fraction=float("nan")), "explore_fraction"),
+        (lambda: harness.loop("toy", "h200", device="cpu", results_path="/proc/amk/results.tsv"), "^results"),
+        (lambda: harness.evaluate(**TOY, results_path="/proc/amk/results.tsv"), "^results"),
+        (lambda: harness.compile_model(**TOY, out="/proc/amk"), "^out"),
+        (lambda: harness.trace("toy", "/proc/amk/trace.json", "h200"), "^out"),
+        (lambda: harness.trace("toy", ".", "h200"), "^out"),
+        (lambda: harness.generate("toy", "h200"), "prompt"),
+        (lambda: harness.generate("toy", "h200", prompt="a", prompt_ids=[1]), "prompt"),
+        (lambda: harness.generate(**TOY, prompt_ids=[]), "prompt"),
+        (lambda: harness.generate(**TOY, prompt_ids=[1], max_tokens=10**30), "context"),
+        (lambda: harness.generate(**TOY, prompt_ids=[1], stop="end"), "stop.*'end' alone"),
+        (lambda: harness.bench(**TOY, positions=[]), "positions"),
+        (lambda: harness.bench(**TOY, positions=[10**30]), "positions"),
+        (lambda: harness.verify(programs=0, mutants=0), "programs and mutants"),
+        (lambda: harness.verify(minutes=float("nan")), "minutes"),
+    ],
+)
+def test_a_misuse_is_named_before_anything_is_judged(call: Callable[[], Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        call()
+
+
+@pytest.mark.parametrize(
+    "call", [lambda: harness.bench(**TOY, baselines=True, positions=[3]), lambda: harness.trace(out="new/trace.json", **TOY)]
+)
+def test_what_only_a_card_can_measure_is_refused_on_the_cpu_before_anything_is_judged(call: Callable[[], Any]) -> None:
+    with pytest.raises(EnvironmentProblem, match="live card, but device cpu was asked for"):
+        call()
+    assert list(Path().iterdir()) == []
+
+
+def test_an_evaluation_is_written_down_where_it_was_asked_for_and_only_there(tmp_path: Path) -> None:
+    harness.evaluate(**TOY, config_dict=BAD)
+    assert list(tmp_path.iterdir()) == []
+    verdicts = [harness.evaluate(**TOY, config_dict=config, results_path="w/results.tsv") for config in ({}, BAD)]
+    trials = read_trials("w/runs")
+    assert [t.verdict for t in trials] == json.loads(json.dumps(verdicts))
+    rows = read_rows("w/results.tsv")
+    assert [(row.tag, row.loop, row.model) for row in rows] == [("tried", "eval", "toy"), ("rejected", "eval", "toy")]
+    assert [row.trial for row in rows] == [trial.id for trial in trials]
+    assert rows[0].latency_us == verdicts[0]["latency_us"] and not Path("w/corpus.jsonl").exists()  # predicted: no point of the corpus
+
+
+def refuse_many(path: Path) -> None:
+    for _ in range(EACH):
+        harness.evaluate(**TOY, config_dict=BAD, results_path=path)
+
+
+def test_evaluations_of_many_processes_at_once_are_all_written_down(tmp_path: Path) -> None:
+    results = tmp_path / "new" / "results.tsv"
+    processes = [multiprocessing.get_context("fork").Process(target=refuse_many, args=(results,)) for _ in range(WRITERS)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * WRITERS
+    names = [row.trial for row in read_rows(results)]
+    assert len(names) == WRITERS * EACH and sorted(names) == [trial.id for trial in read_trials(tmp_path / "new" / "runs")]
+
+
+def test_tokens_are_told_in_order_as_they_become_known() -> None:
+    told: list[tuple[int, int, str]] = []
+    result = harness.generate(**TOY, prompt_ids=[1, 2, 3], max_tokens=5, on_token=lambda *token: told.append(token))
+    assert [token for _, token, _ in told] == result["generated"]
+    assert [index for index, _, _ in told] == list(range(len(result["generated"])))
+
+
+class Gate(BaseHTTPRequestHandler):
+    """A hub on which every model is gated; it keeps what it was told of who asks."""
+
+    def do_GET(self) -> None:
+        if "some/model" in self.path:  # the client asks for other things without a name
+            self.server.asked.append(self.headers.get("Authorization"))  # type: ignore[attr-defined]
+        self.send_response(401)
+        for name, value in (("X-Error-Code", "GatedRepo"), ("Content-Length", "0")):
+            self.send_header(name, value)
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def gate() -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Gate)
+    server.asked = []  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def ask(gate: ThreadingHTTPServer, home: Path, call: str, **environment: str) -> tuple[str, set[str | None]]:
+    """All that a process says which calls the harness about a gated model, and how it named itself to the hub."""
+    code = f"from amk import harness\ntry: harness.{call}\nexcept Exception as e: print(e.exit_code, e)"
+    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{gate.server_port}", "HF_HOME": str(home)}
+    environment |= hub | {"PYTHONPATH": ":".join(sys.path), "PATH": "/usr/bin:/bin"}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    return ran.stdout + ran.stderr, set(gate.asked)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "evaluate('some/model', 'h200', {}, 'cpu', token=T)",
+        "propose('some/model', 'h200', token=T)",
+        "loop('some/model', 'h200', 1, 'cpu', token=T)",
+        "bench('some/model', 'h200', device='cpu', token=T)",
+        "compile_model('some/model', 'h200', 'out', device='cpu', token=T)",
+        "generate('some/model', 'h200', prompt_ids=[1], device='cpu', token=T)",
+    ],
+)
+def test_a_token_reaches_the_hub_and_nothing_else(gate: ThreadingHTTPServer, tmp_path: Path, call: str) -> None:
+    said, asked = ask(gate, tmp_path / "home", call.replace("T)", f"{TOKEN!r})"))
+    assert asked == {f"Bearer {TOKEN}"}
+    assert said.startswith("3 HuggingFace model some/model is gated") and said.count("\n") == 1
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert TOKEN not in said and not [path for path in files if TOKEN.encode() in path.read_bytes()]
+
+
+def test_without_a_token_the_hubs_own_rules_find_one(gate: ThreadingHTTPServer, tmp_path: Path) -> None:
+    said, asked = ask(gate, tmp_path, "propose('some/model', 'h200')", HF_TOKEN=TOKEN)
+    assert asked == {f"Bearer {TOKEN}"} and TOKEN not in said
+
+
+@pytest.mark.parametrize("token", ["", "two words", f"{TOKEN}\n", "tok\u00e9n", 7])
+def test_what_cannot_be_a_token_is_a_usage_error_that_does_not_repeat_it(gate: ThreadingHTTPServer, tmp_path: Path, token: Any) -> None:
+    said, asked = ask(gate, tmp_path, f"propose('some/model', 'h200', token={token!r})")
+    assert said.startswith("2 token: must be") and said.count("\n") == 1 and asked == set()
+    assert TOKEN not in said and "two words" not in said
+
+
+def test_errors_of_the_harness_carry_their_exit_code() -> None:
+    for call in (lambda: harness.evaluate("./nowhere"), lambda: harness.loop("toy", "h200", 0)):
+        with pytest.raises(Exception) as caught:
+            call()
+        assert getattr(caught.value, "exit_code", None) == 2
+    assert EvalError.exit_code == 3
