@@ -143,15 +143,35 @@ def bench(
     model: Model,
     gpu: Gpu = None,
     positions: Annotated[str, typer.Option(metavar="P,P,...", help="token positions to measure at")] = "16,128,1024",
+    baselines: Annotated[bool, typer.Option("--baselines", help="with CUDA-graphed transformers and torch.compile beside it")] = False,
     config: ConfigFile = None,
     device: Device = "auto",
 ) -> int:
     """A latency at each position, of a program found correct in the same run."""
     places, data = _whole_numbers(positions, "--positions"), _read_config(config)
     with _answers() as answer:
-        table = harness.bench(model, gpu, positions=places or (), config_dict=data, device=device, progress=_say)
+        table = harness.bench(model, gpu, positions=places or (), baselines=baselines, config_dict=data, device=device, progress=_say)
         answer(table)
+    _print_latencies(table)
     return _judged(table["verdict"])
+
+
+@app.command()
+def trace(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", dir_okay=False, help="the timeline, for ui.perfetto.dev", show_default=False)],
+    position: Annotated[int, typer.Option(min=0, help="position of the token that is traced")] = 128,
+    gpu: Gpu = None,
+    config: ConfigFile = None,
+    device: Device = "auto",
+) -> int:
+    """A timeline of every SM's actors in one token, and where its time went; needs a card."""
+    data = _read_config(config)
+    with _answers() as answer:
+        found = harness.trace(model, out, gpu, position=position, config_dict=data, device=device, progress=_say)
+        answer(found)
+    _print_phases(found)
+    return _judged(found["verdict"])
 
 
 @app.command()
@@ -354,6 +374,51 @@ def _print_knobs(rows: list[dict[str, Any]]) -> None:
         unit = f" ({row['unit']})" if row["unit"] else ""
         table.add_row(row["name"], values, json.dumps(row["default"]), f"{row['meaning']}{unit}; read by {row['consumer']}")
     Console().print(table)
+
+
+def _print_latencies(result: dict[str, Any]) -> None:
+    """The latency table on stderr, one column a baseline, and what became of those without a time."""
+    rows = result["rows"]
+    names = list(dict.fromkeys(b["name"] for row in rows for b in row["baselines"]))
+    if not rows:
+        return
+    table = Table("position", "us/token", "share of floor", *names, title=f"{result['model']} on {result['gpu']}")
+    for row in rows:
+        cells = {b["name"]: _baseline_cell(b) for b in row["baselines"]}
+        share = "" if row["pct_of_roofline"] is None else f"{row['pct_of_roofline']:.1f} %"
+        table.add_row(str(row["position"]), _latency_cell(row), share, *(cells[name] for name in names))
+    Console(stderr=True).print(table)
+    for row in rows:
+        for baseline in row["baselines"]:
+            _say(f"position {row['position']}, {baseline['name']}: {baseline['reason'] or baseline['form']}")
+
+
+def _print_phases(found: dict[str, Any]) -> None:
+    """Where the traced token's time went, on stderr."""
+    phases = ("wait", "load", "compute", "publish")
+    if found["file"] is None:
+        return
+    title = f"{found['model']}, position {found['position']}: us of {found['traced_us']:.1f} traced (not a latency)"
+    table = Table("task", "actor", *phases, title=title)
+    for row in [*({"task": "all"} | row for row in found["by_actor"]), *found["by_task"]]:
+        table.add_row(row["task"], row["actor"], *(f"{row[f'{phase}_us']:.1f}" for phase in phases))
+    Console(stderr=True).print(table)
+    if found["lost_events"]:
+        _say(f"{found['lost_events']} events found no room: the timeline has gaps")
+    _say(f"timeline: {found['file']}")
+
+
+def _latency_cell(row: dict[str, Any]) -> str:
+    if row["latency_us"] is None:
+        return "under the floor"
+    return f"{row['latency_us']:.1f}" + (" (predicted)" if row["latency_kind"] == "predicted" else "")
+
+
+def _baseline_cell(baseline: dict[str, Any]) -> str:
+    if baseline["latency_us"] is None:
+        return str(baseline["status"])
+    ratio = "" if baseline["ratio"] is None else f" ({baseline['ratio']:.2f}x)"
+    return f"{baseline['latency_us']:.1f}{ratio}"
 
 
 def _outcome_of(error: Exception) -> tuple[int, str]:

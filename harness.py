@@ -18,12 +18,13 @@ from typing import Any
 from amk.eval import worker
 from amk.eval.candidate import Candidate, prepare, require_program
 from amk.eval.card import Place, choose, live_card
-from amk.eval.errors import UsageError
+from amk.eval.errors import EnvironmentProblem, UsageError
 from amk.eval.generation import check_request
 from amk.eval.session import Session
 from amk.eval.soundness.verify import run_verify
+from amk.eval.trace import untraced
 from amk.eval.verdict import failed, rejected
-from amk.eval.writable import require_writable_folder
+from amk.eval.writable import require_writable_file, require_writable_folder
 from amk.flywheel.journal import REGIME, open_journal, trial_of
 from amk.flywheel.search import run_loop
 from amk.models.cache import cache_root
@@ -178,21 +179,67 @@ def bench(
     gpu: str | None = None,
     *,
     positions: Sequence[int] = (16, 128, 1024),
+    baselines: bool = False,
     config_dict: Any = None,
     device: str = "auto",
     token: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """A latency a position, after the program has been judged: {model, gpu, device, verdict, rows}. `token` as for `evaluate`."""
+    """A latency a position, after the program has been judged: {model, gpu, device, verdict, rows}. `token` as for `evaluate`.
+
+    `baselines` measures transformers under a CUDA graph and torch.compile in turns with it; EnvironmentProblem without a card.
+    """
     if not positions:
         raise UsageError("positions: must be at least one, but got none")
+    if baselines:
+        _require_card("baselines", gpu, device)
     subject = _subject(model_id, gpu, device, token, progress)
     candidate = subject.prepare(config_dict)
     if candidate.program is None:
         result = {"verdict": _judge(subject, candidate), "rows": []}
     else:
-        result = _answer(subject, "bench", candidate, positions=list(positions))
+        result = _answer(subject, "bench", candidate, positions=list(positions), baselines=baselines)
     return {"model": model_id, "gpu": subject.place.target.name, "device": subject.place.device, **result}
+
+
+def trace(
+    model_id: str,
+    out: Path | str,
+    gpu: str | None = None,
+    *,
+    position: int = 128,
+    config_dict: Any = None,
+    device: str = "auto",
+    token: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Where the time of one token goes (eval.shapes.Trace), and its timeline in the file `out`; EnvironmentProblem without a card.
+
+    UsageError, before anything is judged, if that file cannot be written. `token` as for `evaluate`.
+    """
+    file = Path(out)
+    require_writable_file(file, "out")
+    _require_card("trace", gpu, device)
+    subject = _subject(model_id, gpu, device, token, progress)
+    candidate = subject.prepare(config_dict)
+    if candidate.program is None:
+        result = untraced(_judge(subject, candidate), position)
+    else:
+        result = _answer(subject, "trace", candidate, position=position, out=file.resolve())
+    return {"model": model_id, "gpu": subject.place.target.name, "device": subject.place.device, **result}
+
+
+def _require_card(what: str, gpu: str | None, device: str) -> None:
+    """EnvironmentProblem that names `what` unless it would run on the live card."""
+    place = choose(gpu, device)
+    if place.device != "cuda":
+        raise EnvironmentProblem(f"{what}: must be measured on the live card, but {_why_cpu(place, device)}")
+
+
+def _why_cpu(place: Place, device: str) -> str:
+    if device == "cpu":
+        return "device cpu was asked for"
+    return "there is none" if live_card() is None else f"it is not a {place.target.name}"
 
 
 def compile_model(

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from amk.dev import draw_machine
+from amk.dev import draw_machine, readme_table
 from amk.eval.shapes import SHAPES, result_schema
 from amk.schedule.render import config_schema, knob_table_markdown
 
@@ -32,6 +32,7 @@ def _schema_file(schema: Callable[[], dict[str, Any]]) -> Render:
 
 # Path from the root -> the whole text of that file.
 GENERATED: dict[str, Render] = {
+    "README.md": readme_table.render,
     "docs/images/machine.svg": draw_machine.render,
     "docs/knobs.md": knob_table_markdown,
     "schemas/schedule_config.json": _schema_file(config_schema),

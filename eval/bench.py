@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +72,17 @@ def launch_start(position: int, context: int) -> tuple[int, int]:
     return start, min(LAUNCH_TOKENS, context - start)
 
 
-def samples_us(machine: UnprovenCudaVM, start: int, steps: int, count: int = SAMPLES) -> list[float]:
-    """Microseconds a token of `count` launches of `steps` tokens from `start`, after warm-up."""
-    times = [machine.decode([1], start, steps=steps).elapsed_us for _ in range(WARM_UP + count)]
-    return [t / steps for t in times[WARM_UP:] if t is not None]
+def interleaved(samplers: Sequence[Callable[[], float]], count: int = SAMPLES) -> list[list[float]]:
+    """`count` samples of each sampler after warm-up, taken in turns: what happens to the card's clocks meanwhile happens to all alike."""
+    rounds = [[sample() for sample in samplers] for _ in range(WARM_UP + count)]
+    return [list(column) for column in zip(*rounds[WARM_UP:], strict=True)]
+
+
+def launch_us(machine: UnprovenCudaVM, start: int, steps: int) -> float:
+    """Microseconds a token of one launch."""
+    elapsed = machine.decode([1], start, steps=steps).elapsed_us
+    assert elapsed is not None
+    return elapsed / steps
 
 
 def quantiles(samples: list[float]) -> Samples:
@@ -81,24 +90,41 @@ def quantiles(samples: list[float]) -> Samples:
     return Samples(p10, p50, p90, len(samples))
 
 
-def measure(machine: UnprovenCudaVM, target: Target, position: int, bandwidth_gbs: float, digests: tuple[str, str]) -> Latency:
-    """Latency of the machine's program at `position`. RunVoid if another process is on the card before or after."""
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds a token: of the launches that measure a position, of launches of one token there, and of each other sampler."""
+
+    samples_us: list[float]
+    single_us: list[float]
+    others_us: list[list[float]]
+
+
+def take(machine: UnprovenCudaVM, position: int, others: Sequence[Callable[[], float]] = ()) -> Timing:
+    """Samples of the machine at `position`, in turns with `others`. RunVoid if another process is on the card before or after."""
     _refuse_company()
     start, steps = launch_start(position, machine.context)
-    many, single = samples_us(machine, start, steps), samples_us(machine, position, 1)
+    many, *rest = interleaved([lambda: launch_us(machine, start, steps), *others])
+    (single,) = interleaved([lambda: launch_us(machine, position, 1)])
     _refuse_company()
+    return Timing(many, single, rest)
+
+
+def measured(
+    machine: UnprovenCudaVM, target: Target, position: int, bandwidth_gbs: float, digests: tuple[str, str], timing: Timing
+) -> Latency:
+    """The latency that a timing at `position` shows, beside the floor at the bandwidth of the same run."""
     return Latency(
         program_digest=digests[0],
         binary_digest=digests[1],
         kind="measured-gpu",
         position=position,
-        latency_us=quantiles(many).p50,
+        latency_us=quantiles(timing.samples_us).p50,
         streamed_bytes=streamed_bytes(machine.program, position),
         bandwidth_gbs=bandwidth_gbs,
         bandwidth_kind="measured",
         spec_bandwidth_gbs=target.bandwidth_gbs,
-        samples=quantiles(many),
-        single_launch_us=quantiles(single).p50,
+        samples=quantiles(timing.samples_us),
+        single_launch_us=quantiles(timing.single_us).p50,
     )
 
 

@@ -49,7 +49,9 @@ def relative_errors(found: ReadRows, exact: ReadRows, layers: int, rows: Rows) -
     def one(layer: int, kind: int) -> torch.Tensor:
         wanted = _cut(exact(layer, rows.stop)[kind], rows)
         got = _cut(found(layer, rows.stop)[kind], rows)
-        return (got - wanted).norm(dim=(0, 2)) / wanted.norm(dim=(0, 2)).clamp(min=torch.finfo(torch.float32).tiny)
+        size: torch.Tensor = wanted.norm(dim=(0, 2)).clamp(min=torch.finfo(torch.float32).tiny)
+        error: torch.Tensor = (got - wanted).norm(dim=(0, 2)) / size
+        return error
 
     return torch.stack([torch.stack([one(layer, kind) for kind in range(len(KINDS))]) for layer in range(layers)])
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from amk.eval.artefacts import write_artefacts
-from amk.eval.bench import measure, read_bandwidth_gbs
+from amk.eval.baselines import Contest, Entrant, Rival
+from amk.eval.bench import Timing, launch_start, measured, read_bandwidth_gbs, take
 from amk.eval.candidate import Candidate, prepare
 from amk.eval.card import Place
 from amk.eval.card_lock import live_card_lock
 from amk.eval.errors import EnvironmentProblem, UsageError
+from amk.eval.latency_table import table_row
 from amk.eval.oracle import PROMPT_TEXT, Finding, Reference, default_plan, judge, make_reference, rounding_points
 from amk.eval.verdict import Facts, Judgement, Latency, Verdict, failed, judged, rejected
 from amk.models.model import Model
@@ -56,7 +59,7 @@ class Session:
             self.progress("judging against the source model")
             finding = judge(machine, self.reference(candidate.program.program))
             judgement = _judgement(facts, finding)
-            latency = self.latency(candidate, facts, machine, LATENCY_POSITION) if finding.correct else None
+            latency = self.latency(candidate, facts, machine, LATENCY_POSITION)[0] if finding.correct else None
         except LaunchFailed as failure:
             return failed(facts, "timeout" if failure.kind == "timeout" else "crash", str(failure))
         finally:
@@ -98,16 +101,20 @@ class Session:
         tokens: list[int] = tokenizer(PROMPT_TEXT)["input_ids"] if tokenizer else []
         return tokens if all(token < self.model.spec.vocab for token in tokens) else []
 
-    def latency(self, candidate: Candidate, facts: Facts, machine: DecodeMachine, position: int) -> Latency:
-        """Measured on the card, predicted on the CPU."""
-        assert candidate.program is not None
+    def latency(
+        self, candidate: Candidate, facts: Facts, machine: DecodeMachine, position: int, entrants: Sequence[Entrant] = ()
+    ) -> tuple[Latency, Timing | None]:
+        """Measured on the card, in turns with the baselines among `entrants`; predicted on the CPU, where there are no samples."""
         position = min(position, machine.context - 1)
         if self.place.device == "cpu":
-            return self._predicted(candidate, facts, position)
-        self.progress("measuring")
+            return self._predicted(candidate, facts, position), None
+        self.progress(f"measuring at position {position}")
         assert facts.program_digest is not None and facts.binary_digest is not None and isinstance(machine, UnprovenCudaVM)
+        digests, span = (facts.program_digest, facts.binary_digest), launch_start(position, machine.context)
         with live_card_lock(self.progress):
-            return measure(machine, self.place.target, position, self.bandwidth(), (facts.program_digest, facts.binary_digest))
+            bandwidth = self.bandwidth()
+            timing = take(machine, position, [partial(rival.sample_us, span) for rival in entrants if isinstance(rival, Rival)])
+        return measured(machine, self.place.target, position, bandwidth, digests, timing), timing
 
     def bandwidth(self) -> float:
         """The card's plain-read bandwidth, GB/s, measured once a session."""
@@ -138,8 +145,8 @@ class Session:
         files = write_artefacts(folder, candidate, self.place.target.arch, self.build(candidate), verdict)
         return {"verdict": verdict, "files": files}
 
-    def bench(self, candidate: Candidate, positions: Sequence[int]) -> dict[str, Any]:
-        """Verdict and a latency a position. UsageError for a position outside the context."""
+    def bench(self, candidate: Candidate, positions: Sequence[int], baselines: bool = False) -> dict[str, Any]:
+        """Verdict and a latency a position, in turns with the baselines where asked. UsageError for a position outside the context."""
         if candidate.program is None:
             return {"verdict": rejected(candidate.facts, candidate.rejections).to_json(), "rows": []}
         context = candidate.program.program.machine.context
@@ -149,12 +156,17 @@ class Session:
         verdict = self.evaluate(candidate)
         if not verdict.correct:
             return {"verdict": verdict.to_json(), "rows": []}
+        contest = Contest(self.model, [launch_start(p, context) for p in positions], self.progress) if baselines else None
         facts, machine = self.load(candidate)
         try:
-            rows = [_row(self.latency(candidate, facts, machine, position)) for position in positions]
+            rows = [self._row(candidate, facts, machine, position, contest) for position in positions]
         finally:
             machine.close()
         return {"verdict": verdict.to_json(), "rows": rows}
+
+    def _row(self, candidate: Candidate, facts: Facts, machine: DecodeMachine, position: int, contest: Contest | None) -> dict[str, Any]:
+        entrants = contest.enter(launch_start(position, machine.context)) if contest else []
+        return table_row(*self.latency(candidate, facts, machine, position, entrants), entrants, self.model.spec.dtype)
 
 
 def _judgement(facts: Facts, finding: Finding) -> Judgement:
@@ -171,21 +183,3 @@ def _judgement(facts: Facts, finding: Finding) -> Judgement:
         positions=finding.positions,
         failures=finding.failures,
     )
-
-
-def _row(latency: Latency) -> dict[str, Any]:
-    """One line of the latency table; a latency under its floor is not a result."""
-    honest = not latency.under_floor
-    samples = latency.samples
-    return {
-        "position": latency.position,
-        "latency_us": latency.latency_us if honest else None,
-        "latency_kind": latency.kind if honest else None,
-        "single_launch_us": latency.single_launch_us if honest else None,
-        "pct_of_roofline": 100 * latency.bound_us / latency.latency_us if honest else None,
-        "bound_us": latency.bound_us,
-        "bandwidth_gbs": latency.bandwidth_gbs,
-        "bandwidth_kind": latency.bandwidth_kind,
-        "streamed_bytes": latency.streamed_bytes,
-        "samples": {"p10": samples.p10, "p50": samples.p50, "p90": samples.p90, "n": samples.n} if samples else None,
-    }

@@ -58,8 +58,29 @@ class Generate(TypedDict):
     schedule_id: str
 
 
+class BaselineRow(TypedDict):
+    """A baseline at one position, sampled in turns with ours: "measured", "failed" (it did not build or run) or "refused" (it is wrong, or
+    under the floor).
+
+    `form` says what it is, `rel_err` how far its logits are from the source model's, `expected_rel_err` how far that model's own
+    are in `dtype`. `ratio` is its latency over ours.
+    """
+
+    name: Literal["cuda-graph", "torch-compile"]
+    status: Literal["measured", "failed", "refused"]
+    reason: str | None
+    form: str | None
+    dtype: str
+    rel_err: float | None
+    expected_rel_err: float | None
+    latency_us: float | None
+    ratio: float | None
+    samples: Samples | None
+    samples_us: list[float]
+
+
 class BenchRow(TypedDict):
-    """A token's time at one position; null where it was under its floor."""
+    """A token's time at one position; null where it was under its floor. `baselines` is empty where none were asked for."""
 
     position: int
     latency_us: float | None
@@ -71,6 +92,8 @@ class BenchRow(TypedDict):
     bandwidth_kind: Literal["measured", "spec"]
     streamed_bytes: int
     samples: Samples | None
+    samples_us: list[float]
+    baselines: list[BaselineRow]
 
 
 class Bench(TypedDict):
@@ -83,7 +106,42 @@ class Bench(TypedDict):
     rows: list[BenchRow]
 
 
-SHAPES: Mapping[str, type] = {"verdict": Verdict, "propose": Propose, "loop": Loop, "generate": Generate, "bench": Bench}
+class ActorTime(TypedDict):
+    """Microseconds that an average actor of a role spent in each phase: waiting for others, loading, computing, publishing."""
+
+    actor: Literal["feeder", "consumer", "storer", "watcher"]
+    wait_us: float
+    load_us: float
+    compute_us: float
+    publish_us: float
+
+
+class TaskTime(ActorTime):
+    """The same in one class of tasks, all layers together."""
+
+    task: str
+
+
+class Trace(TypedDict):
+    """Where the time of the token at `position` went, in a build made for that: slower than the measured one, so no time here is a latency.
+
+    `file` is a Chrome trace with every SM's actors (of its consumers the first); the sums are over all of them. Null and empty where
+    the program was not found correct.
+    """
+
+    model: str
+    gpu: str
+    device: str
+    verdict: Verdict
+    position: int
+    file: str | None
+    traced_us: float | None
+    lost_events: int
+    by_actor: list[ActorTime]
+    by_task: list[TaskTime]
+
+
+SHAPES: Mapping[str, type] = {"verdict": Verdict, "propose": Propose, "loop": Loop, "generate": Generate, "bench": Bench, "trace": Trace}
 
 
 def result_schema(name: str) -> dict[str, Any]:

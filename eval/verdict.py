@@ -161,9 +161,7 @@ def _problems(v: Verdict) -> Iterable[str]:
 def rejected(facts: Facts, rejections: Iterable[str]) -> Verdict:
     """The verdict on a config or program that was refused before it ran; `rejections` must name at least one reason."""
     reasons = tuple(rejections)
-    return Verdict(
-        **asdict(facts), status="rejected", valid=False, rejections=reasons, rejected_reason="; ".join(reasons), notes=()
-    )
+    return Verdict(**asdict(facts), status="rejected", valid=False, rejections=reasons, rejected_reason="; ".join(reasons), notes=())
 
 
 def failed(facts: Facts, kind: Literal["timeout", "crash"], message: str) -> Verdict:

@@ -15,6 +15,7 @@ from amk.eval.card_lock import live_card_lock
 from amk.eval.errors import EvalError
 from amk.eval.generation import generate
 from amk.eval.session import Session
+from amk.eval.trace import trace
 from amk.models.errors import ModelError
 from amk.vm.interface import LaunchFailed
 
@@ -47,7 +48,7 @@ class RemoteError(Exception):
 
 @dataclass(frozen=True)
 class Request:
-    """One question to a session of `model` in `place`: evaluate, compile, bench or generate, with that verb's further arguments.
+    """One question to a session of `model` in `place`: evaluate, compile, bench, trace or generate, with that verb's further arguments.
 
     `token` serves to fetch the model and for nothing else.
     """
@@ -196,4 +197,6 @@ def run(session: Session, request: Request, on_token: Callable[..., None]) -> di
         return session.compile(candidate, **request.options)
     if request.verb == "bench":
         return session.bench(candidate, **request.options)
+    if request.verb == "trace":
+        return trace(session, candidate, **request.options)
     return generate(session, candidate, on_token=on_token, **request.options)

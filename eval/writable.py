@@ -23,15 +23,24 @@ def require_writable_folder(folder: Path, option: str) -> None:
         raise UsageError(f"{option}: must be a folder to write into, but {folder} is not: {_reason(problem)}") from problem
 
 
+def require_writable_file(path: Path, option: str) -> None:
+    """UsageError that names `option` unless `path` can be written. Neither it nor its folder need exist, and none is made."""
+    _require_file(path, option, "a file to write")
+
+
 def require_appendable_file(path: Path, option: str) -> None:
-    """UsageError that names `option` unless lines can be added to `path`. Neither it nor its folder need exist, and none is made."""
+    """The same for lines that are added to `path`."""
+    _require_file(path, option, "a file to add lines to")
+
+
+def _require_file(path: Path, option: str, what: str) -> None:
     require_writable_folder(path.parent, option)
     try:
         problem = _problem(path)
     except (OSError, ValueError) as error:
         problem = _reason(error)
     if problem:
-        raise UsageError(f"{option}: must be a file to add lines to, but {path} is not: {problem}")
+        raise UsageError(f"{option}: must be {what}, but {path} is not: {problem}")
 
 
 def _problem(path: Path) -> str:

@@ -19,9 +19,7 @@ from amk.schedule.model import ModelSpec
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def resolve(
-    name: str, *, cache_dir: Path | None = None, progress: Callable[[str], None] | None = None, token: str | None = None
-) -> Model:
+def resolve(name: str, *, cache_dir: Path | None = None, progress: Callable[[str], None] | None = None, token: str | None = None) -> Model:
     """The model called `name`, ready to hand out weights; fetched and converted the first time where it must be.
 
     `token` is a HuggingFace access token, for what is gated or private there; without one HuggingFace's own rules find it (HF_TOKEN,

@@ -9,6 +9,7 @@ from amk.isa.abi import NONE
 from amk.schedule.graph import AttentionOp, Graph, Op
 from amk.schedule.place import Placement
 
+
 @dataclass(frozen=True)
 class Wait:
     """A counter and how many arrivals a token makes at it; NONE and 0 to wait for nothing."""

@@ -19,7 +19,7 @@ from amk.dev.card import card_count
 from amk.flywheel.log import read_rows
 from amk.flywheel.trials import read_trials
 
-VERBS = ("propose", "eval", "loop", "compile", "generate", "bench", "doctor", "knobs", "verify")
+VERBS = ("propose", "eval", "loop", "compile", "generate", "bench", "trace", "doctor", "knobs", "verify")
 GUIDE = {
     "tiling": {"gemv": {"N_tile": 128}, "attention": {"kv_block": 128}}, "fusion_grouping": [], "sm_assignment": "load_balance",
     "pipelining_depth": 3, "page_allocation": "graph_color", "threads_per_block": 256, "smem_bytes_per_block": 0,
@@ -81,6 +81,9 @@ def feed_stdin(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
         (("loop", "toy", "--budget", "many"), ("--budget", "integer")),
         (("loop", "toy", "--budget", "1.5"), ("--budget", "integer")),
         (("compile", "toy"), ("--out",)),
+        (("trace", "toy"), ("--out",)),
+        (("trace", "toy", "-o", "x.json", "--position", "-1"), ("--position",)),
+        (("trace", "toy", "-o", "/proc/amk/x.json"), ("out", "/proc/amk")),
         (("generate", "toy", *CPU), ("prompt",)),
         (("generate", "toy", "--prompt-ids", "1,x", *CPU), ("--prompt-ids", "'x'")),
         (("generate", "toy", "--prompt-ids", "1,99999", *CPU), ("99999", "256")),
@@ -188,6 +191,19 @@ def test_asking_for_a_card_where_there_is_none_is_an_environment_error(capsys: C
     assert "card" in refused(capsys, 3, verb, "toy", *gpu, "--device", "cuda")
 
 
+@NO_CARD
+@pytest.mark.parametrize("device", ((), CPU))
+def test_baselines_without_a_card_are_an_environment_error(capsys: Capture, device: tuple[str, ...]) -> None:
+    assert "baselines" in refused(capsys, 3, "bench", "toy", "--baselines", *device)
+
+
+@NO_CARD
+@pytest.mark.parametrize("device", ((), CPU))
+def test_trace_without_a_card_is_an_environment_error(capsys: Capture, tmp_path: Path, device: tuple[str, ...]) -> None:
+    assert "card" in refused(capsys, 3, "trace", "toy", "-o", str(tmp_path / "trace.json"), *device)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_refused_config_of_generate_is_a_failure_not_a_misuse(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     feed_stdin(monkeypatch, '{"pipelining_depth": -1}')
     assert "pipelining_depth" in refused(capsys, 1, "generate", "toy", "--prompt-ids", "1", "--config", "-", *CPU)
@@ -274,8 +290,9 @@ def test_compile_writes_the_files_that_it_lists(capsys: Capture, tmp_path: Path)
 
 
 def test_bench_has_a_row_a_position(capsys: Capture) -> None:
-    code, table, _ = answer(capsys, "bench", "toy", "--positions", "16,128", "--gpu", "h200", *CPU)
+    code, table, err = answer(capsys, "bench", "toy", "--positions", "16,128", "--gpu", "h200", *CPU)
     assert (code, [row["position"] for row in table["rows"]]) == (0, [16, 128])
+    assert all(f"{row['latency_us']:.1f} (predicted)" in err for row in table["rows"])
 
 
 def test_verify_finds_no_false_accept(capsys: Capture) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from amk import harness
 from amk.eval import candidate as candidates
-from amk.eval.errors import EvalError, Rejected, UsageError
+from amk.eval.errors import EnvironmentProblem, EvalError, Rejected, UsageError
 from amk.flywheel.log import read_rows
 from amk.flywheel.trials import read_trials
 
@@ -83,6 +83,8 @@ def test_where_a_program_is_needed_a_refused_config_is_judged_and_failed_not_mis
         (lambda: harness.loop("toy", "h200", device="cpu", results_path="/proc/amk/results.tsv"), "^results"),
         (lambda: harness.evaluate(**TOY, results_path="/proc/amk/results.tsv"), "^results"),
         (lambda: harness.compile_model(**TOY, out="/proc/amk"), "^out"),
+        (lambda: harness.trace("toy", "/proc/amk/trace.json", "h200"), "^out"),
+        (lambda: harness.trace("toy", ".", "h200"), "^out"),
         (lambda: harness.generate("toy", "h200"), "prompt"),
         (lambda: harness.generate("toy", "h200", prompt="a", prompt_ids=[1]), "prompt"),
         (lambda: harness.generate(**TOY, prompt_ids=[]), "prompt"),
@@ -97,6 +99,15 @@ def test_where_a_program_is_needed_a_refused_config_is_judged_and_failed_not_mis
 def test_a_misuse_is_named_before_anything_is_judged(call: Callable[[], Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
         call()
+
+
+@pytest.mark.parametrize(
+    "call", [lambda: harness.bench(**TOY, baselines=True, positions=[3]), lambda: harness.trace(out="new/trace.json", **TOY)]
+)
+def test_what_only_a_card_can_measure_is_refused_on_the_cpu_before_anything_is_judged(call: Callable[[], Any]) -> None:
+    with pytest.raises(EnvironmentProblem, match="live card, but device cpu was asked for"):
+        call()
+    assert list(Path().iterdir()) == []
 
 
 def test_an_evaluation_is_written_down_where_it_was_asked_for_and_only_there(tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ def constants(program: Program, layout: SharedLayout, macros: dict[str, int]) ->
         "SCRATCH_BYTES": program.scratch_bytes,
         "SCRATCH_OFFSET": layout.scratch, "REDUCTION_OFFSET": layout.reduction, "TASKS_OFFSET": layout.tasks,
         "STREAM_OFFSET": layout.streams, "BUFFERS_OFFSET": layout.buffers, "BARRIER_OFFSET": layout.barriers,
-        "BARRIER_BYTES": layout.barrier_bytes, "POLL_SLEEP_NS": d.poll_sleep_ns, "RELEASE_EARLY": d.release_early, "HANG_ACTOR": macros["HANG_ACTOR"],
+        "BARRIER_BYTES": layout.barrier_bytes, "POLL_SLEEP_NS": d.poll_sleep_ns, "RELEASE_EARLY": d.release_early,
+        "HANG_ACTOR": macros["HANG_ACTOR"],
     }  # fmt: skip
 
 
@@ -136,6 +137,11 @@ def _inline(text: str, generated: dict[str, str], seen: set[str]) -> str:
 def abi_hash(program: Program) -> int:
     """What binary and program must agree on: records, sizes, layout and shapes."""
     return text_hash(_prelude(program, shared_layout(program), TEST_MACROS))
+
+
+def traced_source(program: Program, events: int) -> str:
+    """The source of a build that writes down up to `events` events a warp (isa/device/trace.cuh) and is the same otherwise."""
+    return f"#define AMK_TRACE {events}u\n" + kernel_source(program)
 
 
 def kernel_source(program: Program, **macros: int) -> str:

@@ -1,6 +1,7 @@
 // Every fence, atomic and spin of the machine, each with the order it makes.
 #pragma once
 #include "isa/device/types.cuh"
+#include "isa/device/trace.cuh"
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
@@ -67,9 +68,11 @@ __device__ __forceinline__ bool poll_until(const Abort& a, uint32_t kind, Ready 
 #if STRESS
   stress_delay(a);
 #endif
+  TRACE(const uint64_t since = clock64();)
   uint32_t polls = 0;
   while (!ready())
     if (must_give_up(a, ++polls, kind)) return false;
+  TRACE(if (polls) trace_wait(a.sm, kind, a.task, a.token, since);)
   return true;
 }
 

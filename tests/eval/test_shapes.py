@@ -11,6 +11,7 @@ from jsonschema import Draft202012Validator, ValidationError
 
 from amk import harness
 from amk.eval.shapes import SHAPES, result_schema
+from amk.tests.eval.recordings import traced
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +24,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "propose": harness.propose("toy", "h200"),
         "loop": harness.loop("toy", "h200", 2, results_path=folder / "results.tsv", corpus_path=folder / "corpus.jsonl", **cpu),
         "generate": harness.generate("toy", "h200", prompt_ids=[1, 2], max_tokens=3, verify=True, **cpu),
+        "trace": {"model": "toy", "gpu": "h200", "device": "cuda", **traced("toy")},
         "bench": harness.bench("toy", "h200", positions=[3, 1000], **cpu),
     }
     read: dict[str, Any] = json.loads(json.dumps(made, allow_nan=False))

@@ -13,6 +13,7 @@ import pytest
 
 from amk.eval.candidate import prepare
 from amk.eval.card import Place, others
+from amk.eval.shapes import Trace
 from amk.eval.worker import RemoteError, Request, Worker, WorkerDied, unfinished
 from amk.models.registry import describe
 from amk.schedule.targets import TARGETS
@@ -53,6 +54,19 @@ def test_every_verb_goes_through_a_worker(worker: Worker, tmp_path: Path) -> Non
     assert [row["position"] for row in ask("bench", positions=[3])["rows"]] == [3]
     assert ask("compile", folder=tmp_path)["files"] == [str(tmp_path / name) for name in FILES]
     assert ask("generate", prompt_ids=[1, 2], max_tokens=3, stream=True)["generated"] == [token for _, token, _ in told] != []
+
+
+def test_a_trace_of_a_refused_config_is_its_verdict_alone_and_one_outside_the_context_is_an_error(worker: Worker, tmp_path: Path) -> None:
+    def ask(config: Any, position: int) -> Any:
+        candidate = prepare(describe("toy"), CPU, config)
+        return worker.call(Request("trace", "toy", CPU, candidate, {"position": position, "out": tmp_path / "t.json"}), lambda *_: None)
+
+    found = ask({"nonsense": 1}, 3)
+    assert (found["verdict"]["status"], found["file"], found["by_task"]) == ("rejected", None, [])
+    assert {"model", "gpu", "device", *found} == set(Trace.__annotations__)
+    with pytest.raises(RemoteError, match=r"^position: must lie in 0\.\.2047") as caught:
+        ask({}, 2048)
+    assert caught.value.exit_code == 2 and list(tmp_path.iterdir()) == []
 
 
 def test_a_candidate_for_another_model_than_the_fetched_one_is_prepared_anew(worker: Worker) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from amk.eval.errors import UsageError
-from amk.eval.writable import require_appendable_file, require_writable_folder
+from amk.eval.writable import require_appendable_file, require_writable_file, require_writable_folder
+
+FILES = (require_writable_file, require_appendable_file)
 
 
 def everything(folder: Path) -> list[Path]:
@@ -21,7 +24,8 @@ def test_a_folder_that_can_be_written_passes_and_stays_as_it_was(tmp_path: Path,
     (tmp_path / "link").symlink_to("there")
     before = everything(tmp_path)
     require_writable_folder(tmp_path / name, "out")
-    require_appendable_file(tmp_path / name / "results.tsv", "results")
+    for require in FILES:
+        require(tmp_path / name / "results.tsv", "results")
     assert everything(tmp_path) == before
 
 
@@ -35,12 +39,13 @@ def test_a_folder_that_cannot_be_is_a_usage_error_that_names_it(tmp_path: Path, 
     assert everything(tmp_path) == before and (tmp_path / "file").read_text() == "kept"
 
 
-def test_a_file_that_is_no_plain_file_is_a_usage_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("require", FILES)
+def test_a_file_that_is_no_plain_file_is_a_usage_error(tmp_path: Path, require: Callable[[Path, str], None]) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "pipe", tmp_path / "folder", Path("/dev/null"), Path(""), tmp_path / ("x" * 250)):
         with pytest.raises(UsageError, match="^results: must be a"):
-            require_appendable_file(path, "results")
+            require(path, "results")
 
 
 def test_a_folder_where_nothing_can_be_made_is_a_usage_error() -> None:

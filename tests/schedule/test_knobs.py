@@ -94,7 +94,9 @@ def test_problem_is_one_sentence_with_what_is_allowed(obj: Any, text: str) -> No
 
 
 def test_all_problems_are_reported_at_once() -> None:
-    found = parse_config({"tiling": {"gemv": {"N_tile": 7, "M": 1}}, "pipelining_depth": "4", "colour": 1, "kernel_knobs": {"release_early": 3}})
+    found = parse_config(
+        {"tiling": {"gemv": {"N_tile": 7, "M": 1}}, "pipelining_depth": "4", "colour": 1, "kernel_knobs": {"release_early": 3}}
+    )
     assert isinstance(found, list)
     assert [p.key for p in found] == ["tiling.gemv.N_tile", "tiling.gemv.M", "pipelining_depth", "colour", "kernel_knobs.release_early"]
 

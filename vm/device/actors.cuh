@@ -18,6 +18,7 @@ __device__ __forceinline__ void run_consumer(const Block& b, int warp, int lane)
     for (uint32_t i = 0; i < b.tasks; ++i) {
       ++c.sequence;
       c.abort.task = i;
+      TRACE(trace_task(b.sm, i, step);)
       if (stuck_here(CONSUMER, c.abort, b.p) && warp == 0 && !wait_forever(c.abort)) leave();
       consume(c, b.task(i), token);
     }
@@ -47,6 +48,7 @@ __device__ __forceinline__ bool feed(Feeder& f) {
       const int index = b.entry(i);
       const uint8_t* task = b.task(index);
       f.abort.task = index;
+      TRACE(trace_task(b.sm, index, step);)
       if (stuck_here(FEEDER, f.abort, b.p) && !wait_forever(f.abort)) return false;
       if (streams_rows(task) && !rows_waited) {
         if (!wait_old_rows(f, token)) return false;
@@ -72,6 +74,7 @@ __device__ __forceinline__ void run_storer(const Block& b, int lane) {
       const uint8_t* task = b.task(i);
       if (!stored(task)) continue;
       s.abort.task = i;
+      TRACE(trace_task(b.sm, i, step);)
       if (stuck_here(STORER, s.abort, b.p) && !wait_forever(s.abort)) leave();
       store(s, task, token);
       __syncwarp();
@@ -106,6 +109,7 @@ __device__ __forceinline__ void run_watcher(const Block& b) {
     for (uint32_t i = 0; i < b.tasks; ++i) {
       const TaskHead head = *reinterpret_cast<const TaskHead*>(b.task(i));
       abort.task = i;
+      TRACE(trace_task(b.sm, i, step);)
       const bool before = carried(head.op);
       if (stuck_here(WATCHER, abort, b.p) && !wait_forever(abort)) leave();
       if (head.wait_counter != NONE && !(before && step == 0)) {

@@ -58,6 +58,8 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) megakernel(const 
   copy_words(shared + BUFFERS_OFFSET, reinterpret_cast<const uint8_t*>(p.buffers), BUFFERS * 4);
   const Block block{p, shared, sm, head.tasks, head.entries, head.weights, head.appends_rows != 0};
   if (threadIdx.x == 0) init_barriers(block.barriers());
+  TRACE(static_assert(sizeof(Barriers) + 4 * TRACE_WARPS <= BARRIER_BYTES, "the counts of events must fit behind the barriers");)
+  TRACE(if (threadIdx.x == 0) trace_begin();)
   __syncthreads();
 
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
