@@ -7,6 +7,7 @@
 #include "isa/device/block.cuh"
 
 constexpr int HD = HEAD_DIM_PADDED;
+static_assert((CONSUMER_WARPS & (CONSUMER_WARPS - 1)) == 0, "blocks are dealt to the warps by the low bits of their number");
 constexpr int KV_BLOCK_ROWS = 16;
 constexpr int KV_HALF_BYTES = KV_BLOCK_ROWS * HD * ELEMENT_BYTES;  // K or V of one block
 constexpr int KV_BLOCK_BYTES = 2 * KV_HALF_BYTES;
@@ -87,24 +88,13 @@ struct HeadRow {
   float low[PAIRS], high[PAIRS];
 
   __device__ __forceinline__ void read(Consumer& c, const uint64_t* from, Expected want) {
-    uint2 a[PAIRS] = {}, b[PAIRS] = {};
-    c.read_all([&](bool again) {
-      bool here = true;
-#pragma unroll
-      for (int i = 0; i < PAIRS; ++i) {
-        const int d = c.lane + 32 * i;
-        if (d < HALF && !(again && want.match(a[i]))) a[i] = load_packet(from + d);
-        if (d < HALF && !(again && want.match(b[i]))) b[i] = load_packet(from + HALF + d);
-      }
-#pragma unroll
-      for (int i = 0; i < PAIRS; ++i)
-        if (c.lane + 32 * i < HALF) here &= want.match(a[i]) && want.match(b[i]);
-      return here;
-    });
+    uint2 v[2 * PAIRS];  // low dims, then high; a lane without dims reads the last ones
+    c.read_all(v, want, [&](int i) { return from + (i < PAIRS ? 0 : HALF) + min_of(c.lane + 32 * (i % PAIRS), HALF - 1); });
 #pragma unroll
     for (int i = 0; i < PAIRS; ++i) {
-      low[i] = as_float(a[i].x);
-      high[i] = as_float(b[i].x);
+      const bool has = HALF % 32 == 0 || c.lane + 32 * i < HALF;
+      low[i] = has ? as_float(v[i].x) : 0.f;
+      high[i] = has ? as_float(v[PAIRS + i].x) : 0.f;
     }
     __syncwarp();
   }
@@ -447,51 +437,28 @@ __device__ __forceinline__ Partial merge_warps(const AttentionScratch& s, uint32
 constexpr int PER_HEAD = HEAD_DIM / NARROW;
 constexpr int sharers(int free) { return free >= 8 ? 8 : free >= 4 ? 4 : free >= 2 ? 2 : 1; }
 constexpr int SHARERS = sharers(CONSUMER_THREADS / (GROUP * PER_HEAD));
-constexpr int SPLITS_AT_ONCE = 8;
-
-// A split's published partial of NARROW dims from `d` on.
-struct SplitPackets {
-  uint4 ml = {}, o = {};  // a register that some path leaves unwritten would be kept for all the kernel's life
-
-  __device__ __forceinline__ void load(const uint64_t* part, int d) {
-    ml = load_packets(part);
-    if constexpr (NARROW == 2) o = load_packets(part + PARTIAL_HEAD + d);
-    else {
-      const uint2 one = load_packet(part + PARTIAL_HEAD + d);
-      o = make_uint4(one.x, one.y, one.x, one.y);
-    }
-  }
-  __device__ __forceinline__ bool here(Expected want) const { return want.match(ml) && want.match(o); }
-  __device__ __forceinline__ Partial partial() const {
-    Partial read;
-    read.m = as_float(ml.x);
-    read.l = as_float(ml.z);
-    read.o[0] = as_float(o.x);
-    if constexpr (NARROW == 2) read.o[NARROW - 1] = as_float(o.z);
-    return read;
-  }
-};
+constexpr int SPLITS_AT_ONCE = 4;
 
 // The other splits' partials that fall to this thread: splits `first`, first + SHARERS, ... of `count`, in that order.
 __device__ __forceinline__ Partial merge_splits(Consumer& c, const uint64_t* part, int stride, int first, int count, int d, Expected want) {
   Partial total;
 #pragma unroll 1
   for (int base = first; base < count; base += SHARERS * SPLITS_AT_ONCE) {
-    SplitPackets read[SPLITS_AT_ONCE];
-    c.read_all([&](bool again) {
-      bool here = true;
-#pragma unroll
-      for (int i = 0; i < SPLITS_AT_ONCE; ++i)
-        if (base + i * SHARERS < count && !(again && read[i].here(want))) read[i].load(part + (base + i * SHARERS) * stride, d);
-#pragma unroll
-      for (int i = 0; i < SPLITS_AT_ONCE; ++i)
-        if (base + i * SHARERS < count) here &= read[i].here(want);
-      return here;
+    // Maximum and sum, then the values; what is beyond the last split reads that one again.
+    uint4 v[2 * SPLITS_AT_ONCE];
+    c.read_all(v, want, [&](int i) {
+      const uint64_t* from = part + min_of(base + i / 2 * SHARERS, count - 1) * stride;
+      return i % 2 ? from + PARTIAL_HEAD + d / 2 * 2 : from;
     });
     Partial parts[SPLITS_AT_ONCE + 1];
 #pragma unroll
-    for (int i = 0; i < SPLITS_AT_ONCE; ++i)
-      if (base + i * SHARERS < count) parts[i] = read[i].partial();
+    for (int i = 0; i < SPLITS_AT_ONCE; ++i) {
+      if (base + i * SHARERS >= count) continue;
+      parts[i].m = as_float(v[2 * i].x);
+      parts[i].l = as_float(v[2 * i].z);
+      parts[i].o[0] = as_float(NARROW == 1 && d % 2 ? v[2 * i + 1].z : v[2 * i + 1].x);
+      if constexpr (NARROW == 2) parts[i].o[NARROW - 1] = as_float(v[2 * i + 1].z);
+    }
     parts[SPLITS_AT_ONCE] = total;
     total = merge(parts);
   }
@@ -608,15 +575,21 @@ __device__ __forceinline__ void consume_attention(Consumer& c, const AttentionTa
 #endif
   for_each_kv_chunk(task, span, [&](int block, int blocks) {
     const uint8_t* chunk = c.wait_chunk();
-    for (int i = 0; i < blocks; ++i, ++seen)
-      if (seen % CONSUMER_WARPS == c.warp) add(chunk + i * KV_BLOCK_BYTES, block + i, KV_BLOCK_ROWS);
+#pragma unroll 1
+    for (int i = (c.warp - seen) & (CONSUMER_WARPS - 1); i < blocks; i += CONSUMER_WARPS)
+      add(chunk + i * KV_BLOCK_BYTES, block + i, KV_BLOCK_ROWS);
+    seen += blocks;
     c.release_chunk();
     return true;
   });
   if (tail) {
-    for (int block = span.old; block <= span.newest; ++block, ++seen)
-      if (seen % CONSUMER_WARPS == c.warp)
-        add(kv_block(b.p, task.layer, task.kv_head, block), block, min(KV_BLOCK_ROWS, position - block * KV_BLOCK_ROWS));
+    const int blocks = span.newest - span.old + 1;
+#pragma unroll 1
+    for (int i = (c.warp - seen) & (CONSUMER_WARPS - 1); i < blocks; i += CONSUMER_WARPS) {
+      const int block = span.old + i;
+      add(kv_block(b.p, task.layer, task.kv_head, block), block, min(KV_BLOCK_ROWS, position - block * KV_BLOCK_ROWS));
+    }
+    seen += blocks;
     if (seen % CONSUMER_WARPS == c.warp) attend_new_row(s, task.nq, c.lane);
   }
   if (softmax.any) softmax.finish(s, c.warp, task.nq, c.lane);

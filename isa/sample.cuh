@@ -12,16 +12,10 @@ __device__ __forceinline__ void consume_sample(Consumer& c, const SampleTask& ta
     int row = 0x7fffffff;
     constexpr int AT_ONCE = 8;
     for (int base = c.lane; base < task.count; base += 32 * AT_ONCE) {
-      uint4 v[AT_ONCE] = {};
+      uint4 v[AT_ONCE];
+      c.read_all(v, want, [&](int j) { return in + 2 * min_of(base + 32 * j, task.count - 1); });
 #pragma unroll
-      for (int j = 0; j < AT_ONCE; ++j)
-        if (base + 32 * j < task.count) v[j] = load_packets(in + 2 * (base + 32 * j));
-#pragma unroll
-      for (int j = 0; j < AT_ONCE; ++j) {
-        if (base + 32 * j >= task.count) continue;
-        c.settle(v[j], in + 2 * (base + 32 * j), want);
-        keep_best(best, row, as_float(v[j].x), (int)v[j].z);
-      }
+      for (int j = 0; j < AT_ONCE; ++j) keep_best(best, row, as_float(v[j].x), (int)v[j].z);  // the last one again changes nothing
     }
     __syncwarp();
     warp_best(best, row);

@@ -99,7 +99,7 @@ class Config:
     kv_block: int = _knob(
         "tiling.attention.kv_block",
         "int",
-        64,
+        128,
         "old KV rows that are dealt to a split at a time",
         "emit, isa.attention",
         unit="rows",
@@ -197,7 +197,7 @@ class Config:
     release_early: int = _knob(
         "kernel_knobs.release_early",
         "int",
-        2,
+        16,
         "share of a task's awaited arrivals that may be missing when consumers begin to look at the tags themselves",
         "vm watcher",
         unit="1/32",

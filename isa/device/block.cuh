@@ -118,15 +118,25 @@ struct Consumer {
     if (!want.match(v.y)) wait_until(abort, WAIT_TAG, [&] { v = load_packet(packet); return want.match(v.y); });
     return v;
   }
-  // Reads several packets at once: `load(again)` loads all of them, or `again` those that were not there, and says whether all are there now.
-  template <class Load>
-  __device__ __forceinline__ void read_all(Load load) {
-    if (!load(false)) wait_until(abort, WAIT_TAG, [&] { return load(true); });
-  }
-  // Waits until both packets of `v`, last loaded from `packets`, carry the tag.
-  __device__ __forceinline__ void settle(uint4& v, const uint64_t* packets, Expected want) {
-    if (!want.match(v.y) || !want.match(v.w))
-      wait_until(abort, WAIT_TAG, [&] { v = load_packets(packets); return want.match(v.y) && want.match(v.w); });
+  // Reads N packets (uint2), or N pairs of neighbouring ones (uint4), number i at `at(i)`: all are asked for before the first is looked at, and
+  // those that were not there are asked for together again.
+  template <int N, class Packets, class At>
+  __device__ __forceinline__ void read_all(Packets (&v)[N], Expected want, At at) {
+    auto here = [&] {
+      bool all = true;
+#pragma unroll
+      for (int i = 0; i < N; ++i) all &= want.match(v[i]);
+      return all;
+    };
+#pragma unroll
+    for (int i = 0; i < N; ++i) load_into(v[i], at(i));
+    if (here()) return;
+    wait_until(abort, WAIT_TAG, [&] {
+#pragma unroll
+      for (int i = 0; i < N; ++i)
+        if (!want.match(v[i])) load_into(v[i], at(i));
+      return here();
+    });
   }
 };
 

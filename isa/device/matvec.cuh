@@ -65,6 +65,8 @@ struct Slice {
   static constexpr int STEP = PAIRS ? 128 : 64;                   // columns a warp reads with one load a lane (two packets)
   static constexpr int LOADS = ceil_div(P::SLICE, STEP);
   static constexpr int BATCH = min_of(LOADS, 8);
+  // Every lane has columns in every load.
+  static constexpr bool WHOLE = P::HIGH_WARPS == 0 && P::SLICE * CONSUMER_WARPS == COLUMNS && P::SLICE % STEP == 0;
   static constexpr bool GAIN_EARLY = (FLAGS & X_NORM) && LOADS <= 8;
 
   int first, count;        // columns [first, first + count)
@@ -84,27 +86,24 @@ struct Slice {
         gain[i] = column(i, lane) < count ? __ldg(reinterpret_cast<const float2*>(g + first + column(i, lane))) : make_float2(0.f, 0.f);
     }
   }
+  // Where a load reads. A lane without columns reads the last ones of the slice (of x, where the slice is empty): loads under no condition
+  // are all in flight before the first is looked at.
+  __device__ __forceinline__ int source(int load, int lane) const {
+    constexpr int WIDTH = STEP / 32;
+    if constexpr (WHOLE) return (first + column(load, lane)) * 2 / WIDTH;
+    return count ? (first + min_of(column(load, lane), count - WIDTH)) * 2 / WIDTH : 0;
+  }
   __device__ __forceinline__ float load(Consumer& c, const uint64_t* x, Expected want, const float* g, uint8_t* to) const {
-    const uint64_t* from = x + first / (PAIRS ? 2 : 1) + c.lane * 2;
     float squares = 0.f;
 #pragma unroll
     for (int base = 0; base < LOADS; base += BATCH) {
-      uint4 v[BATCH] = {};  // a register that some path leaves unwritten would be kept for all the kernel's life
-      c.read_all([&](bool again) {
-        bool here = true;
+      constexpr int N = BATCH;
+      uint4 v[N];
+      c.read_all(v, want, [&](int i) { return x + source(min_of(base + i, LOADS - 1), c.lane); });
 #pragma unroll
-        for (int i = 0; i < BATCH; ++i) {
-          if (base + i >= LOADS || column(base + i, c.lane) >= count) continue;
-          if (!again || !want.match(v[i])) v[i] = load_packets(from + (base + i) * 64);
-        }
-#pragma unroll
-        for (int i = 0; i < BATCH; ++i)
-          if (base + i < LOADS && column(base + i, c.lane) < count) here &= want.match(v[i]);
-        return here;
-      });
-#pragma unroll
-      for (int i = 0; i < BATCH; ++i) {
+      for (int i = 0; i < N; ++i) {
         const int at = column(base + i, c.lane);
+        if (!WHOLE && at >= count) v[i] = make_uint4(0, 0, 0, 0);
         if (base + i < LOADS && at < P::SLICE) squares += keep(v[i], g, base + i, at, to);
       }
     }
@@ -177,9 +176,10 @@ struct Sums {
 
 // Fragments of the next chunks that are this warp's, in registers: the first of a task are fetched before x is there, so the ring has room for
 // as many more while a boundary is waited for, and no product waits for shared memory. A chunk always has the same registers.
-template <class P>
+// `MOST`: chunks that registers have room for while x is read.
+template <class P, int MOST>
 struct Fetched {
-  static constexpr int DEPTH = P::CHUNKS % 4 == 0 ? 4 : P::CHUNKS % 3 == 0 ? 3 : P::CHUNKS % 2 == 0 ? 2 : 1;
+  static constexpr int DEPTH = MOST >= 4 && P::CHUNKS % 4 == 0 ? 4 : MOST >= 3 && P::CHUNKS % 3 == 0 ? 3 : P::CHUNKS % 2 == 0 ? 2 : 1;
   static constexpr bool UNIFORM = P::HIGH_WARPS == 0 && P::LAST_HIGH == P::PER_CHUNK;  // the last chunk of a tile is as the others
   uint4 a[DEPTH][P::PER_CHUNK];
   const int last, last_at;  // fragments of this warp in the last chunk of a tile, and where they begin
@@ -243,7 +243,7 @@ __device__ __forceinline__ void multiply_tiles(Consumer& c, const MatVecTask& ta
 
   Slice<COLUMNS, FLAGS> slice(c.warp);
   if constexpr (FLAGS & X_NORM) slice.prefetch_gain(gain, c.lane);
-  using F = Fetched<P>;
+  using F = Fetched<P, Slice<COLUMNS, FLAGS>::LOADS <= 4 ? 4 : 2>;
   F chunks(c.warp);
 #pragma unroll
   for (int d = 0; d < F::DEPTH; ++d) chunks.fetch(c, d, d + 1 == P::CHUNKS);

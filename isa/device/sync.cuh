@@ -131,6 +131,8 @@ __device__ __forceinline__ uint4 load_packets(const uint64_t* p) {
   asm volatile("ld.relaxed.gpu.global.v2.b64 {%0, %1}, [%2];" : "=l"(a), "=l"(b) : "l"(p) : "memory");
   return make_uint4((uint32_t)a, (uint32_t)(a >> 32), (uint32_t)b, (uint32_t)(b >> 32));
 }
+__device__ __forceinline__ void load_into(uint2& v, const uint64_t* p) { v = load_packet(p); }
+__device__ __forceinline__ void load_into(uint4& v, const uint64_t* p) { v = load_packets(p); }
 __device__ __forceinline__ void publish(uint64_t* p, uint32_t value, uint32_t tag) {
   asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(p), "l"((uint64_t)tag << 32 | value) : "memory");
 }

@@ -12,3 +12,10 @@ using uint64_t = unsigned long long;
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int min_of(int a, int b) { return a < b ? a : b; }
 constexpr int max_of(int a, int b) { return a > b ? a : b; }
+
+// `v`, in a form that the compiler knows nothing of: what is computed from it is computed where it is used and not kept in registers from the
+// beginning of the kernel on.
+__device__ __forceinline__ int opaque(int v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}

@@ -20,6 +20,8 @@ __device__ __forceinline__ void run_consumer(const Block& b, int warp, int lane)
       c.abort.task = i;
       TRACE(trace_task(b.sm, i, step);)
       if (stuck_here(CONSUMER, c.abort, b.p) && warp == 0 && !wait_forever(c.abort)) leave();
+      c.warp = opaque(c.warp);
+      c.lane = opaque(c.lane);
       consume(c, b.task(i), token);
     }
     __syncwarp();
