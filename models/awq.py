@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the neighbour that each nibble of a word holds, from the lowest
 _KNOWN: dict[str, tuple[Any, ...] | None] = {
     "quant_method": ("awq",), "bits": (4,), "w_bit": (4,), "group_size": None, "q_group_size": None, "zero_point": (True,),
-    "version": ("gemm", "GEMM"), "backend": ("autoawq", "gptqmodel", "auto"), "do_fuse": None, "fuse_max_seq_len": None, "modules_to_fuse": None,
-    "modules_to_not_convert": None, "exllama_config": None, "meta": None,
+    "version": ("gemm", "GEMM"), "backend": ("autoawq", "gptqmodel", "auto"), "do_fuse": None, "fuse_max_seq_len": None,
+    "modules_to_fuse": None, "modules_to_not_convert": None, "exllama_config": None, "meta": None,
 }  # fmt: skip
 
 

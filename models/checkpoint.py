@@ -13,8 +13,8 @@ from amk.isa.weight_format import ScaleDType
 from amk.models.config import spec_from_config
 from amk.models.errors import DamagedCheckpoint, Unavailable, UnknownModel, Unsupported
 from amk.models.names import checkpoint_name, is_computed, module_name, stored_shapes
-from amk.models.quantization_config import scheme_of
 from amk.models.quantise import dequantise
+from amk.models.quantization_config import scheme_of
 from amk.models.rope import rope_table
 from amk.models.safetensors_header import StoredTensor, read_header
 from amk.models.stored_matrix import SCALES, Part, Scheme

@@ -21,7 +21,8 @@ _KNOWN: dict[str, tuple[Any, ...] | None] = {
     "sparsity_config": (None, {}),
 }  # fmt: skip
 _GROUP: dict[str, tuple[Any, ...] | None] = {
-    "targets": (["Linear"],), "weights": None, "input_activations": (None,), "output_activations": (None,), "format": (None, PACKED, *PLAIN),
+    "targets": (["Linear"],), "weights": None, "input_activations": (None,), "output_activations": (None,),
+    "format": (None, PACKED, *PLAIN),
 }  # fmt: skip
 _WEIGHTS: dict[str, tuple[Any, ...] | None] = {
     "num_bits": (4, 8), "type": ("int",), "symmetric": (True, False), "strategy": ("group", "channel"), "group_size": None,

@@ -21,7 +21,7 @@ _FREE = (
     "disable_exllama", "exllama_config", "max_input_length", "model_seqlen", "module_name_preceding_first_block",
     "modules_in_block_to_quantize", "pad_token_id", "use_cuda_fp16", "use_exllama", "mse", "backend", "quantizer",
 )  # fmt: skip
-_KNOWN: dict[str, tuple[Any, ...] | None] = {name: None for name in _FREE} | {
+_KNOWN: dict[str, tuple[Any, ...] | None] = dict.fromkeys(_FREE) | {
     "quant_method": ("gptq",), "bits": (4, 8), "sym": (True, False), "checkpoint_format": ("gptq", "gptq_v2", ""), "dynamic": (None, {}),
     "is_marlin_format": (False,), "pack_dtype": ("int32",),
 }  # fmt: skip
@@ -62,7 +62,8 @@ class Gptq(Scheme):
             return QuantisedMatrix(weights, codes, scales, (stored + self.zero_offset) & ((1 << weights.bits) - 1))
         if not any(bool((stored == zero).all()) for zero in (weights.zero - 1, weights.zero)):
             found = sorted(set(stored.flatten().tolist()))[:4]
-            raise DamagedCheckpoint(f"{name}.qzeros must be {weights.zero - 1} or {weights.zero} in a symmetric checkpoint, but holds {found}")
+            allowed = f"{weights.zero - 1} or {weights.zero} in a symmetric checkpoint"
+            raise DamagedCheckpoint(f"{name}.qzeros must all be {allowed}, but hold {found}")
         return QuantisedMatrix(weights, codes, scales, same_zeros(scales, weights))
 
 

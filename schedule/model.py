@@ -135,7 +135,7 @@ class WeightSource(Protocol):
     """Hands out the weight tensors named by `weight_shapes`, and the RoPE table, where they are used."""
 
     def tensor(self, name: str, device: str = "cpu"):  # type: ignore[no-untyped-def]  # a torch.Tensor; torch is not imported here
-        """The named weight on `device` in the checkpoint's own dtype, a quantised one as fp32, exactly; KeyError if there is no such weight."""
+        """The named weight on `device` in the checkpoint's own dtype, a quantised one as fp32, exactly; KeyError if there is none."""
         ...
 
     def quantised(self, name: str, device: str = "cpu") -> QuantisedMatrix:

@@ -104,7 +104,7 @@ def _context_problems(spec: ModelSpec, context: int) -> Iterator[Rejection]:
 def _stage_problems(spec: ModelSpec, config: Config, warps: int) -> Iterator[Rejection]:
     least = least_stage_bytes(spec, warps)
     if config.stage_bytes and config.stage_bytes < least:
-        allowed = f"0 or at least {least} bytes ({KV_BLOCK_ROWS} KV rows of head_dim {spec.head_dim} in {spec.dtype}, or a piece of weights a warp)"
+        allowed = f"0 or at least {least} bytes ({KV_BLOCK_ROWS} KV rows of head_dim {spec.head_dim} in {spec.dtype}, or a piece a warp)"
         yield reject("kernel_knobs.stage_bytes", config.stage_bytes, allowed)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of AWQ, GPTQ and compressed-tensors, written here from the published layouts, word by word, and read by the models package."""
+"""Checkpoints of AWQ, GPTQ and compressed-tensors, written here word by word from the published layouts, are read as they were meant."""
 
 from __future__ import annotations
 
@@ -193,7 +193,8 @@ def test_the_source_model_of_a_quantised_checkpoint_has_the_written_weights(name
 
 def test_a_bias_that_the_model_has_is_not_taken_for_gptqs_own(tiny_copy: Folder) -> None:
     case = CASES["gptq 4 bits g32"]
-    folder, _ = quantised_folder(tiny_copy("qwen2"), (case[0], lambda m: {k: v for k, v in gptq_tensors(m).items() if k != "bias"}, *case[2:]))
+    without = (case[0], lambda m: {part: value for part, value in gptq_tensors(m).items() if part != "bias"}, *case[2:])
+    folder, _ = quantised_folder(tiny_copy("qwen2"), without)
     assert bool(resolve(str(folder)).weights.tensor("L0.q.bias").any())
 
 
