@@ -28,7 +28,7 @@ class Written:
         groups = columns // group if group else 1
         self.bits = bits
         self.codes = rng.integers(0, 1 << bits, (rows, columns))
-        self.scales = rng.uniform(0.01, 0.05, (rows, groups)).astype(np.float16)
+        self.scales = (rng.uniform(0.16, 0.8, (rows, groups)) / (1 << bits)).astype(np.float16)
         self.zeros = rng.integers(1, 1 << bits, (rows, groups)) if asymmetric else np.full((rows, groups), 1 << (bits - 1))
         spread = [np.repeat(part, columns // groups, axis=1).astype(np.float64) for part in (self.zeros, self.scales)]
         self.values = (self.codes - spread[0]) * spread[1]
