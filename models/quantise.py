@@ -65,7 +65,10 @@ def _scales(low: torch.Tensor, high: torch.Tensor, weights: WeightFormat) -> tup
     kind = torch.float16 if weights.scale == "fp16" else torch.bfloat16
     most = float((1 << weights.bits) - 1)
     if not weights.asymmetric:
-        return (torch.maximum(-low, high) / (weights.zero - 1)).to(kind), torch.full_like(low, weights.zero)
+        scales = torch.maximum(-low, high) / (weights.zero - 1)
+        # There is one code more below the zero than above. Of four bits it goes to the side that reaches further: a scale may be negative.
+        scales = torch.where(high > -low, -scales, scales) if weights.bits == 4 else scales
+        return scales.to(kind), torch.full_like(low, weights.zero)
     scales = ((high - low) / most).to(kind)
     return scales, _divided(-low, scales.float()).round().clamp(0, most)
 
@@ -80,7 +83,7 @@ def _divided(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """values / scales, and 0 where a scale is 0: of a group of zeros, or of values too small for its dtype."""
     import torch
 
-    return torch.where(scales > 0, values / torch.where(scales > 0, scales, 1.0), 0.0)
+    return torch.where(scales != 0, values / torch.where(scales != 0, scales, 1.0), 0.0)
 
 
 def _sum(values: torch.Tensor) -> torch.Tensor:
