@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from amk.eval.candidate import weight_notes
+from amk.eval.errors import UsageError
 from amk.eval.oracle import Finding, Plan, judge, make_reference, rounding_points
-from amk.harness import evaluate
+from amk.harness import _require_same_precision, evaluate
 from amk.isa.weight_format import FORMATS
 from amk.models.model import Model, quantised_model
 from amk.models.quantise import dequantise
@@ -94,3 +95,9 @@ def test_the_verdict_says_what_layers_head_and_embedding_are_in() -> None:
     assert weight_notes(describe("toy-2L")) == ()
     head = replace(quantised_model(resolve("toy-2L"), FORMATS["int8"]).spec, head_weights=None)
     assert "int8 in the layers, bf16 in the head" in weight_notes(head)[0]
+
+
+def test_baselines_that_would_run_other_weights_are_refused() -> None:
+    _require_same_precision(describe("toy-2L"))
+    with pytest.raises(UsageError, match="toy-2L@int8"):
+        _require_same_precision(describe("toy-2L@int8"))

@@ -6,10 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from amk.eval.oracle import Plan
 from amk.isa.weight_format import FORMATS
 from amk.models.model import Model, quantised_model
+from amk.models.quantise import quantise
 from amk.models.quantised_weights import QuantisedWeights
 from amk.tests.gpu.machines import llama, named
 from amk.tests.gpu.test_correct import GUIDE, accept, judged
@@ -17,6 +19,15 @@ from amk.tests.gpu.test_correct import GUIDE, accept, judged
 pytestmark = pytest.mark.cuda
 
 PLAN = Plan(prompt=8, steps=40, late=(127, 1000), late_steps=4)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_quantising_gives_the_same_bits_on_card_and_cpu(form: str) -> None:
+    weights = named("small").weights.tensor("L1.down")
+    weights = torch.cat([weights * scale for scale in (1.0, 1e-3, 300.0)])
+    found, expected = quantise(weights.cuda(), FORMATS[form]), quantise(weights, FORMATS[form])
+    for part in ("codes", "scales", "zeros"):
+        assert torch.equal(getattr(found, part).cpu(), getattr(expected, part)), part
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
