@@ -37,7 +37,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[str, typer.Argument(help="a built-in name, a checkpoint folder, a GGUF file or a HuggingFace id", show_default=False)]
+MODEL_HELP = "a built-in name, a checkpoint folder, a GGUF file or a HuggingFace id; with @int8, @int4-g128, ... its weights are quantised"
+Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
 Gpu = Annotated[str | None, typer.Option(help="the target; the live card, else h200, where none is named", show_default=False)]
 Device = Annotated[str, typer.Option(help="where to judge: auto, cuda or cpu")]
 ConfigFile = Annotated[

@@ -187,13 +187,16 @@ def bench(
 ) -> dict[str, Any]:
     """A latency a position, after the program has been judged: {model, gpu, device, verdict, rows}. `token` as for `evaluate`.
 
-    `baselines` measures transformers under a CUDA graph and torch.compile in turns with it; EnvironmentProblem without a card.
+    `baselines` measures transformers under a CUDA graph and torch.compile in turns with it; EnvironmentProblem without a card, UsageError
+    for quantised weights, which the baselines would run in 16 bits.
     """
     if not positions:
         raise UsageError("positions: must be at least one, but got none")
     if baselines:
         _require_card("baselines", gpu, device)
     subject = _subject(model_id, gpu, device, token, progress)
+    if baselines:
+        _require_same_precision(subject.spec)
     candidate = subject.prepare(config_dict)
     if candidate.program is None:
         result = {"verdict": _judge(subject, candidate), "rows": []}
@@ -227,6 +230,12 @@ def trace(
     else:
         result = _answer(subject, "trace", candidate, position=position, out=file.resolve())
     return {"model": model_id, "gpu": subject.place.target.name, "device": subject.place.device, **result}
+
+
+def _require_same_precision(spec: ModelSpec) -> None:
+    """UsageError for a model whose weights the baselines would not run as ours are."""
+    if spec.layer_weights or spec.head_weights:
+        raise UsageError(f"baselines: must run weights in the same format, but those of {spec.name} are quantised and theirs would not be")
 
 
 def _require_card(what: str, gpu: str | None, device: str) -> None:

@@ -12,6 +12,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+from amk.isa.weight_format import FORMATS
+from amk.models.quantised_weights import with_weights
 from amk.models.registry import describe
 from amk.schedule.compile import compile_program
 from amk.schedule.config import parse_config
@@ -46,6 +48,12 @@ def variants() -> list[Variant]:
         Variant("small fp32 unfused", replace(small, dtype="fp32"), UNFUSED),
         Variant("small, heads of 80", replace(small, head_dim=80), {}),
         Variant("small, heads of 256", replace(small, head_dim=256, heads=4, kv_heads=2), {}),
+        *(Variant(f"llama-3.2-1b {name}", with_weights(one_b, form), {}) for name, form in FORMATS.items()),
+        Variant("llama-3.2-1b int8, head bf16", replace(with_weights(one_b, FORMATS["int8"]), head_weights=None), {}),
+        Variant("llama-3.2-1b int4-g64-asym 128 thr.", with_weights(one_b, FORMATS["int4-g64-asym"]), {"threads_per_block": 128}),
+        Variant("smollm2-135m int4-g128", with_weights(describe("smollm2-135m-shape"), FORMATS["int4-g128"]), {}),
+        Variant("small fp16 int8-asym", with_weights(replace(small, dtype="fp16"), FORMATS["int8-asym"]), UNFUSED),
+        Variant("small fp16 int4-g32-asym", with_weights(replace(small, dtype="fp16"), FORMATS["int4-g32-asym"]), {}),
     ]
 
 

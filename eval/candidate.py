@@ -18,6 +18,8 @@ from amk.schedule.program import Program
 from amk.schedule.targets import Target
 from amk.schedule.validate import Limits, ValidProgram, validate
 
+QUALITY = "results/quality.json"
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -48,7 +50,8 @@ def prepare(spec: ModelSpec, place: Place, config: Any, context: int | None = No
     proof = validate(program, limits(place.target))
     if not isinstance(proof, ValidProgram):
         return Candidate(spec, config, facts, rejections=tuple(map(str, proof)))
-    return Candidate(spec, config, facts, proof, (), effective_config(parsed, program), tuple(notes(parsed, program)))
+    said = (*weight_notes(spec), *notes(parsed, program))
+    return Candidate(spec, config, facts, proof, (), effective_config(parsed, program), said)
 
 
 def require_program(candidate: Candidate, what: str = "config") -> ValidProgram:
@@ -56,6 +59,15 @@ def require_program(candidate: Candidate, what: str = "config") -> ValidProgram:
     if candidate.program is None:
         raise Rejected(f"{what}: " + "; ".join(candidate.rejections))
     return candidate.program
+
+
+def weight_notes(spec: ModelSpec) -> tuple[str, ...]:
+    """What the weights are streamed in, where it is not the model's own dtype."""
+    if not (spec.layer_weights or spec.head_weights):
+        return ()
+    layers, head = (weights.name if weights else spec.dtype for weights in (spec.layer_weights, spec.head_weights))
+    held = f"weights are {layers} in the layers, {head} in the head and {spec.dtype} in the embedding"
+    return (f"{held}; correct means like the source model with the same weights dequantised ({QUALITY} has what quantising costs)",)
 
 
 def limits(target: Target) -> Limits:

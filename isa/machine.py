@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from amk.isa.weight_format import SCALE_BYTES, ZERO_BYTES, WeightFormat
+
 TILE_ROWS = 16  # rows of a weight tile: the M of mma.m16n8k16
 FRAGMENT_BYTES = 512  # one A fragment of a warp: 32 lanes of 16 bytes
 KV_BLOCK_ROWS = 16  # KV rows that are stored together, and the unit in which old rows are streamed
@@ -74,11 +76,40 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """What a tile of 16 rows is cut into along K, and given to one warp whole: `columns` of it in `bytes` of the stream.
+
+    Elements: one fragment. Quantised weights: the fragments of `columns` columns, then the scales of their groups (of each group
+    16, rows r and r + 8 next to each other), then as many zeros if the format has them. Where a scale serves a whole row,
+    scales and zeros come once a chunk instead, in the `tail` bytes at its end.
+    """
+
+    columns: int
+    bytes: int
+    tail: int = 0
+
+
+def piece_of(machine: Machine, weights: WeightFormat | None) -> Piece:
+    """The piece of a matrix in a weight format, None for elements of the machine's dtype."""
+    return quantised_piece(weights) if weights else Piece(machine.fragment_columns, FRAGMENT_BYTES)
+
+
+def quantised_piece(weights: WeightFormat) -> Piece:
+    """The piece of a quantised matrix, on any machine. Its scales and zeros are less than a fragment."""
+    fragment = 8 * FRAGMENT_BYTES // TILE_ROWS // weights.bits
+    scales = TILE_ROWS * (SCALE_BYTES + (ZERO_BYTES if weights.asymmetric else 0))
+    if not weights.group:
+        return Piece(fragment, FRAGMENT_BYTES, scales)
+    columns = max(weights.group, fragment)
+    return Piece(columns, columns // fragment * FRAGMENT_BYTES + columns // weights.group * scales)
+
+
+@dataclass(frozen=True)
 class ChunkPlan:
     """How one tile of 16 rows by `columns` is cut into ring chunks and shared among the consumer warps.
 
-    Warp w owns `high` fragments if w < `high_warps`, else `low`; every chunk but the last gives each warp `per_chunk`
-    fragments, the last gives it what is left. Fragment f of warp w is K fragment `first(w) + f` of the row.
+    Warp w owns `high` pieces if w < `high_warps`, else `low`; every chunk but the last gives each warp `per_chunk`
+    pieces, the last gives it what is left. Piece f of warp w is K piece `first(w) + f` of the row.
     """
 
     columns: int
@@ -88,44 +119,55 @@ class ChunkPlan:
     high_warps: int
     per_chunk: int
     chunks: int
+    piece: Piece
 
-    def fragments(self, warp: int) -> int:
+    def pieces(self, warp: int) -> int:
         return self.high if warp < self.high_warps else self.low
 
     def first(self, warp: int) -> int:
         return warp * self.low + min(warp, self.high_warps)
 
-    def fragments_in_chunk(self, chunk: int, warp: int) -> int:
-        return min(self.per_chunk, self.fragments(warp) - chunk * self.per_chunk)
+    def columns_of(self, warp: int) -> slice:
+        """The columns of x that a warp reads; those past the last are padding."""
+        start = self.first(warp) * self.piece.columns
+        stop = start + self.pieces(warp) * self.piece.columns
+        return slice(min(start, self.columns), min(stop, self.columns))
+
+    def pieces_in_chunk(self, chunk: int, warp: int) -> int:
+        return min(self.per_chunk, self.pieces(warp) - chunk * self.per_chunk)
 
     def chunk_bytes(self, chunk: int) -> int:
-        return FRAGMENT_BYTES * sum(self.fragments_in_chunk(chunk, w) for w in range(self.warps))
+        return self.piece.bytes * sum(self.pieces_in_chunk(chunk, w) for w in range(self.warps)) + self.piece.tail
+
+    @property
+    def tile_pieces(self) -> int:
+        return self.low * self.warps + self.high_warps
 
     @property
     def tile_bytes(self) -> int:
-        return FRAGMENT_BYTES * (self.low * self.warps + self.high_warps)
+        return self.piece.bytes * self.tile_pieces + self.piece.tail * self.chunks
+
+    def chunk_order(self, chunk: int) -> list[int]:
+        """K piece indices in the order in which a chunk's bytes lie in the stream: by warp, then piece."""
+        at = chunk * self.per_chunk
+        return [self.first(w) + at + f for w in range(self.warps) for f in range(self.pieces_in_chunk(chunk, w))]
 
     def stream_order(self) -> list[int]:
-        """K fragment indices in the order in which a tile's bytes lie in the stream: by chunk, warp, fragment."""
-        return [
-            self.first(w) + c * self.per_chunk + f
-            for c in range(self.chunks)
-            for w in range(self.warps)
-            for f in range(self.fragments_in_chunk(c, w))
-        ]
+        """K piece indices in the order in which a tile's bytes lie in the stream, chunk after chunk."""
+        return [piece for chunk in range(self.chunks) for piece in self.chunk_order(chunk)]
 
 
-def chunk_plan(machine: Machine, columns: int) -> ChunkPlan:
-    """The plan for a matrix of `columns` columns; ValueError if a stage cannot hold one fragment a warp."""
-    fragments = -(-columns // machine.fragment_columns)
-    low, high_warps = divmod(fragments, machine.consumer_warps)
+def chunk_plan(machine: Machine, columns: int, weights: WeightFormat | None = None) -> ChunkPlan:
+    """The plan for a matrix of `columns` columns; ValueError if a stage cannot hold one piece a warp."""
+    piece = piece_of(machine, weights)
+    low, high_warps = divmod(-(-columns // piece.columns), machine.consumer_warps)
     high = low + (1 if high_warps else 0)
-    fit = machine.stage_bytes // (FRAGMENT_BYTES * machine.consumer_warps)
+    need = piece.bytes * machine.consumer_warps
+    fit = (machine.stage_bytes - piece.tail) // need
     if fit < 1:
-        need = FRAGMENT_BYTES * machine.consumer_warps
-        raise ValueError(f"stage_bytes: must hold one fragment a consumer warp ({need} bytes), but got {machine.stage_bytes}")
+        raise ValueError(f"stage_bytes: must hold one piece a consumer warp ({need + piece.tail} bytes), but got {machine.stage_bytes}")
     per_chunk = -(-high // -(-high // fit))
-    return ChunkPlan(columns, machine.consumer_warps, low, high, high_warps, per_chunk, -(-high // per_chunk))
+    return ChunkPlan(columns, machine.consumer_warps, low, high, high_warps, per_chunk, -(-high // per_chunk), piece)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import numpy as np
 
 from amk.isa.abi import I32, NONE, U16
 from amk.isa.instruction import F32, Access, Instruction, Memory
-from amk.isa.machine import TILE_ROWS, Machine, chunk_plan
+from amk.isa.machine import TILE_ROWS, ChunkPlan, Machine, chunk_plan
 from amk.isa.rounding import two_part
+from amk.isa.weight_format import format_of
 
 X_NARROW = 1  # x comes as narrow packets, not fp32 packets
 X_NORM = 2  # x is RMS-normalised: gain applied when read, scale after the product
@@ -20,8 +21,8 @@ X_NORM = 2  # x is RMS-normalised: gain applied when read, scale after the produ
 class MatVec(Instruction):
     """Rows [16 tile0, 16 (tile0 + tiles)) of matrix `weight` ([rows, cols], rows past the end are padding) times x.
 
-    x is `cols` elements from packet `x_start` of `x_buf`. `shape` names the compiled (cols, flags) variant. `gain` and `bias`
-    are element offsets in the constants, -1 for none.
+    x is `cols` elements from packet `x_start` of `x_buf`. `shape` names the compiled (cols, flags) variant; `flags` also hold the
+    matrix's weight format. `gain` and `bias` are element offsets in the constants, -1 for none.
     """
 
     shape: U16
@@ -45,6 +46,10 @@ class MatVec(Instruction):
     streamed: ClassVar[bool] = True
     stored: ClassVar[bool] = True
 
+    def plan(self, machine: Machine) -> ChunkPlan:
+        """How its tiles are cut into chunks and shared among the consumer warps."""
+        return chunk_plan(machine, self.cols, format_of(self.flags))
+
     def tile_rows(self, tile: int) -> int:
         """Rows of the task's tile number `tile` that exist in the matrix."""
         return max(0, min(TILE_ROWS, self.rows - (self.tile0 + tile) * TILE_ROWS))
@@ -58,14 +63,14 @@ class MatVec(Instruction):
         return [self.x_read(machine)]
 
     def chunk_bytes(self, machine: Machine, position: int) -> list[int]:
-        plan = chunk_plan(machine, self.cols)
+        plan = self.plan(machine)
         return [plan.chunk_bytes(c) for c in range(plan.chunks)] * self.tiles
 
     def shared_bytes(self, machine: Machine) -> int:
         """x as elements, each consumer warp its own K slice; an fp32 packet takes two 16-bit elements: the value and its rounding error."""
-        plan = chunk_plan(machine, self.cols)
+        plan = self.plan(machine)
         parts = 1 if self.flags & X_NARROW or machine.dtype == "fp32" else 2
-        return parts * plan.warps * plan.high * machine.fragment_columns * machine.element_bytes
+        return parts * plan.warps * plan.high * plan.piece.columns * machine.element_bytes
 
     def slice_sums(self, memory: Memory, x: F32, columns: slice) -> tuple[F32, float]:
         """One K slice of the product: W[:, columns] times x (its elements), neither scaled nor biased, and the sum of squares of x."""

@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from amk.isa.weight_format import ScaleDType
 from amk.models.config import spec_from_config
 from amk.models.errors import DamagedCheckpoint, Unavailable, UnknownModel, Unsupported
-from amk.models.names import checkpoint_name, is_computed, stored_shapes
+from amk.models.names import checkpoint_name, is_computed, module_name, stored_shapes
+from amk.models.quantise import dequantise
+from amk.models.quantization_config import scheme_of
 from amk.models.rope import rope_table
 from amk.models.safetensors_header import StoredTensor, read_header
-from amk.schedule.model import DType, ModelSpec, weight_shapes
+from amk.models.stored_matrix import SCALES, Part, Scheme
+from amk.schedule.model import DType, ModelSpec, QuantisedMatrix, weight_format, weight_shapes
 
 if TYPE_CHECKING:
     import torch
@@ -27,12 +31,16 @@ _SAMPLE_BYTES, _SAMPLE_STRIDE_BYTES = 1 << 16, 1 << 24
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder that was read and found sound: its config, where its tensors lie, and the model they make."""
+    """A folder that was read and found sound: its config, where its tensors lie, and the model they make.
+
+    `scheme` says how quantised matrices are stored, None where there are none.
+    """
 
     folder: Path
     config: Mapping[str, Any]
     stored: Mapping[str, StoredTensor]
     spec: ModelSpec
+    scheme: Scheme | None = None
 
 
 def describe_folder(folder: Path, name: str) -> ModelSpec:
@@ -52,12 +60,33 @@ def read_checkpoint(folder: Path, name: str) -> Checkpoint:
     config = read_json(folder / "config.json")
     if (folder / "adapter_config.json").exists():
         raise Unsupported(name, ["file adapter_config.json: an adapter must be merged into its base model first"])
-    spec_from_config(config, name)
+    stated, scheme = spec_from_config(config, name), scheme_of(config)
+    assert not isinstance(scheme, list)
     stored = _read_headers(folder, name)
-    dtype = _one_dtype(name, stored)
+    quantised = scheme is not None and f"{module_name('head')}.{scheme.scales}" in stored and not stated.tied_head
+    stated = replace(stated, head_weights=stated.layer_weights if quantised else None)
+    parts = stored_parts(stated, scheme)
+    dtype = _one_dtype(name, {weight: tensor for weight, tensor in stored.items() if weight not in parts})
     spec = spec_from_config(config, name, dtype=dtype, generation=_generation(folder))
-    _account(spec, stored)
-    return Checkpoint(folder, config, stored, spec)
+    if scheme is not None and spec.layer_weights is not None:
+        weights = replace(spec.layer_weights, scale=_one_scale_dtype(name, scheme, stored, parts))
+        spec = replace(spec, layer_weights=weights, head_weights=weights if quantised else None)
+    _account(spec, stored, parts)
+    return Checkpoint(folder, config, stored, spec, scheme)
+
+
+def stored_parts(spec: ModelSpec, scheme: Scheme | None) -> dict[str, Part]:
+    """The tensors that the quantised matrices of a model may be stored as, by their names."""
+    if scheme is None:
+        return {}
+    plain = {checkpoint_name(name) for name in weight_shapes(spec) if not weight_format(spec, name)}
+    parts = (
+        (f"{module_name(name)}.{part.name}", part)
+        for name, shape in weight_shapes(spec).items()
+        if weight_format(spec, name)
+        for part in scheme.parts(*shape)
+    )
+    return {name: part for name, part in parts if name not in plain}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -119,9 +148,19 @@ def _one_dtype(name: str, stored: Mapping[str, StoredTensor]) -> DType:
     return STORED_DTYPES[next(iter(by_dtype))] if by_dtype else "fp32"
 
 
-def _account(spec: ModelSpec, stored: Mapping[str, StoredTensor]) -> None:
+def _one_scale_dtype(name: str, scheme: Scheme, stored: Mapping[str, StoredTensor], parts: Mapping[str, Part]) -> ScaleDType:
+    """The dtype shared by all scales."""
+    found = sorted({stored[weight].dtype for weight, part in parts.items() if part.name == scheme.scales and weight in stored})
+    if len(found) > 1 or not set(found) <= set(SCALES):
+        raise Unsupported(name, [f"scales of quantised weights must all be F16 or all be BF16, but are {' and '.join(found)}"])
+    return "fp16" if found == ["F16"] else "bf16"
+
+
+def _account(spec: ModelSpec, stored: Mapping[str, StoredTensor], parts: Mapping[str, Part]) -> None:
     """Every weight stored is used, and every weight used is stored with its shape."""
-    expected = stored_shapes(spec)
+    quantised = {checkpoint_name(name) for name in weight_shapes(spec) if weight_format(spec, name)}
+    expected = {name: shape for name, shape in stored_shapes(spec).items() if name not in quantised}
+    expected |= {name: part.shape for name, part in parts.items() if not part.optional or name in stored}
     copies = {"lm_head.weight"} if spec.tied_head else set()
     extra = sorted(weight for weight in set(stored) - set(expected) - copies if not is_computed(weight))
     if extra:
@@ -133,6 +172,9 @@ def _account(spec: ModelSpec, stored: Mapping[str, StoredTensor]) -> None:
         if stored[weight].shape != shape:
             found = list(stored[weight].shape)
             raise DamagedCheckpoint(f"model {spec.name}: {weight} must have shape {list(shape)} by config.json, but has {found}")
+    for weight, part in parts.items():
+        if weight in stored and stored[weight].dtype not in part.dtypes:
+            raise Unsupported(spec.name, [f"weight {weight} must be {' or '.join(part.dtypes)}, but is {stored[weight].dtype}"])
 
 
 def _some(names: list[str]) -> str:
@@ -148,23 +190,40 @@ class CheckpointWeights:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._names = frozenset(weight_shapes(checkpoint.spec))
+        self._parts = stored_parts(checkpoint.spec, checkpoint.scheme)
         self._open_files: dict[Path, Any] = {}
         if checkpoint.spec.tied_head and "lm_head.weight" in checkpoint.stored:
             self._require_equal_heads()
 
     def tensor(self, name: str, device: str = "cpu") -> torch.Tensor:
-        """The named weight in the checkpoint's own dtype on `device`; KeyError if the model has no such weight."""
+        """The named weight on `device` in the checkpoint's own dtype, a quantised one as fp32; KeyError if there is no such weight."""
         if name not in self._names:
             raise KeyError(name)
+        if weight_format(self._checkpoint.spec, name):
+            return dequantise(self.quantised(name, device))
         tied = self._checkpoint.spec.tied_head and name == "head"
-        return self._stored("embed" if tied else name).to(device)
+        return self._stored(checkpoint_name("embed" if tied else name)).to(device)
+
+    def quantised(self, name: str, device: str = "cpu") -> QuantisedMatrix:
+        """The named weight as codes, scales and zeros; KeyError if it is not stored so, `Unsupported` for groups that are permuted."""
+        spec, scheme, module = self._checkpoint.spec, self._checkpoint.scheme, module_name(name)
+        form = weight_format(spec, name)
+        if scheme is None or form is None:
+            raise KeyError(name)
+        names = {part.name: f"{module}.{part.name}" for part in scheme.parts(*weight_shapes(spec)[name])}
+        present = {part: stored for part, stored in names.items() if stored in self._parts and stored in self._checkpoint.stored}
+        return scheme.read(module, {part: self._stored(stored).to(device) for part, stored in present.items()}, form)
+
+    @property
+    def digest(self) -> str:
+        """A content id: equal digests mean equal configs and weights. Reads the weight files."""
+        return folder_digest(self._checkpoint)
 
     def rope_table(self, rows: int, device: str = "cpu") -> torch.Tensor:
         """fp32 [rows, head_dim / 2, 2] of (cos, sin)."""
         return rope_table(self._checkpoint.config, rows, device)
 
-    def _stored(self, name: str) -> torch.Tensor:
-        stored_name = checkpoint_name(name)
+    def _stored(self, stored_name: str) -> torch.Tensor:
         file = self._checkpoint.stored[stored_name].file
         if file not in self._open_files:
             self._open_files[file] = _open(file)
@@ -174,7 +233,7 @@ class CheckpointWeights:
     def _require_equal_heads(self) -> None:
         """A tied model that stores its head anyway must store the embedding there: transformers would use both."""
         spec = self._checkpoint.spec
-        embed, head = self._stored("embed"), self._stored("head")
+        embed, head = (self._stored(checkpoint_name(name)) for name in ("embed", "head"))
         if embed.shape != head.shape or not bool((embed == head).all()):
             raise Unsupported(spec.name, ["weight lm_head.weight differs from the embedding though tie_word_embeddings is true"])
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from amk.isa.weight_format import ScaleDType
 from amk.models.errors import Unsupported
 from amk.models.fields import FAMILIES, Family, unaccounted
+from amk.models.quantization_config import scheme_of, without_quantization
 from amk.models.rope import rope_problems
+from amk.models.stored_matrix import Scheme
 from amk.schedule.model import DType, ModelSpec
 
 DTYPES: dict[str, DType] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -22,19 +26,28 @@ def spec_from_config(
 
     `dtype` is what the weights are really stored in, when known; else the config's word counts, else fp32.
     `generation` is a parsed generation_config.json, whose stop tokens win, as in transformers. Raises `Unsupported`
-    with every problem found.
+    with every problem found. The scales of quantised weights are taken to be of the same dtype.
     """
+    scheme = scheme_of(config)
+    config = without_quantization(config)
+    quantised = scheme if isinstance(scheme, list) else []
     family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
         known = ", ".join(FAMILIES)
         problem = f"config field model_type: must be one of {known}, but got {config.get('model_type')!r}"
-        raise Unsupported(name, [problem, *unaccounted(FAMILIES["llama"], config)])
+        raise Unsupported(name, [problem, *quantised, *unaccounted(FAMILIES["llama"], config)])
     reader = _Reader(family, config)
     spec = _read(reader, name, dtype, generation or {})
-    problems = unaccounted(family, config) + rope_problems(config) + reader.problems
+    problems = unaccounted(family, config) + quantised + rope_problems(config) + reader.problems
     if problems or spec is None:
         raise Unsupported(name, problems)
-    return spec
+    return replace(spec, layer_weights=replace(scheme.weights, scale=_scale_dtype(spec))) if isinstance(scheme, Scheme) else spec
+
+
+def _scale_dtype(spec: ModelSpec) -> ScaleDType:
+    if spec.dtype == "fp32":
+        raise Unsupported(spec.name, ["weights must be bf16 or fp16 beside quantised ones, but are fp32"])
+    return spec.dtype
 
 
 def _read(reader: _Reader, name: str, dtype: DType | None, generation: Mapping[str, Any]) -> ModelSpec | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amk.models.names import checkpoint_name
+from amk.models.quantization_config import without_quantization
 from amk.schedule.model import DType, ModelSpec, WeightSource, weight_shapes
 
 if TYPE_CHECKING:
@@ -25,18 +26,21 @@ def load_eager(folder: Path, dtype: DType, device: str) -> Any:
 def build_eager(config: Mapping[str, Any], spec: ModelSpec, weights: WeightSource, dtype: DType, device: str) -> Any:
     """The transformers model of `config` holding `weights` cast to `dtype`.
 
-    It is laid out without memory first and given its tensors one by one, so the peak is the model plus one tensor.
+    It is laid out without memory first and given its tensors one by one, so the peak is the model plus one tensor. Quantised weights
+    are dequantised; a head that is quantised is tied to the embedding no longer.
     """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     auto_model: Any = AutoModelForCausalLM
-    source_config: Any = CONFIG_MAPPING[config["model_type"]](**copy.deepcopy(dict(config)))
+    source_config: Any = CONFIG_MAPPING[config["model_type"]](**copy.deepcopy(without_quantization(config)))
+    tied = spec.tied_head and spec.head_weights is None
+    source_config.tie_word_embeddings = tied
     with torch.device("meta"):
         model = auto_model.from_config(source_config, dtype=torch_dtype(dtype), attn_implementation="eager")
     for name in weight_shapes(spec):
-        if not (spec.tied_head and name == "head"):
+        if not (tied and name == "head"):
             _assign(model, checkpoint_name(name), weights.tensor(name, device).to(torch_dtype(dtype)))
     model.tie_weights()
     # Its frequencies are computed, not loaded, and on the CPU, so that every device gets the same bits.

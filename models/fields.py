@@ -36,7 +36,7 @@ HARMLESS = frozenset({
 
 # Fields that would change the model's meaning, with the values at which they do not.
 DEFAULT_ONLY: Mapping[str, tuple[Any, ...]] = MappingProxyType({
-    "partial_rotary_factor": (1.0, None), "rope_interleaved": (False,), "quantization_config": (None,), "auto_map": (None,),
+    "partial_rotary_factor": (1.0, None), "rope_interleaved": (False,), "auto_map": (None,),
     "attention_bias": (False,), "mlp_bias": (False,), "sliding_window": (None,), "use_sliding_window": (False,), "use_mrope": (False,),
     "is_encoder_decoder": (False,), "add_cross_attention": (False,), "cross_attention_hidden_size": (None,),
     "tie_encoder_decoder": (False,), "chunk_size_feed_forward": (0,), "pruned_heads": ({}, None),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from amk.models.checkpoint import Checkpoint, CheckpointWeights, folder_digest
+from amk.isa.weight_format import WeightFormat
+from amk.models.checkpoint import Checkpoint, CheckpointWeights
 from amk.models.config import spec_from_config
 from amk.models.eager import build_eager, load_eager
 from amk.models.errors import DamagedCheckpoint
+from amk.models.quantised_weights import ModelWeights, QuantisedWeights, with_weights
 from amk.models.random_weights import RandomWeights
 from amk.schedule.model import DType, ModelSpec
 
@@ -22,17 +24,14 @@ class Model:
     """`config` is the HuggingFace config; `checkpoint` is None for a model with random weights."""
 
     spec: ModelSpec
-    weights: CheckpointWeights | RandomWeights
+    weights: ModelWeights
     config: Mapping[str, Any]
     checkpoint: Checkpoint | None
 
     @functools.cached_property
     def digest(self) -> str:
         """A content id: equal digests mean equal configs and weights. Reads the weight files."""
-        if isinstance(self.weights, RandomWeights):
-            return self.weights.digest
-        assert self.checkpoint is not None
-        return folder_digest(self.checkpoint)
+        return self.weights.digest
 
     def tokenizer(self) -> Any:
         """The transformers tokenizer, or None when the model has none."""
@@ -45,9 +44,9 @@ class Model:
     def eager(self, dtype: DType = "fp32", device: str = "cpu") -> Any:
         """The source model: the transformers class with eager attention and the same weights, in eval mode, no gradients.
 
-        A checkpoint is loaded by transformers itself, independently of `weights`.
+        A checkpoint is loaded by transformers itself, independently of `weights`; one with quantised weights is given them dequantised.
         """
-        if self.checkpoint is None:
+        if self.checkpoint is None or self.spec.layer_weights or self.spec.head_weights:
             return build_eager(self.config, self.spec, self.weights, dtype, device)
         try:
             return load_eager(self.checkpoint.folder, dtype, device)
@@ -64,3 +63,9 @@ def random_model(name: str, config: Mapping[str, Any], seed: int = 0) -> Model:
 def checkpoint_model(checkpoint: Checkpoint) -> Model:
     """A model whose weights are those of a checkpoint folder."""
     return Model(checkpoint.spec, CheckpointWeights(checkpoint), checkpoint.config, checkpoint)
+
+
+def quantised_model(model: Model, form: WeightFormat) -> Model:
+    """The model with its matrices and its head quantised by AMK; `Unsupported` where they cannot be."""
+    spec = with_weights(model.spec, form)
+    return replace(model, spec=spec, weights=QuantisedWeights(model.weights, spec))

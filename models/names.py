@@ -31,6 +31,11 @@ def stored_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return {checkpoint_name(name): shape for name, shape in weight_shapes(spec).items() if not (spec.tied_head and name == "head")}
 
 
+def module_name(name: str) -> str:
+    """The checkpoint's name of the module that holds the matrix `name`: what the names of a quantised matrix's tensors begin with."""
+    return checkpoint_name(name).removesuffix(".weight")
+
+
 def is_computed(stored_name: str) -> bool:
     """Whether a stored tensor is a buffer that the model computes anew, whatever the file says."""
     return _COMPUTED.fullmatch(stored_name) is not None

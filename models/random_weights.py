@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from amk.models.rope import rope_table
-from amk.schedule.model import ModelSpec, weight_shapes
+from amk.schedule.model import ModelSpec, QuantisedMatrix, weight_shapes
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +53,10 @@ class RandomWeights:
             embed = self.tensor("embed", device)
             return embed if self._spec.tied_head else embed[_head_rows(self._spec.vocab, device)]
         return self._generate(name, shape, device)
+
+    def quantised(self, name: str, device: str = "cpu") -> QuantisedMatrix:
+        """KeyError: none of these weights is quantised."""
+        raise KeyError(name)
 
     def rope_table(self, rows: int, device: str = "cpu") -> torch.Tensor:
         """fp32 [rows, head_dim / 2, 2] of (cos, sin)."""

@@ -13,19 +13,24 @@ from amk.models.checkpoint import describe_folder, read_checkpoint
 from amk.models.config import spec_from_config
 from amk.models.errors import UnknownModel
 from amk.models.fetch import converted_gguf, describe_hub, fetch_hub, fetch_smollm2
-from amk.models.model import Model, checkpoint_model, random_model
+from amk.models.model import Model, checkpoint_model, quantised_model, random_model
+from amk.models.quantised_weights import split_name, with_weights
 from amk.schedule.model import ModelSpec
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def resolve(name: str, *, cache_dir: Path | None = None, progress: Callable[[str], None] | None = None, token: str | None = None) -> Model:
-    """The model called `name`, ready to hand out weights; fetched and converted the first time where it must be.
+    """The model called `name` (or NAME@FORMAT), ready to hand out weights; fetched and converted the first time where it must be.
 
     `token` is a HuggingFace access token, for what is gated or private there; without one HuggingFace's own rules find it (HF_TOKEN,
     or the file of `hf auth login`). Raises `UnknownModel`, `BadToken`, `Unsupported`, `DamagedCheckpoint` or `Unavailable`, each one
     sentence with its exit code.
     """
+    if not os.path.exists(os.path.expanduser(name)):
+        base, form = split_name(name)
+        if form:
+            return quantised_model(resolve(base, cache_dir=cache_dir, progress=progress, token=token), form)
     if name in RANDOM:
         return random_model(name, RANDOM[name])
     if name == SMOLLM2:
@@ -46,6 +51,10 @@ def describe(
 
     A GGUF file is converted, a HuggingFace id has its config fetched. Raises as `resolve` does.
     """
+    if not os.path.exists(os.path.expanduser(name)):
+        base, form = split_name(name)
+        if form:
+            return with_weights(describe(base, cache_dir=cache_dir, progress=progress, token=token), form)
     if name in RANDOM:
         return spec_from_config(RANDOM[name], name)
     if name == SMOLLM2:

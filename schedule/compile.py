@@ -18,7 +18,7 @@ from amk.schedule.place import assignment_problems, place, sized_candidates
 from amk.schedule.program import Buffer, DeviceKnobs, KvCache, Program
 from amk.schedule.rejection import Rejection, reject
 from amk.schedule.resources import SharedNeeds, shared_layout
-from amk.schedule.settings import Settings, resolve
+from amk.schedule.settings import STAGE_CHOICES, Settings, resolve
 from amk.schedule.synchronise import Sync, synchronise
 from amk.schedule.targets import Target
 from amk.schedule.tile import tile
@@ -161,7 +161,7 @@ def effective_config(config: Config, program: Program) -> dict[str, Any]:
     splits = max((getattr(task, "splits", 1) for queue in program.queues for task in queue), default=1)
     result["pipelining_depth"] = m.inflight
     result["smem_bytes_per_block"] = m.stages * m.stage_bytes
-    result["kernel_knobs"] |= {"stage_bytes": m.stage_bytes, "kv_splits": splits}
+    result["kernel_knobs"] |= {"stage_bytes": max(size for size in STAGE_CHOICES if size <= m.stage_bytes), "kv_splits": splits}
     return result
 
 

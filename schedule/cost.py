@@ -16,13 +16,14 @@ from amk.isa.gemv_glu import GemvGlu
 from amk.isa.instruction import Instruction
 from amk.isa.machine import Machine, chunk_plan
 from amk.isa.matvec import MatVec
+from amk.isa.weight_format import format_of
 from amk.schedule.program import Program
 from amk.schedule.targets import Target
 
 # Fitted to a ring of bulk copies on one H200 (132 SMs, 1980 MHz): see `latency_us`.
 READ_SHARE = 0.97  # what a plain read reaches of the data sheet's bandwidth
 BOUNDARY_US = 2.0  # from the last publish of a phase to the first product of the next: publish, counter, poll, read
-CHUNK_CYCLES = 200  # for the consumers of an SM to use up 16 KiB of weights
+CHUNK_CYCLES = 200  # for the consumers of an SM to use up 16 KiB of 16-bit weights; quantised ones cost as much by element
 CHUNK_BYTES = 16384
 COPY_US = 1.2  # one bulk copy under load, from issue to arrival
 REFERENCE_MHZ = 1980
@@ -31,11 +32,13 @@ F64 = npt.NDArray[np.float64]
 
 
 def streamed_bytes(program: Program, position: int) -> int:
-    """Bytes that a token at `position` must read: every matrix once, one embedding row, KV rows up to the position; no padding."""
+    """Bytes that a token at `position` must read: every matrix once (of a quantised one codes, scales and zeros), one embedding row, KV
+    rows up to the position; no padding.
+    """
     element = program.machine.element_bytes
     rows = sum(_kv_rows(task, position) for queue in program.queues for task in queue)
     kv = 2 * rows * program.machine.head_dim
-    return element * (_matrix_elements(program) + program.machine.hidden + kv)
+    return _matrix_bytes(program) + element * (program.machine.hidden + kv)
 
 
 def _kv_rows(task: Instruction, position: int) -> int:
@@ -45,15 +48,19 @@ def _kv_rows(task: Instruction, position: int) -> int:
     return min(position, task.window - 1) if task.window else position
 
 
-def _matrix_elements(program: Program) -> int:
-    """Elements of all matrices without the rows that pad interleaved ones.
+def _matrix_bytes(program: Program) -> int:
+    """Bytes of all matrices without the rows that pad interleaved ones.
 
     An interleaved matrix has twice as many real rows as the reader of its product has columns.
     """
     tasks = [task for queue in program.queues for task in queue if isinstance(task, MatVec)]
     cols_of_reader = {task.x_tag: task.cols for task in tasks}
     padded = {task.weight: 2 * cols_of_reader.get(task.out_tag, task.rows // 2) for task in tasks if isinstance(task, GemvGlu)}
-    return sum(padded.get(i, matrix.rows) * matrix.cols for i, matrix in enumerate(program.matrices))
+    element = program.machine.element_bytes
+    return sum(
+        matrix.weights.matrix_bytes(rows, matrix.cols) if matrix.weights else element * rows * matrix.cols
+        for rows, matrix in ((padded.get(i, matrix.rows), matrix) for i, matrix in enumerate(program.matrices))
+    )
 
 
 def floor_us(program: Program, position: int, bandwidth_gbs: float) -> float:
@@ -71,34 +78,46 @@ def latency_us(program: Program, target: Target, position: int, bandwidth: float
     gbs = bandwidth if bandwidth is not None else READ_SHARE * target.bandwidth_gbs
     m, clock = program.machine, REFERENCE_MHZ / target.clock_mhz
     rate = min(gbs * 1e3 / m.sms, m.inflight * m.stage_bytes / COPY_US)  # bytes per us of one SM
-    phases = _phase_bytes(program, position)
+    phases, used = _phase_bytes(program, position)
     use = CHUNK_CYCLES / target.clock_mhz / CHUNK_BYTES  # us per byte
     ahead: F64 = np.zeros(m.sms)
-    first, ahead = _token(phases, ahead, rate, use, BOUNDARY_US * clock, float(m.stages * m.stage_bytes))
-    steady, _ = _token(phases, ahead, rate, use, BOUNDARY_US * clock, float(m.stages * m.stage_bytes))
+    first, ahead = _token(phases, used, ahead, rate, use, BOUNDARY_US * clock, float(m.stages * m.stage_bytes))
+    steady, _ = _token(phases, used, ahead, rate, use, BOUNDARY_US * clock, float(m.stages * m.stage_bytes))
     return max(steady, floor_us(program, position, gbs))
 
 
-def _token(phases: F64, ahead: F64, rate: float, use: float, boundary: float, ring: float) -> tuple[float, F64]:
+def _token(phases: F64, used: F64, ahead: F64, rate: float, use: float, boundary: float, ring: float) -> tuple[float, F64]:
     """Time of a token whose SMs begin with `ahead` bytes landed in their rings, and what is ahead at its end."""
     total = 0.0
-    for need in phases:
+    for need, eaten in zip(phases, used, strict=True):
         ahead = np.minimum(ring, ahead + boundary * rate)
-        phase = float(np.maximum(need * use, (need - ahead) / rate).max())
+        phase = float(np.maximum(eaten * use, (need - ahead) / rate).max())
         ahead = np.clip(ahead + phase * rate - need, 0, ring)
         total += boundary + max(phase, 0.0)
     return total, ahead
 
 
-def _phase_bytes(program: Program, position: int) -> F64:
-    """[phases, sms] bytes that each SM streams (padding included) in each phase: tasks that are equally deep in the chain of tags."""
+def _phase_bytes(program: Program, position: int) -> tuple[F64, F64]:
+    """[phases, sms] bytes that each SM streams (padding included) in each phase: tasks that are equally deep in the chain of tags.
+
+    And the bytes that the same weights would have as 16-bit elements, which is what using them up costs.
+    """
     tasks = [(sm, task, *_tags(task, program.machine, position)) for sm, queue in enumerate(program.queues) for task in queue]
     depth = _depths([(reads, writes) for _, _, reads, writes in tasks])
-    table: F64 = np.zeros((max(depth.values(), default=0) + 1, program.machine.sms))
+    streamed: F64 = np.zeros((max(depth.values(), default=0) + 1, program.machine.sms))
+    used = np.zeros_like(streamed)
     for sm, task, _, writes in tasks:
         for tag in writes[:1]:
-            table[depth[tag], sm] += _task_bytes(task, program.machine, position)
-    return table
+            found = _task_bytes(task, program.machine, position)
+            streamed[depth[tag], sm] += found
+            used[depth[tag], sm] += found * _expansion(task)
+    return streamed, used
+
+
+def _expansion(task: Instruction) -> float:
+    """Bytes of a task's weights as 16-bit elements, over their own."""
+    weights = format_of(task.flags) if isinstance(task, MatVec) else None
+    return 16 / weights.bits if weights else 1.0
 
 
 def _tags(task: Instruction, machine: Machine, position: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -123,13 +142,13 @@ def _depths(edges: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> dict[in
 
 def _task_bytes(task: Instruction, machine: Machine, position: int) -> int:
     if isinstance(task, MatVec):
-        return task.tiles * _tile_bytes(machine, task.cols)
+        return task.tiles * _tile_bytes(machine, task.cols, task.flags)
     return sum(task.chunk_bytes(machine, position))
 
 
 @cache
-def _tile_bytes(machine: Machine, cols: int) -> int:
-    return chunk_plan(machine, cols).tile_bytes
+def _tile_bytes(machine: Machine, cols: int, flags: int) -> int:
+    return chunk_plan(machine, cols, format_of(flags)).tile_bytes
 
 
 @dataclass(frozen=True)

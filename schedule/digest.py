@@ -69,7 +69,7 @@ def _facts(program: Program) -> bytes:
             "machine": asdict(program.machine),
             "buffers": [(b.kind, b.offset, b.packets, b.space) for b in program.buffers],
             "arena_packets": program.arena_packets,
-            "matrices": [(m.sources, m.layout, m.rows, m.cols) for m in program.matrices],
+            "matrices": [(m.sources, m.layout, m.rows, m.cols, m.weights and m.weights.flags) for m in program.matrices],
             "shapes": [(s.cols, s.flags) for s in program.shapes],
             "constants": [(c.sources, c.layout, c.start, c.count) for c in program.constants],
             "kv": asdict(program.kv),

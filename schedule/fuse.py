@@ -11,7 +11,7 @@ from amk.isa.instruction import Kind
 from amk.isa.machine import ELEMENT_BYTES
 from amk.isa.matvec import X_NARROW, X_NORM
 from amk.schedule.graph import AttentionOp, EmbedOp, Graph, MatVecOp, NormOp, Op, Read, SampleOp, SwiGluOp, Value
-from amk.schedule.model import ModelSpec
+from amk.schedule.model import ModelSpec, weight_format
 from amk.schedule.program import Constant, Matrix
 from amk.schedule.settings import Settings
 
@@ -75,11 +75,13 @@ class _Builder:
         residual: str | None = None,
     ) -> str:
         """The product of the stacked (or interleaved) `sources` with x, published as the value `out`, which must exist."""
-        self.matrices.append(Matrix(name, sources, layout, rows, cols))
+        weights = weight_format(self.spec, sources[0])
+        self.matrices.append(Matrix(name, sources, layout, rows, cols, weights))
         named = self.constant(f"{name}.bias", tuple(f"{s}.bias" for s in sources), rows, layout) if bias else None
         reads = (Read(x.value, "whole"), *([Read(residual, "own")] if residual else []))
+        flags = x.flags | (weights.flags if weights else 0)
         self.ops.append(
-            MatVecOp(name=name, stem=stem, reads=reads, writes=(out,), rows=rows, cols=cols, flags=x.flags, gain=x.gain, bias=named)
+            MatVecOp(name=name, stem=stem, reads=reads, writes=(out,), rows=rows, cols=cols, flags=flags, gain=x.gain, bias=named)
         )
         return out
 

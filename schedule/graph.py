@@ -69,7 +69,10 @@ class SwiGluOp(Op):
 
 @dataclass(frozen=True, kw_only=True)
 class MatVecOp(Op):
-    """`rows` by `cols` of the matrix with the op's name; `reads` are x and, where there is one, the residual."""
+    """`rows` by `cols` of the matrix with the op's name; `reads` are x and, where there is one, the residual.
+
+    `flags` are those of isa.matvec: how x comes, and the matrix's weight format.
+    """
 
     rows: int
     cols: int

@@ -164,7 +164,7 @@ class Config:
         "kernel_knobs.stage_bytes",
         "int",
         0,
-        "bytes of a ring stage; 0 is 16384, more where 16 KV rows need it, less where it would not fit",
+        "bytes of a ring stage without scales of quantised weights; 0 is 16384, more where 16 KV rows need it, less where it would not fit",
         "compile, vm feeder",
         unit="bytes",
         choices=(0, 8192, 16384, 32768),

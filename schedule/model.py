@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
+
+from amk.isa.weight_format import WeightFormat
 
 DType: TypeAlias = Literal["bf16", "fp16", "fp32"]
 DTYPE_BYTES: dict[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
+QUANTISABLE = ("q", "k", "v", "o", "gate", "up", "down")  # the matrices of a layer
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,8 @@ class ModelSpec:
     `windows[l]` is layer l's sliding window in tokens (a query attends to itself and the `window - 1` rows before it), or
     None for full attention. `qkv_bias`, `o_bias` and `mlp_bias` say which projections have a bias, `qk_norm` that q and k
     heads are RMS-normalised (gain of head_dim elements) before RoPE. RoPE rotates element d of a head with element
-    d + head_dim / 2; its table comes from the weight source, so scaling rules never reach the device.
+    d + head_dim / 2; its table comes from the weight source, so scaling rules never reach the device. `layer_weights` is the format of
+    the layers' matrices and `head_weights` that of the output head, None for `dtype`; embedding, gains and biases are always of `dtype`.
     """
 
     name: str
@@ -39,6 +43,8 @@ class ModelSpec:
     windows: tuple[int | None, ...] = ()
     bos_token: int | None = None
     stop_tokens: tuple[int, ...] = ()
+    layer_weights: WeightFormat | None = None
+    head_weights: WeightFormat | None = None
 
     def __post_init__(self) -> None:
         if not self.windows:
@@ -95,11 +101,45 @@ def _layer_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def weight_format(spec: ModelSpec, name: str) -> WeightFormat | None:
+    """The format of a weight named by `weight_shapes`; None for elements of the model's dtype."""
+    if name == "head":
+        return spec.head_weights
+    return spec.layer_weights if name.rpartition(".")[2] in QUANTISABLE else None
+
+
+def matrices_bytes(spec: ModelSpec) -> int:
+    """Bytes of all matrices, the embedding included."""
+    total = 0
+    for name, shape in weight_shapes(spec).items():
+        if len(shape) == 2:
+            weights = weight_format(spec, name)
+            total += weights.matrix_bytes(*shape) if weights else DTYPE_BYTES[spec.dtype] * shape[0] * shape[1]
+    return total
+
+
+@dataclass(frozen=True, eq=False)
+class QuantisedMatrix:
+    """A matrix [rows, columns] as torch tensors: weight (r, c) is (codes[r, c] - zeros[r, c / group]) * scales[r, c / group], exactly.
+
+    `codes` are uint8 [rows, columns], one code a byte; `scales` [rows, groups] of the format's dtype; `zeros` uint8 [rows, groups].
+    """
+
+    weights: WeightFormat
+    codes: Any
+    scales: Any
+    zeros: Any
+
+
 class WeightSource(Protocol):
     """Hands out the weight tensors named by `weight_shapes`, and the RoPE table, where they are used."""
 
     def tensor(self, name: str, device: str = "cpu"):  # type: ignore[no-untyped-def]  # a torch.Tensor; torch is not imported here
-        """The named weight in the checkpoint's own dtype on `device`; KeyError if the model has no such weight."""
+        """The named weight on `device` in the checkpoint's own dtype, a quantised one as fp32, exactly; KeyError if there is none."""
+        ...
+
+    def quantised(self, name: str, device: str = "cpu") -> QuantisedMatrix:
+        """The named weight as codes, scales and zeros, where `weight_format` says that it has a format."""
         ...
 
     def rope_table(self, rows: int, device: str = "cpu"):  # type: ignore[no-untyped-def]

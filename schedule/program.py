@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 from amk.isa.instruction import Instruction, Kind
 from amk.isa.machine import Machine
 from amk.isa.matvec import X_NARROW, X_NORM
+from amk.isa.weight_format import WeightFormat, format_of
 
 TaskId: TypeAlias = tuple[int, int]  # (SM, index in its queue)
 
@@ -28,7 +29,8 @@ class Matrix:
     """A read-only weight matrix as the stream packs it: `rows` by `cols`, in tiles of 16 rows.
 
     `sources` are weight names. "stack" concatenates their rows; "interleave8" (two sources) alternates 8 rows of the first with 8 rows
-    of the second, each padded with zero rows to a multiple of 8.
+    of the second, each padded with zero rows to a multiple of 8. `weights` is the format in which it is streamed, None for elements of
+    the machine's dtype.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Matrix:
     layout: Literal["stack", "interleave8"]
     rows: int
     cols: int
+    weights: WeightFormat | None = None
 
 
 @dataclass(frozen=True)
@@ -60,14 +63,16 @@ class KvCache:
 
 @dataclass(frozen=True)
 class MatVecShape:
-    """A compiled variant of the matrix-vector product: columns, and how x comes (isa.matvec.X_NARROW, X_NORM)."""
+    """A compiled variant of the matrix-vector product: columns, how x comes (isa.matvec.X_NARROW, X_NORM) and the weight format."""
 
     cols: int
     flags: int
 
     @property
     def label(self) -> str:
-        return f"{self.cols}{'n' if self.flags & X_NARROW else ''}{'r' if self.flags & X_NORM else ''}"
+        weights = format_of(self.flags)
+        x = f"{'n' if self.flags & X_NARROW else ''}{'r' if self.flags & X_NORM else ''}"
+        return f"{self.cols}{x}{f' {weights.name}' if weights else ''}"
 
 
 @dataclass(frozen=True)

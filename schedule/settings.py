@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from amk.isa.abi import NONE
 from amk.isa.attention import MAX_GROUP
-from amk.isa.machine import ELEMENT_BYTES, FRAGMENT_BYTES, KV_BLOCK_ROWS, TILE_ROWS, kv_span
+from amk.isa.machine import ELEMENT_BYTES, FRAGMENT_BYTES, KV_BLOCK_ROWS, TILE_ROWS, Piece, kv_span, quantised_piece
 from amk.schedule.knobs import Config
-from amk.schedule.model import ModelSpec, weight_shapes
+from amk.schedule.model import ModelSpec, matrices_bytes
 from amk.schedule.rejection import Rejection, reject
 from amk.schedule.targets import Target
 
@@ -21,7 +21,7 @@ MAX_HEAD_DIM = 256
 
 @dataclass(frozen=True)
 class Settings:
-    """Realised choices: `splits[l]` attention tasks of a KV head in layer l; `stage_sizes` to try, in bytes, best first."""
+    """Realised choices: `splits[l]` attention tasks of a KV head in layer l; `stage_sizes` to try, in bytes with scales, best first."""
 
     config: Config
     target: Target
@@ -57,9 +57,21 @@ def resolve(spec: ModelSpec, config: Config, target: Target, context: int | None
 
 
 def least_stage_bytes(spec: ModelSpec, consumer_warps: int) -> int:
-    """A stage must hold 16 rows of K and V of a head, and one weight fragment of each consumer warp."""
+    """A stage must hold 16 rows of K and V of a head, and one piece of weights of each consumer warp (its scales not counted)."""
     padded = spec.head_dim + -spec.head_dim % 16
-    return max(2 * KV_BLOCK_ROWS * padded * ELEMENT_BYTES[spec.dtype], FRAGMENT_BYTES * consumer_warps)
+    fragments = max([1, *(piece.bytes // FRAGMENT_BYTES for piece in _quantised_pieces(spec))])
+    return max(2 * KV_BLOCK_ROWS * padded * ELEMENT_BYTES[spec.dtype], FRAGMENT_BYTES * fragments * consumer_warps)
+
+
+def stage_bytes_with_scales(spec: ModelSpec, stage_bytes: int) -> int:
+    """Bytes of a stage that holds `stage_bytes` of codes and their scales: so scales never cost a stage half of its room."""
+    codes = FRAGMENT_BYTES
+    fits = [stage_bytes // (p.bytes // codes * codes) * p.bytes + p.tail for p in _quantised_pieces(spec)]
+    return max([stage_bytes, *fits])
+
+
+def _quantised_pieces(spec: ModelSpec) -> list[Piece]:
+    return [quantised_piece(weights) for weights in (spec.layer_weights, spec.head_weights) if weights]
 
 
 def model_problems(spec: ModelSpec) -> Iterator[Rejection]:
@@ -80,6 +92,8 @@ def model_problems(spec: ModelSpec) -> Iterator[Rejection]:
 def _dtype_problems(spec: ModelSpec, target: Target) -> Iterator[Rejection]:
     if spec.dtype not in target.dtypes:
         yield reject("model.dtype", spec.dtype, f"one of {target.dtypes} on {target.name} ({target.arch})")
+    if spec.dtype == "fp32" and (spec.layer_weights or spec.head_weights):
+        yield reject("model.dtype", spec.dtype, "bf16 or fp16 for quantised weights")
 
 
 def _context_problems(spec: ModelSpec, context: int) -> Iterator[Rejection]:
@@ -90,15 +104,13 @@ def _context_problems(spec: ModelSpec, context: int) -> Iterator[Rejection]:
 def _stage_problems(spec: ModelSpec, config: Config, warps: int) -> Iterator[Rejection]:
     least = least_stage_bytes(spec, warps)
     if config.stage_bytes and config.stage_bytes < least:
-        allowed = f"0 or at least {least} bytes ({KV_BLOCK_ROWS} KV rows of head_dim {spec.head_dim} in {spec.dtype}, or a fragment a warp)"
+        allowed = f"0 or at least {least} bytes ({KV_BLOCK_ROWS} KV rows of head_dim {spec.head_dim} in {spec.dtype}, or a piece a warp)"
         yield reject("kernel_knobs.stage_bytes", config.stage_bytes, allowed)
 
 
 def _memory_problems(spec: ModelSpec, target: Target, context: int) -> Iterator[Rejection]:
-    element = ELEMENT_BYTES[spec.dtype]
-    shapes = weight_shapes(spec)
-    weights = element * sum(shape[0] * shape[1] for shape in shapes.values() if len(shape) == 2)
-    kv = 2 * element * context * spec.kv_rows * spec.layers
+    weights = matrices_bytes(spec)
+    kv = 2 * ELEMENT_BYTES[spec.dtype] * context * spec.kv_rows * spec.layers
     if weights + kv > target.memory_bytes:
         have = f"{target.memory_bytes / 1e9:.1f} GB of memory on {target.name}"
         allowed = f"small enough for weights ({weights / 1e9:.1f} GB) and KV rows ({kv / 1e9:.1f} GB) to fit the {have}"
@@ -108,11 +120,11 @@ def _memory_problems(spec: ModelSpec, target: Target, context: int) -> Iterator[
 def _stage_sizes(spec: ModelSpec, config: Config, warps: int) -> tuple[int, ...]:
     """Stage sizes in order of preference; a choice that is not automatic has no second."""
     if config.stage_bytes:
-        return (config.stage_bytes,)
+        return (stage_bytes_with_scales(spec, config.stage_bytes),)
     least = least_stage_bytes(spec, warps)
     fitting = tuple(size for size in STAGE_CHOICES if size >= least)
     preferred = max(fitting[0], 16384)
-    return (preferred, *(size for size in fitting if size < preferred))
+    return tuple(stage_bytes_with_scales(spec, size) for size in (preferred, *(size for size in fitting if size < preferred)))
 
 
 def _splits(spec: ModelSpec, config: Config, target: Target, context: int, window: int) -> int:

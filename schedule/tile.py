@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from amk.isa.machine import ELEMENT_BYTES, TILE_ROWS
+from amk.isa.weight_format import format_of
 from amk.schedule.graph import AttentionOp, EmbedOp, Graph, MatVecOp, NormOp, Op, SwiGluOp
 from amk.schedule.model import ModelSpec
 from amk.schedule.settings import Settings
@@ -40,7 +41,8 @@ def tile(spec: ModelSpec, graph: Graph, settings: Settings) -> dict[str, Tiling]
 def _tiling(op: Op, spec: ModelSpec, settings: Settings) -> Tiling:
     element = ELEMENT_BYTES[spec.dtype]
     if isinstance(op, MatVecOp):
-        return Tiling(-(-op.rows // TILE_ROWS), settings.tiles_per_unit, settings.config.n_tile * op.cols * element)
+        bits = weights.bits if (weights := format_of(op.flags)) else 8 * element
+        return Tiling(-(-op.rows // TILE_ROWS), settings.tiles_per_unit, settings.config.n_tile * op.cols * bits // 8)
     if isinstance(op, AttentionOp):
         rows = min(PLANNING_POSITION, settings.context, op.window or settings.context)
         unit_bytes = 2 * rows * op.head_dim * element // op.splits

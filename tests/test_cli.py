@@ -191,6 +191,13 @@ def test_asking_for_a_card_where_there_is_none_is_an_environment_error(capsys: C
     assert "card" in refused(capsys, 3, verb, "toy", *gpu, "--device", "cuda")
 
 
+def test_an_unknown_weight_format_is_a_usage_error_that_lists_what_there_is(capsys: Capture) -> None:
+    for verb in ("propose", "eval", "bench", "generate"):
+        arguments = ("--prompt-ids", "1") if verb == "generate" else ()
+        assert "int4-g128-asym" in refused(capsys, 2, verb, "toy-2L@int5", *arguments)
+    assert "fp32" in refused(capsys, 1, "eval", "toy@int8")
+
+
 @NO_CARD
 @pytest.mark.parametrize("device", ((), CPU))
 def test_baselines_without_a_card_are_an_environment_error(capsys: Capture, device: tuple[str, ...]) -> None:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from amk.isa.abi import NONE
 from amk.isa.attention import Attention
 from amk.isa.instruction import F32, Access, Instruction
-from amk.isa.machine import KV_BLOCK_ROWS, chunk_plan
+from amk.isa.machine import KV_BLOCK_ROWS
 from amk.isa.matvec import MatVec
 from amk.schedule.program import Program
 from amk.vm.arena import WORD, Arena
@@ -264,13 +264,12 @@ class Sm:
     def _multiply(self, warp: int, step: int, index: int, task: MatVec) -> Steps:
         """One warp's K slice of every tile of a product."""
         yield self._begin(step, index)
-        plan = chunk_plan(self.machine, task.cols)
-        start = min(task.cols, plan.first(warp) * self.machine.fragment_columns)
-        stop = min(task.cols, start + plan.fragments(warp) * self.machine.fragment_columns)
-        x = _slice(task.x_read(self.machine), start, stop, self.machine.narrow)
+        plan = task.plan(self.machine)
+        own = plan.columns_of(warp)
+        x = _slice(task.x_read(self.machine), own.start, own.stop, self.machine.narrow)
         yield from self._expect(x, step)
         memory = TaskMemory(self, step, {}, [])
-        y, squares = task.slice_sums(memory, self.launch.arena.load(x)[: stop - start], slice(start, stop))
+        y, squares = task.slice_sums(memory, self.launch.arena.load(x)[: own.stop - own.start], own)
         for tile, rows in enumerate(task.tile_slices()):
             for chunk in range(plan.chunks):
                 yield Wait(self._landed, (self.taken[warp],), "chunk {0} of the launch to land".format)

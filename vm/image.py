@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from amk.isa.abi import TASK_BYTES
-from amk.isa.machine import TILE_ROWS, ChunkPlan, Machine, chunk_plan
+from amk.isa.machine import TILE_ROWS, ChunkPlan, Machine
 from amk.isa.matvec import MatVec
 from amk.isa.registry import decode, encode
 from amk.schedule.model import WeightSource
-from amk.schedule.program import Program
-from amk.vm.layout import matrix_rows
+from amk.schedule.program import Matrix, Program
+from amk.vm.layout import matrix_rows, quantised_rows
+from amk.vm.quantised_image import pack_quantised, part_of
 
 if TYPE_CHECKING:
     import torch
@@ -66,7 +67,7 @@ def pack_matrix(rows: torch.Tensor, plan: ChunkPlan, machine: Machine) -> torch.
     """
     import torch
 
-    columns, fragments = machine.fragment_columns, plan.tile_bytes // (TILE_ROWS * machine.fragment_columns * machine.element_bytes)
+    columns, fragments = machine.fragment_columns, plan.tile_pieces
     padded = torch.nn.functional.pad(
         rows.to(getattr(torch, TORCH_NAME[machine.dtype])), (0, fragments * columns - rows.shape[1], 0, -rows.shape[0] % TILE_ROWS)
     )
@@ -110,12 +111,24 @@ def pack_stream(program: Program, source: WeightSource, device: str = "cpu") -> 
     starts, places, total = _places(program)
     stream = torch.empty(total, dtype=torch.uint8, device=device)
     for number, matrix in enumerate(program.matrices):
-        rows = matrix_rows(matrix, source, device)
+        pack = _packer(program, matrix, source, device)
         for at, task in places.get(number, []):
-            part = rows[TILE_ROWS * task.tile0 : TILE_ROWS * (task.tile0 + task.tiles)]
-            packed = pack_matrix(part, chunk_plan(program.machine, task.cols), program.machine)
+            packed = pack(task)
             stream[at : at + packed.numel()] = packed.view(-1)
     return stream, torch.tensor(starts, dtype=torch.int64)
+
+
+def _packer(program: Program, matrix: Matrix, source: WeightSource, device: str) -> Callable[[MatVec], torch.Tensor]:
+    """What packs the tiles of a task of this matrix."""
+    if matrix.weights:
+        quantised = quantised_rows(matrix, source, device)
+        return lambda task: pack_quantised(part_of(quantised, _rows_of(task)), task.plan(program.machine))
+    rows = matrix_rows(matrix, source, device)
+    return lambda task: pack_matrix(rows[_rows_of(task)], task.plan(program.machine), program.machine)
+
+
+def _rows_of(task: MatVec) -> slice:
+    return slice(TILE_ROWS * task.tile0, TILE_ROWS * (task.tile0 + task.tiles))
 
 
 def _places(program: Program) -> tuple[list[int], dict[int, list[tuple[int, MatVec]]], int]:
@@ -127,5 +140,5 @@ def _places(program: Program) -> tuple[list[int], dict[int, list[tuple[int, MatV
         for task in (queue[index] for index in entries):
             if isinstance(task, MatVec):
                 places.setdefault(task.weight, []).append((at, task))
-                at += task.tiles * chunk_plan(program.machine, task.cols).tile_bytes
+                at += task.tiles * task.plan(program.machine).tile_bytes
     return starts, places, at

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from amk.schedule.model import WeightSource
+from amk.schedule.model import QuantisedMatrix, WeightSource
 from amk.schedule.program import Constant, Matrix, Program
 
 if TYPE_CHECKING:
@@ -14,12 +14,29 @@ HALF_TILE = 8  # rows of one source in a tile of the interleaved layout
 
 
 def matrix_rows(matrix: Matrix, source: WeightSource, device: str = "cpu") -> torch.Tensor:
-    """The matrix [rows, cols] in the checkpoint's dtype, its rows in tile order; ValueError if the weights have another shape."""
+    """The matrix [rows, cols] in the dtype that the source gives, its rows in tile order; ValueError if the weights have another shape."""
     rows = _laid_out(matrix.layout, [source.tensor(name, device) for name in matrix.sources])
+    _check_shape(matrix, rows)
+    return rows
+
+
+def quantised_rows(matrix: Matrix, source: WeightSource, device: str = "cpu") -> QuantisedMatrix:
+    """The same of a quantised matrix; rows that pad have scales of zero. ValueError if the weights have another shape or format."""
+    parts = [source.quantised(name, device) for name in matrix.sources]
+    if matrix.weights is None or any(part.weights != matrix.weights for part in parts):
+        found = ", ".join(part.weights.name for part in parts)
+        raise ValueError(f"matrix {matrix.name}: its weights must have the format {matrix.weights}, but have {found}")
+    codes, scales, zeros = (
+        _laid_out(matrix.layout, [getattr(part, field) for part in parts]) for field in ("codes", "scales", "zeros")
+    )
+    _check_shape(matrix, codes)
+    return QuantisedMatrix(matrix.weights, codes, scales, zeros)
+
+
+def _check_shape(matrix: Matrix, rows: torch.Tensor) -> None:
     if tuple(rows.shape) != (matrix.rows, matrix.cols):
         found = "x".join(map(str, rows.shape))
         raise ValueError(f"matrix {matrix.name}: its weights must give {matrix.rows}x{matrix.cols} elements, but they give {found}")
-    return rows
 
 
 def constants(program: Program, source: WeightSource, device: str = "cpu") -> torch.Tensor:

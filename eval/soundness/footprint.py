@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from amk.isa.attention import Attention
 from amk.isa.instruction import Access, Instruction
-from amk.isa.machine import Machine, chunk_plan
+from amk.isa.machine import Machine
 from amk.isa.matvec import MatVec
 from amk.schedule.program import Program
 
@@ -83,10 +83,10 @@ def _share(machine: Machine, offsets: list[int], task: Instruction, access: Acce
     whole = _touch(offsets, access)
     if not isinstance(task, MatVec):
         return whole
-    plan = chunk_plan(machine, task.cols)
-    packets = machine.fragment_columns // (machine.narrow if access.kind == "narrow" else 1)
+    plan = task.plan(machine)
+    packets = plan.piece.columns // (machine.narrow if access.kind == "narrow" else 1)
     lo = whole.lo + plan.first(warp) * packets
-    return Touch(lo, min(whole.hi, lo + plan.fragments(warp) * packets), whole.tag, whole.carried)
+    return Touch(lo, min(whole.hi, lo + plan.pieces(warp) * packets), whole.tag, whole.carried)
 
 
 def appends_rows(program: Program, sm: int) -> bool:

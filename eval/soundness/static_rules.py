@@ -12,8 +12,8 @@ from amk.isa.attention import MAX_GROUP, Attention
 from amk.isa.embed import Embed
 from amk.isa.gemv_head import GemvHead
 from amk.isa.instruction import Access, Instruction
-from amk.isa.machine import KV_BLOCK_ROWS, TILE_ROWS, chunk_plan
-from amk.isa.matvec import MatVec
+from amk.isa.machine import KV_BLOCK_ROWS, TILE_ROWS
+from amk.isa.matvec import X_NARROW, X_NORM, MatVec
 from amk.isa.rmsnorm import RmsNorm
 from amk.isa.sample import Sample
 from amk.schedule.program import Program
@@ -95,7 +95,10 @@ def _matrix(program: Program, task: MatVec) -> Iterator[Unsafe]:
         yield Unsafe("bounds", f"{task.stem}: gain outside the constants")
     if task.bias >= 0 and task.bias + task.rows > program.constant_elements:
         yield Unsafe("bounds", f"{task.stem}: bias outside the constants")
-    plan = chunk_plan(program.machine, task.cols)
+    if task.flags & ~(X_NARROW | X_NORM) != (matrix.weights.flags if matrix.weights else 0):
+        yield Unsafe("kind", f"{task.stem}: weight format of matrix {matrix.name}")
+        return
+    plan = task.plan(program.machine)
     if max(plan.chunk_bytes(c) for c in range(plan.chunks)) > program.machine.stage_bytes:
         yield Unsafe("ring", f"{task.stem}: a chunk does not fit a stage")
 

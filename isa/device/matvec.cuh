@@ -3,23 +3,24 @@
 // Each consumer warp owns a K slice: it reads that slice of x, keeps it as elements in its own part of scratch, and multiplies its fragments of
 // every chunk. Nothing here is block-wide. Shapes are template arguments, so the loops have no run-time choice in them.
 #pragma once
-#include "isa/device/block.cuh"
+#include "isa/device/matvec_quantised.cuh"
 
 constexpr int X_NARROW = 1, X_NORM = 2;
 constexpr int KEPT_WORDS = 40;  // registers a lane may spend on its slice of x
 
 // How a tile of 16 rows by COLUMNS is cut into chunks and shared among the warps: isa.machine.chunk_plan, at compile time.
-template <int COLUMNS>
+template <int COLUMNS, int FLAGS>
 struct Plan {
-  static constexpr int FRAGMENTS = ceil_div(COLUMNS, FRAGMENT_COLUMNS);
-  static constexpr int LOW = FRAGMENTS / CONSUMER_WARPS, HIGH_WARPS = FRAGMENTS % CONSUMER_WARPS, HIGH = LOW + (HIGH_WARPS > 0);
-  static constexpr int FIT = STAGE_BYTES / (FRAGMENT_BYTES * CONSUMER_WARPS);
+  using W = Weights<FLAGS>;
+  static constexpr int PIECES = ceil_div(COLUMNS, W::COLUMNS);
+  static constexpr int LOW = PIECES / CONSUMER_WARPS, HIGH_WARPS = PIECES % CONSUMER_WARPS, HIGH = LOW + (HIGH_WARPS > 0);
+  static constexpr int FIT = (STAGE_BYTES - W::TAIL_BYTES) / (W::PIECE_BYTES * CONSUMER_WARPS);
   static constexpr int PER_CHUNK = ceil_div(HIGH, ceil_div(HIGH, FIT));
   static constexpr int CHUNKS = ceil_div(HIGH, PER_CHUNK);
   static constexpr int LAST_HIGH = HIGH - (CHUNKS - 1) * PER_CHUNK, LAST_LOW = LOW - (CHUNKS - 1) * PER_CHUNK;
-  static constexpr int FULL_BYTES = PER_CHUNK * CONSUMER_WARPS * FRAGMENT_BYTES;
-  static constexpr int LAST_BYTES = (LAST_LOW * CONSUMER_WARPS + HIGH_WARPS) * FRAGMENT_BYTES;
-  static constexpr int SLICE = HIGH * FRAGMENT_COLUMNS;  // elements of x a warp keeps, at most
+  static constexpr int FULL_BYTES = PER_CHUNK * CONSUMER_WARPS * W::PIECE_BYTES + W::TAIL_BYTES;
+  static constexpr int LAST_BYTES = (LAST_LOW * CONSUMER_WARPS + HIGH_WARPS) * W::PIECE_BYTES + W::TAIL_BYTES;
+  static constexpr int SLICE = HIGH * W::COLUMNS;  // elements of x a warp keeps, at most
   static constexpr int SLICE_BYTES = SLICE * ELEMENT_BYTES;
 };
 
@@ -44,9 +45,9 @@ struct Operand {
   }
 };
 
-template <int COLUMNS>
+template <int COLUMNS, int FLAGS>
 __device__ __forceinline__ bool stream_tiles(Feeder& f, const uint8_t*& at, int tiles) {
-  using P = Plan<COLUMNS>;
+  using P = Plan<COLUMNS, FLAGS>;
   for (int tile = 0; tile < tiles; ++tile)
 #pragma unroll 1
     for (int c = 0; c < P::CHUNKS; ++c) {
@@ -60,7 +61,8 @@ __device__ __forceinline__ bool stream_tiles(Feeder& f, const uint8_t*& at, int 
 // One warp's slice of x, read from packets, as elements in shared memory; returns this lane's sum of squares of what it read.
 template <int COLUMNS, int FLAGS>
 struct Slice {
-  using P = Plan<COLUMNS>;
+  using P = Plan<COLUMNS, FLAGS>;
+  static constexpr bool NORMALISED = FLAGS & X_NORM;
   static constexpr bool PAIRS = (FLAGS & X_NARROW) && !WIDE;      // packets of two elements
   static constexpr int STEP = PAIRS ? 128 : 64;                   // columns a warp reads with one load a lane (two packets)
   static constexpr int LOADS = ceil_div(P::SLICE, STEP);
@@ -73,9 +75,9 @@ struct Slice {
   float2 gain[GAIN_EARLY ? LOADS : 1];
 
   __device__ Slice(int warp) {
-    first = (warp * P::LOW + min_of(warp, P::HIGH_WARPS)) * FRAGMENT_COLUMNS;
-    const int fragments = warp < P::HIGH_WARPS ? P::HIGH : P::LOW;
-    count = max_of(0, min_of(fragments * FRAGMENT_COLUMNS, COLUMNS - first));
+    first = (warp * P::LOW + min_of(warp, P::HIGH_WARPS)) * P::W::COLUMNS;
+    const int pieces = warp < P::HIGH_WARPS ? P::HIGH : P::LOW;
+    count = max_of(0, min_of(pieces * P::W::COLUMNS, COLUMNS - first));
   }
   __device__ __forceinline__ int column(int load, int lane) const { return load * STEP + lane * (STEP / 32); }
   // The gains do not depend on x: asked for before the wait.
@@ -230,7 +232,7 @@ struct Operands {
 
 template <int COLUMNS, int FLAGS>
 __device__ __forceinline__ void multiply_tiles(Consumer& c, const MatVecTask& task, const Token& token) {
-  using P = Plan<COLUMNS>;
+  using P = Plan<COLUMNS, FLAGS>;
   const Block& b = c.b;
   const uint64_t* x = b.buffer(task.x_buf) + task.x_start;
   const float* gain = b.constant(task.gain);
@@ -239,6 +241,10 @@ __device__ __forceinline__ void multiply_tiles(Consumer& c, const MatVecTask& ta
   constexpr int OWN_BYTES = SCRATCH_BYTES / CONSUMER_WARPS / 16 * 16;
   static_assert(P::SLICE_BYTES * (TWO ? 2 : 1) <= OWN_BYTES, "a consumer's share of scratch must hold its slice of x");
   uint8_t* slice_bytes = reinterpret_cast<uint8_t*>(b.scratch()) + c.warp * OWN_BYTES;
+  if constexpr (P::W::QUANTISED) {
+    multiply_quantised_tiles<P, Slice<COLUMNS, FLAGS>, TWO>(c, task, x, token.expect(task.x_tag), gain, slice_bytes);
+    return;
+  }
   const int tiles = task.tiles;
 
   Slice<COLUMNS, FLAGS> slice(c.warp);
@@ -302,7 +308,7 @@ __device__ __forceinline__ void consume_matvec(Consumer& c, const MatVecTask& ta
 __device__ __forceinline__ bool stream_matvec(Feeder& f, const MatVecTask& task, const uint8_t*& at) {
   switch (task.shape) {
 #define SHAPE_CASE(index, columns, flags) \
-  case index: return stream_tiles<columns>(f, at, task.tiles);
+  case index: return stream_tiles<columns, flags>(f, at, task.tiles);
     FOR_EACH_SHAPE(SHAPE_CASE)
 #undef SHAPE_CASE
   }

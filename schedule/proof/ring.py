@@ -8,10 +8,11 @@ import numpy as np
 
 from amk.isa.attention import Attention
 from amk.isa.instruction import Instruction
-from amk.isa.machine import FRAGMENT_BYTES, KV_BLOCK_ROWS, KV_STREAM_LAG
+from amk.isa.machine import KV_BLOCK_ROWS, KV_STREAM_LAG, piece_of
 from amk.isa.matvec import MatVec
+from amk.isa.weight_format import FORMAT_FLAGS, format_of
 from amk.schedule.proof.report import Region, Report
-from amk.schedule.proof.subject import Flags, Ints, Subject
+from amk.schedule.proof.subject import Flags, Ints, Subject, Words
 
 COPY_BYTES = 16  # bulk copies begin at multiples of this
 
@@ -57,7 +58,7 @@ def check_chunks(subject: Subject, silent: Flags, report: Report) -> bool:
     for words in subject.words:
         ids = words.ids[~silent[words.ids]]
         if issubclass(words.cls, MatVec):
-            _chunk(subject, ids, FRAGMENT_BYTES * machine.consumer_warps, "chunks of one fragment a consumer warp,", report)
+            _matvec_chunks(subject, words, silent, report)
         elif words.cls is Attention:
             _chunk(subject, ids, machine.kv_block_bytes, "KV blocks of", report)
         elif words.cls.streamed:
@@ -69,6 +70,16 @@ def _chunk(subject: Subject, ids: Ints, size: int, what: str, report: Report) ->
     stage = subject.program.machine.stage_bytes
     if len(ids) and size > stage:
         report.add("ring", f"{subject.names(ids)} stream {what} {size} bytes, but a stage has {stage}", subject.ids(ids[:16]))
+
+
+def _matvec_chunks(subject: Subject, words: Words, silent: Flags, report: Report) -> None:
+    """Chunks of a product hold at least one piece of each consumer warp; pieces differ by weight format."""
+    machine = subject.program.machine
+    formats = words.column["flags"] & FORMAT_FLAGS
+    for flags in np.unique(formats).tolist():
+        piece = piece_of(machine, format_of(flags))
+        ids = words.ids[(formats == flags) & ~silent[words.ids]]
+        _chunk(subject, ids, piece.bytes * machine.consumer_warps + piece.tail, "chunks of one piece a consumer warp,", report)
 
 
 def _own_chunks(subject: Subject, tasks: list[int], report: Report) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from amk.isa.machine import ELEMENT_BYTES, KV_BLOCK_ROWS, TILE_ROWS, Machine
 from amk.isa.matvec import X_NARROW, X_NORM
+from amk.isa.weight_format import FORMAT_FLAGS, WeightFormat, format_known, known_formats
 from amk.schedule.program import Buffer, Constant, KvCache, Matrix, MatVecShape, Program
 from amk.schedule.proof.limits import Limits
 from amk.schedule.proof.report import Region, Report
@@ -121,13 +122,25 @@ def _matrices(program: Program, limits: Limits, report: Report) -> None:
     for number, matrix in enumerate(program.matrices):
         where = f"matrix {number} ({matrix.name})"
         _text(report, f"{where}: layout", matrix.layout, LAYOUTS)
+        _weights(report, where, matrix.weights, program.machine.dtype)
         if _integers(report, where, matrix, ("rows", "cols"), 1):
             tiles += -(-matrix.rows // TILE_ROWS)
     if tiles > limits.tiles:
         report.add("resources", f"the matrices must have at most {limits.tiles} tiles of {TILE_ROWS} rows, but have {tiles}")
     for number, shape in enumerate(program.shapes):
         _integers(report, f"shape {number}", shape, ("cols",), 1)
-        _integers(report, f"shape {number}", shape, ("flags",), 0, X_NARROW | X_NORM)
+        if _integers(report, f"shape {number}", shape, ("flags",), 0, X_NARROW | X_NORM | FORMAT_FLAGS) and not format_known(shape.flags):
+            report.add("kind", f"shape {number}.flags must name a weight format, but are {shape.flags}")
+
+
+def _weights(report: Report, where: str, weights: object, dtype: str) -> None:
+    """A format that the device decodes; quantised weights need 16-bit activations."""
+    if weights is None:
+        return
+    if not isinstance(weights, WeightFormat) or all(weights != known for known in known_formats()):
+        report.add("kind", f"{where}: weights must be None or one of the weight formats, but is {weights!r:.80}")
+    elif dtype == "fp32":
+        report.add("kind", f"{where}: weights in {weights.name} need a machine of bf16 or fp16, but it is fp32")
 
 
 def _vectors(program: Program, report: Report) -> None:

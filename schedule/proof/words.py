@@ -16,6 +16,7 @@ from amk.isa.matvec import X_NORM, MatVec
 from amk.isa.rmsnorm import RmsNorm
 from amk.isa.sample import Sample
 from amk.isa.swiglu import SwiGlu
+from amk.isa.weight_format import FORMAT_FLAGS
 from amk.schedule.proof.report import Kind, Report
 from amk.schedule.proof.subject import Flags, Ints, Subject, Words
 
@@ -83,6 +84,7 @@ def _matvec(checker: Checker, words: Words) -> None:
     said = "takes a matrix of {rows} by {cols}, but matrix {at} is {has_rows} by {has_cols}"
     checker.must(words, ~known | agreed, "kind", said, rows=rows, cols=cols, at=at, has_rows=has_rows, has_cols=has_cols)
     _tiles(checker, words, agreed)
+    _weights(checker, words, known, at)
     _shape(checker, words)
     _inside_constant(checker, words, "gain", cols, needed=(column["flags"] & X_NORM) > 0)
     _inside_constant(checker, words, "bias", rows, needed=column["bias"] >= 0)
@@ -101,6 +103,14 @@ def _tiles(checker: Checker, words: Words, agreed: Flags) -> None:
     inside = (tile0 >= 0) & (tiles >= 1) & (tile0 + tiles <= has)
     said = "takes tiles {tile0}:{stop}, but its matrix has tiles 0:{has}"
     checker.must(words, ~agreed | inside, "bounds", said, tile0=tile0, stop=tile0 + tiles, has=has)
+
+
+def _weights(checker: Checker, words: Words, known: Flags, at: Ints) -> None:
+    """The format that a task decodes is the one in which its matrix is streamed."""
+    matrices = checker.subject.program.matrices
+    found, has = words.column["flags"] & FORMAT_FLAGS, _looked_up([m.weights.flags if m.weights else 0 for m in matrices], at)
+    said = "decodes weights of format {found}, but matrix {at} is streamed in format {has} (flag bits of isa.weight_format)"
+    checker.must(words, ~known | (found == has), "kind", said, found=found, at=at, has=has)
 
 
 def _shape(checker: Checker, words: Words) -> None:

@@ -170,7 +170,7 @@ def test_the_ring_holds_a_chunk_of_its_size_and_none_larger() -> None:
     assert "KV blocks" in found.message and found.tasks[0] == find(program, Attention, split=0)[0]
     short = decoder(Sizes(machine=replace(MACHINE, consumer_warps=1, context=32)))  # streams no KV rows
     assert rejections(machine(short, stage_bytes=fragment)) == ()
-    assert "fragment" in rejections(machine(short, stage_bytes=fragment - 16))[0].message
+    assert "piece" in rejections(machine(short, stage_bytes=fragment - 16))[0].message
 
 
 def test_a_ring_without_stages_is_rejected() -> None:

@@ -1,0 +1,74 @@
+"""The CUDA machine with quantised weights against the source model with the same weights dequantised: every format, dtype and shape."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from amk.eval.oracle import Plan
+from amk.isa.weight_format import FORMATS
+from amk.models.model import Model, quantised_model
+from amk.models.quantise import quantise
+from amk.models.quantised_weights import QuantisedWeights
+from amk.tests.gpu.machines import llama, named
+from amk.tests.gpu.test_correct import GUIDE, accept, judged
+
+pytestmark = pytest.mark.cuda
+
+PLAN = Plan(prompt=8, steps=40, late=(127, 1000), late_steps=4)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_quantising_gives_the_same_bits_on_card_and_cpu(form: str) -> None:
+    weights = named("small").weights.tensor("L1.down")
+    weights = torch.cat([weights * scale for scale in (1.0, 1e-3, 300.0)])
+    found, expected = quantise(weights.cuda(), FORMATS[form]), quantise(weights, FORMATS[form])
+    for part in ("codes", "scales", "zeros"):
+        assert torch.equal(getattr(found, part).cpu(), getattr(expected, part)), part
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_is_correct(form: str, dtype: str, record_property: Any) -> None:
+    accept(judged(quantised_model(llama("quantised", dtype, head_dim=64), FORMATS[form])), record_property)
+
+
+@pytest.mark.parametrize("form", ["int8-g32", "int4-g64-asym"])
+def test_scales_in_the_other_dtype_are_correct(form: str, record_property: Any) -> None:
+    model = quantised_model(llama("other-scales", head_dim=64), FORMATS[form])
+    weights = replace(FORMATS[form], scale="fp16")
+    spec = replace(model.spec, layer_weights=weights, head_weights=weights)
+    source = llama("other-scales", head_dim=64).weights
+    accept(judged(replace(model, spec=spec, weights=QuantisedWeights(source, spec))), record_property)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GUIDE,
+        {"threads_per_block": 128},
+        {"kernel_knobs": {"stage_bytes": 32768}},
+        {"kernel_knobs": {"stage_bytes": 8192}, "threads_per_block": 128},
+        {"fusion_grouping": ["norm"]},
+    ],
+    ids=["guide", "128-threads", "wide-stages", "narrow-stages", "norm-only"],
+)
+@pytest.mark.parametrize("form", ["int8", "int4-g128", "int4-g32-asym"])
+def test_configs_do_not_change_what_is_computed(form: str, config: dict[str, Any], record_property: Any) -> None:
+    accept(judged(named(f"small@{form}"), config), record_property)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4-g128", "int4-g64-asym"])
+def test_a_head_in_16_bits_beside_quantised_layers_is_correct(form: str, record_property: Any) -> None:
+    plain = named("small")
+    spec = replace(quantised_model(plain, FORMATS[form]).spec, head_weights=None)
+    accept(judged(Model(spec, QuantisedWeights(plain.weights, spec), plain.config, None)), record_property)
+
+
+@pytest.mark.parametrize("form", ["int8", "int8-g128", "int4-g128", "int4-g32-asym"])
+def test_one_billion_quantised_parameters_are_correct_at_early_and_late_positions(form: str, record_property: Any) -> None:
+    plan = Plan(prompt=8, steps=24, late=(127, 1023, 8000), late_steps=4)
+    accept(judged(named(f"llama-3.2-1b-shape@{form}"), plan=plan, context=8192), record_property)

@@ -1,0 +1,125 @@
+"""Quantised matrices as the bytes that the ring streams: codes in fragment order, scales and zeros beside them; and back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from amk.isa.machine import FRAGMENT_BYTES, TILE_ROWS, ChunkPlan
+from amk.isa.weight_format import WeightFormat
+from amk.schedule.model import QuantisedMatrix
+
+if TYPE_CHECKING:
+    import torch
+
+
+def part_of(matrix: QuantisedMatrix, rows: slice) -> QuantisedMatrix:
+    """Rows of a matrix."""
+    return QuantisedMatrix(matrix.weights, matrix.codes[rows], matrix.scales[rows], matrix.zeros[rows])
+
+
+def pack_quantised(matrix: QuantisedMatrix, plan: ChunkPlan) -> torch.Tensor:
+    """uint8 [tiles, tile_bytes] of a matrix on its device, in the order in which the ring streams a tile.
+
+    Pieces and their scales lie as isa.machine.Piece says. A fragment is 512 bytes, four words for each lane; with g = lane >> 2 and
+    t = lane & 3 the words hold, of 16 rows by 32 columns (int8), row g, columns 8t to 8t + 3; row g + 8, the same; row g, columns
+    8t + 4 to 8t + 7; row g + 8, the same. The bytes of a word are columns 0, 2, 1, 3 of its four. Of 16 rows by 64 columns (int4)
+    they hold row g, columns 8t to 8t + 7; row g + 8, the same; both again 32 columns on. The nibbles of a word, from the lowest, are
+    columns 0, 2, 4, 6, 1, 3, 5, 7 of its eight. So a shift and a mask give two columns that are neighbours, in the halves of a word.
+    Rows and columns beyond the matrix have codes and scales of zero.
+    """
+    import torch
+
+    form, piece = matrix.weights, plan.piece
+    codes = _padded(matrix.codes, plan.tile_pieces * piece.columns)
+    tiles = codes.shape[0] // TILE_ROWS
+    bytes_of = _int8_fragments if form.bits == 8 else _int4_fragments
+    fragments = bytes_of(codes, tiles).reshape(tiles, plan.tile_pieces, -1)
+    chunks = []
+    if form.group:
+        pieces = torch.cat([fragments, *_beside(matrix, plan, tiles)], dim=2)
+        chunks = [pieces[:, plan.chunk_order(c)].reshape(tiles, -1) for c in range(plan.chunks)]
+    else:
+        tail = torch.cat(_beside(matrix, plan, tiles), dim=2).reshape(tiles, -1)
+        chunks = [part for c in range(plan.chunks) for part in (fragments[:, plan.chunk_order(c)].reshape(tiles, -1), tail)]
+    return torch.cat(chunks, dim=1)
+
+
+def unpack_quantised(packed: torch.Tensor, plan: ChunkPlan, weights: WeightFormat, rows: int) -> QuantisedMatrix:
+    """The matrix of `rows` by plan.columns that `pack_quantised` made `packed` from."""
+    import torch
+
+    tiles, tail, at = packed.shape[0], plan.piece.tail, 0
+    chunks, ends = [], []
+    for chunk in range(plan.chunks):
+        size = plan.chunk_bytes(chunk)
+        chunks.append(packed[:, at : at + size - tail].reshape(tiles, -1, plan.piece.bytes))
+        ends.append(packed[:, at + size - tail : at + size])
+        at += size
+    pieces = torch.cat(chunks, dim=1)[:, torch.tensor(plan.stream_order(), device=packed.device).argsort()]
+    size = plan.piece.bytes // FRAGMENT_BYTES * FRAGMENT_BYTES
+    codes = (_int8_codes if weights.bits == 8 else _int4_codes)(pieces[:, :, :size], tiles)
+    beside = pieces[:, :, size:] if weights.group else ends[0].reshape(tiles, 1, -1)
+    scales, zeros = _apart(beside, weights)
+    zeros = zeros if weights.asymmetric else torch.full(scales.shape, weights.zero, dtype=torch.uint8, device=packed.device)
+    groups = weights.groups(plan.columns)
+    return QuantisedMatrix(weights, codes[:rows, : plan.columns], scales[:rows, :groups], zeros[:rows, :groups])
+
+
+def _padded(rows: torch.Tensor, columns: int) -> torch.Tensor:
+    """`rows` with zeros to the right and below, up to `columns` and whole tiles."""
+    import torch
+
+    return torch.nn.functional.pad(rows, (0, columns - rows.shape[1], 0, -rows.shape[0] % TILE_ROWS))
+
+
+def _int8_fragments(codes: torch.Tensor, tiles: int) -> torch.Tensor:
+    """Axes [tile, row half, g, fragment, t, word pair, pair, half of a pair] to [tile, fragment, g, t, word pair, row half, half, pair]."""
+    return codes.view(tiles, 2, 8, -1, 4, 2, 2, 2).permute(0, 3, 2, 4, 5, 1, 7, 6)
+
+
+def _int8_codes(fragments: torch.Tensor, tiles: int) -> torch.Tensor:
+    return fragments.reshape(tiles, -1, 8, 4, 2, 2, 2, 2).permute(0, 5, 2, 1, 3, 4, 7, 6).reshape(tiles * TILE_ROWS, -1)
+
+
+def _int4_fragments(codes: torch.Tensor, tiles: int) -> torch.Tensor:
+    """Axes [tile, row half, g, fragment, word pair, t, byte, nibble, half of a pair] to [..., half, byte] of two nibbles each."""
+    nibbles = codes.view(tiles, 2, 8, -1, 2, 4, 2, 2, 2).permute(0, 3, 2, 5, 4, 1, 8, 6, 7)
+    return nibbles[..., 0] | nibbles[..., 1] << 4
+
+
+def _int4_codes(fragments: torch.Tensor, tiles: int) -> torch.Tensor:
+    import torch
+
+    pairs = fragments.reshape(tiles, -1, 8, 4, 2, 2, 2, 2)
+    nibbles = torch.stack([pairs & 15, pairs >> 4], dim=-1)
+    return nibbles.permute(0, 5, 2, 1, 4, 3, 7, 8, 6).reshape(tiles * TILE_ROWS, -1)
+
+
+def _beside(matrix: QuantisedMatrix, plan: ChunkPlan, tiles: int) -> list[torch.Tensor]:
+    """Bytes [tiles, pieces, n] of the scales, and of the zeros if the format has them; one piece where a scale serves a row."""
+    pieces = plan.tile_pieces if matrix.weights.group else 1
+    parts = [matrix.scales, matrix.zeros] if matrix.weights.asymmetric else [matrix.scales]
+    return [_by_piece(part, pieces, matrix.weights, plan, tiles) for part in parts]
+
+
+def _by_piece(values: torch.Tensor, pieces: int, weights: WeightFormat, plan: ChunkPlan, tiles: int) -> torch.Tensor:
+    import torch
+
+    groups = plan.piece.columns // weights.group if weights.group else 1
+    padded = _padded(values, pieces * groups)
+    lanes = padded.view(tiles, 2, 8, pieces, groups).permute(0, 3, 4, 2, 1)
+    return lanes.reshape(tiles, pieces, -1).contiguous().view(torch.uint8)
+
+
+def _apart(beside: torch.Tensor, weights: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zeros [rows, groups] from the bytes [tiles, pieces, n] beside the codes."""
+    import torch
+
+    tiles, pieces = beside.shape[:2]
+    scale_bytes = beside.shape[2] * 2 // 3 if weights.asymmetric else beside.shape[2]
+    scales = beside[:, :, :scale_bytes].contiguous().view(torch.float16 if weights.scale == "fp16" else torch.bfloat16)
+    found = []
+    for values in (scales, beside[:, :, scale_bytes:]):
+        rows = values.reshape(tiles, pieces, -1, 8, 2).permute(0, 4, 3, 1, 2)
+        found.append(rows.reshape(tiles * TILE_ROWS, -1))
+    return found[0], found[1]
