@@ -205,79 +205,13 @@ __device__ __forceinline__ void clear_rows(uint4& v, int to, int lane) {
   v.w &= high;
 }
 
-// This warp's blocks, one after the other: of the streamed chunks, then, on the tail, of the newest rows. The fragments of one block are in
-// registers, those of the first before the query is there.
-struct BlockReader {
-  static constexpr int STEPS = HD / 16;
-  static constexpr bool HELD = STEPS <= 4;  // where registers allow; else fragments are read when they are needed
-  uint4 held[HELD ? 2 * STEPS : 1];  // of K, then of V
-  const uint8_t* at = nullptr;  // the block; its chunk is released when the next one is asked for
-  int block = 0, rows = 0;      // its number in the cache and how many of its rows are older than the new one
-
-  __device__ __forceinline__ BlockReader(const Consumer& c, const AttentionTask& t, const KvSpan& s)
-      : task(t), span(s), index(c.warp - CONSUMER_WARPS), unit((int)t.split - t.splits) {}
-
-  // Takes the warp's next block; false when there is none.
-  __device__ __forceinline__ bool next(Consumer& c, int position) {
-    index += CONSUMER_WARPS;
-#pragma unroll 1
-    while (unit < span.units) {
-      if (index < blocks) {
-        block = first + index;
-        rows = KV_BLOCK_ROWS;
-        hold(c.b.stage(c.slot) + index * KV_BLOCK_BYTES, c.lane);
-        return true;
-      }
-      if (blocks) c.release_chunk();
-      index -= blocks;
-      next_chunk(c);
-    }
-    if (task.split != 0 || index > span.newest - span.old) return false;
-    block = span.old + index;
-    rows = min(KV_BLOCK_ROWS, position - block * KV_BLOCK_ROWS);
-    hold(kv_block(c.b.p, task.layer, task.kv_head, block), c.lane);
-    return true;
-  }
-  __device__ __forceinline__ uint4 k(int i, int lane) const { return HELD ? held[HELD ? i : 0] : fragment(at, i, lane); }
-  __device__ __forceinline__ uint4 v(int i, int lane) const { return HELD ? held[HELD ? STEPS + i : 0] : fragment(at, STEPS + i, lane); }
-  // After the last block: whether the new row, which comes after all blocks, is this warp's.
-  __device__ __forceinline__ bool has_new_row() const { return task.split == 0 && index == span.newest - span.old + 1; }
-
- private:
-  const AttentionTask& task;
-  const KvSpan& span;
-  int index;                   // of the warp's block, counted from the first block of the chunk, or of the newest rows
-  int unit, from = 0, stop = 0;  // the unit being read, and its blocks that are still to come
-  int first = 0, blocks = 0;   // of the chunk, which is held while it has blocks
-
-  __device__ __forceinline__ void next_chunk(Consumer& c) {
-    blocks = 0;
-    if (from == stop) {
-      unit += task.splits;
-      if (unit >= span.units) return;
-      const int per_unit = task.unit_rows / KV_BLOCK_ROWS;
-      from = span.first + unit * per_unit;
-      stop = min(from + per_unit, span.old);
-    }
-    first = from;
-    blocks = min(KV_BLOCKS_PER_CHUNK, stop - from);
-    from += blocks;
-    c.wait_chunk();
-  }
-  __device__ __forceinline__ void hold(const uint8_t* from_block, int lane) {
-    if constexpr (!HELD) at = from_block;
-    else {
-#pragma unroll
-      for (int i = 0; i < 2 * STEPS; ++i) held[i] = fragment(from_block, i, lane);
-    }
-  }
-};
-
 // Running softmax of one warp over blocks of 16 rows, 16-bit elements: products on the tensor cores, heads in the 8 columns.
 struct BlockSoftmax {
-  static constexpr int STEPS = BlockReader::STEPS;
+  static constexpr int STEPS = HD / 16;
+  static constexpr bool V_EARLY = STEPS <= 4;  // V is asked for before the scores where registers allow
   uint2 q[STEPS];
   float m[2], l[2], o[STEPS][4];
+  bool any = false;
 
   __device__ __forceinline__ void begin(const AttentionScratch& s, int nq, int lane) {
     const int column = lane >> 2, t = lane & 3, head = TWO_PART ? column & 3 : column;
@@ -291,17 +225,18 @@ struct BlockSoftmax {
     m[0] = m[1] = NEG_INF;
     l[0] = l[1] = 0.f;
   }
-  // Rows [from, to) of the block count.
-  __device__ __forceinline__ void add(const BlockReader& block, int from, int to, int lane) {
-    float d[2][4] = {};
-#pragma unroll
-    for (int i = 0; i < STEPS; ++i) multiply(d[i & 1], block.k(i, lane), q[i].x, q[i].y);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) d[0][j] += d[1][j];
-    add_scores(block, d[0], from, to, lane);
-  }
-  __device__ __forceinline__ void add_scores(const BlockReader& block, float (&d)[4], int from, int to, int lane) {
+  // Rows of `block` (shared or global memory) in [from, to) count.
+  __device__ __forceinline__ void add(const uint8_t* block, int from, int to, int lane) {
+    any = true;
     const int g = lane >> 2;
+    uint4 early[V_EARLY ? STEPS : 1];
+    float d[4] = {0.f, 0.f, 0.f, 0.f};
+    if constexpr (V_EARLY) {
+#pragma unroll
+      for (int i = 0; i < STEPS; ++i) early[i] = fragment(block + KV_HALF_BYTES, i, lane);
+    }
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) multiply(d, fragment(block, i, lane), q[i].x, q[i].y);
     if constexpr (TWO_PART) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) d[j] += __shfl_xor_sync(~0u, d[j], 2);  // columns h and h + 4: both lanes have the whole score
@@ -333,7 +268,7 @@ struct BlockSoftmax {
     const uint32_t b0 = transpose8(pack2(p[0], p[1])), b1 = transpose8(pack2(p[2], p[3]));
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) {
-      uint4 v = block.v(i, lane);
+      uint4 v = V_EARLY ? early[V_EARLY ? i : 0] : fragment(block + KV_HALF_BYTES, i, lane);
       if (to < KV_BLOCK_ROWS) clear_rows(v, to, lane);
       multiply(o[i], v, b0, b1);
     }
@@ -380,6 +315,7 @@ struct BlockSoftmax {
 struct BlockSoftmaxWide {
   static constexpr int DIMS = ceil_div(HD, 32);
   float m[GROUP], l[GROUP], o[GROUP][DIMS];
+  bool any = false;
 
   __device__ __forceinline__ void begin() {
 #pragma unroll
@@ -391,6 +327,7 @@ struct BlockSoftmaxWide {
     }
   }
   __device__ __forceinline__ void add(const AttentionScratch& s, const float* k, const float* v, int from, int to, int nq, int lane) {
+    any = true;
     const int row = lane >> 1;
     const bool counts = row >= from && row < to;
 #pragma unroll
@@ -481,24 +418,17 @@ __device__ __forceinline__ Partial merge(Partial (&parts)[N]) {
   return parts[0];
 }
 
-// The warps' partials of elements [d, d + NARROW) of a head, in warp order, and the new row's. Who had no block has a partial of weight 0.
-__device__ __forceinline__ Partial merge_warps(const AttentionScratch& s, bool tail, int head, int d) {
-  constexpr int PARTS = CONSUMER_WARPS + 1;
-  Partial parts[PARTS];
+// The warps' partials of elements [d, d + NARROW) of a head, in warp order.
+__device__ __forceinline__ Partial merge_warps(const AttentionScratch& s, uint32_t used, int head, int d) {
+  Partial parts[CONSUMER_WARPS + 1];
 #pragma unroll
-  for (int w = 0; w < PARTS; ++w) {
-    if (w == CONSUMER_WARPS && !tail) continue;
+  for (int w = 0; w <= CONSUMER_WARPS; ++w) {
+    if (!(used >> w & 1)) continue;
     const float* from = s.partial(w, head);
-    const float2 ml = *reinterpret_cast<const float2*>(from);
-    parts[w].m = ml.x;
-    parts[w].l = ml.y;
-    if constexpr (NARROW == 2) {
-      const float2 o = *reinterpret_cast<const float2*>(from + PARTIAL_HEAD + d);
-      parts[w].o[0] = o.x;
-      parts[w].o[NARROW - 1] = o.y;
-    } else {
-      parts[w].o[0] = from[PARTIAL_HEAD + d];
-    }
+    parts[w].m = from[0];
+    parts[w].l = from[1];
+#pragma unroll
+    for (int e = 0; e < NARROW; ++e) parts[w].o[e] = from[PARTIAL_HEAD + d + e];
   }
   return merge(parts);
 }
@@ -550,12 +480,12 @@ __device__ __forceinline__ Partial merge_sharers(Partial mine) {
   return mine;
 }
 
-__device__ __forceinline__ void publish_partial(const Consumer& c, const AttentionTask& task, const AttentionScratch& s, uint64_t* out,
-                                                uint32_t tag) {
+__device__ __forceinline__ void publish_partial(const Consumer& c, const AttentionTask& task, const AttentionScratch& s, uint32_t used,
+                                                uint64_t* out, uint32_t tag) {
   const int size = HEAD_DIM + PARTIAL_HEAD;
   for (int i = c.warp * 32 + c.lane; i < task.nq * PER_HEAD; i += CONSUMER_THREADS) {
     const int head = i / PER_HEAD, d = i % PER_HEAD * NARROW;
-    const Partial merged = merge_warps(s, false, head, d);
+    const Partial merged = merge_warps(s, used, head, d);
     if (d == 0) {
       publish(out + head * size, as_bits(merged.m), tag);
       publish(out + head * size + 1, as_bits(merged.l), tag);
@@ -565,7 +495,7 @@ __device__ __forceinline__ void publish_partial(const Consumer& c, const Attenti
   }
 }
 
-__device__ __forceinline__ void publish_output(Consumer& c, const AttentionTask& task, const AttentionScratch& s,
+__device__ __forceinline__ void publish_output(Consumer& c, const AttentionTask& task, const AttentionScratch& s, uint32_t used,
                                                const uint64_t* partials, int others, const Token& token) {
   const int size = HEAD_DIM + PARTIAL_HEAD, thread = c.warp * 32 + c.lane, share = thread % SHARERS;
   uint64_t* out = c.b.buffer(task.out_buf) + task.q0 * PER_HEAD;
@@ -579,7 +509,7 @@ __device__ __forceinline__ void publish_output(Consumer& c, const AttentionTask&
       merged[round] = merge_splits(c, partials + head * size, task.nq * size, share, others, d, token.expect(task.part_tag));
     __syncwarp();
     if (mine && share == 0) {
-      Partial both[2] = {merge_warps(s, true, head, d), merged[round]};
+      Partial both[2] = {merge_warps(s, used, head, d), merged[round]};
       merged[round] = merge(both);
     }
     __syncwarp();
@@ -605,6 +535,12 @@ __device__ __forceinline__ void touch_newest_blocks(const Consumer& c, const Att
   for (int at = (c.warp * 32 + c.lane) * SECTOR; at < bytes; at += CONSUMER_THREADS * SECTOR) touch(from + at);
 }
 
+// Blocks of a task, streamed ones first, then the tail's two, are dealt to the warps in turn. `used` marks the partials that exist.
+__device__ __forceinline__ uint32_t used_partials(int blocks, bool tail) {
+  const uint32_t warps = blocks >= CONSUMER_WARPS ? (1u << CONSUMER_WARPS) - 1 : (1u << blocks) - 1;
+  return warps | (tail ? 1u << CONSUMER_WARPS : 0u);
+}
+
 __device__ __forceinline__ void consume_attention(Consumer& c, const AttentionTask& task, const Token& token) {
   const Block& b = c.b;
   const int position = (int)token.position;
@@ -617,19 +553,26 @@ __device__ __forceinline__ void consume_attention(Consumer& c, const AttentionTa
   const int window_start = task.window ? max(0, position - task.window + 1) : 0;
   const AttentionScratch s{b.scratch()};
   if (tail) touch_newest_blocks(c, task, span, position);
-  // Blocks, streamed ones first, then the tail's newest and its new row, are dealt to the warps in turn.
-#if ELEMENT == 2
   c.meet();  // scratch is all consumers': none may still be at an earlier task
   prepare_rows(c, task, token, s);
   c.meet();
+
+  int seen = 0;  // blocks of the task so far
+#if ELEMENT == 2
   BlockSoftmaxWide softmax;
   softmax.begin();
-  int seen = 0;  // blocks of the task so far
   auto add = [&](const uint8_t* block, int index, int to) {
     const int from = max(0, window_start - index * KV_BLOCK_ROWS);
     const float* k = reinterpret_cast<const float*>(block);
     softmax.add(s, k, k + KV_BLOCK_ROWS * HD, from, to, task.nq, c.lane);
   };
+#else
+  BlockSoftmax softmax;
+  softmax.begin(s, task.nq, c.lane);
+  auto add = [&](const uint8_t* block, int index, int to) {
+    softmax.add(block, max(0, window_start - index * KV_BLOCK_ROWS), to, c.lane);
+  };
+#endif
   for_each_kv_chunk(task, span, [&](int block, int blocks) {
     const uint8_t* chunk = c.wait_chunk();
 #pragma unroll 1
@@ -639,7 +582,6 @@ __device__ __forceinline__ void consume_attention(Consumer& c, const AttentionTa
     c.release_chunk();
     return true;
   });
-  bool new_row = false;
   if (tail) {
     const int blocks = span.newest - span.old + 1;
 #pragma unroll 1
@@ -647,32 +589,18 @@ __device__ __forceinline__ void consume_attention(Consumer& c, const AttentionTa
       const int block = span.old + i;
       add(kv_block(b.p, task.layer, task.kv_head, block), block, min(KV_BLOCK_ROWS, position - block * KV_BLOCK_ROWS));
     }
-    new_row = (seen + blocks) % CONSUMER_WARPS == c.warp;
+    seen += blocks;
+    if (seen % CONSUMER_WARPS == c.warp) attend_new_row(s, task.nq, c.lane);
   }
-#else
-  BlockReader reader(c, task, span);
-  bool more = reader.next(c, position);
-  c.meet();  // scratch is all consumers': none may still be at an earlier task
-  prepare_rows(c, task, token, s);
-  c.meet();
-  BlockSoftmax softmax;
-  softmax.begin(s, task.nq, c.lane);
-#pragma unroll 1
-  while (more) {
-    softmax.add(reader, max(0, window_start - reader.block * KV_BLOCK_ROWS), reader.rows, c.lane);
-    more = reader.next(c, position);
-  }
-  const bool new_row = reader.has_new_row();
-#endif
-  if (new_row) attend_new_row(s, task.nq, c.lane);
-  softmax.finish(s, c.warp, task.nq, c.lane);
+  if (softmax.any) softmax.finish(s, c.warp, task.nq, c.lane);
   c.meet();
 
+  const uint32_t used = used_partials(seen, tail);
   const int size = task.nq * (HEAD_DIM + PARTIAL_HEAD);
   uint64_t* partials = nullptr;  // a task that is never split has no buffer for them
   if (task.splits > 1) partials = b.buffer(task.part_buf) + task.q0 * (task.splits - 1) * (HEAD_DIM + PARTIAL_HEAD);
-  if (tail) publish_output(c, task, s, partials, span.active - 1, token);
-  else publish_partial(c, task, s, partials + (task.split - 1) * size, token.tag(task.part_tag));
+  if (tail) publish_output(c, task, s, used, partials, span.active - 1, token);
+  else publish_partial(c, task, s, used, partials + (task.split - 1) * size, token.tag(task.part_tag));
   c.arrive_done(task.done_counter);
   c.meet();  // scratch may be reused
 }
