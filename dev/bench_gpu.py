@@ -32,15 +32,21 @@ from amk.vm.cuda import UnprovenCudaVM
 
 ROOT = Path(__file__).resolve().parents[1]
 ONE_B, SMOL = "llama-3.2-1b-shape", "smollm2-135m-shape"
-POSITIONS = {ONE_B: (16, 128, 1024, 8000), SMOL: (16, 128, 1024)}
+KNOB_MODELS = (ONE_B, SMOL)
+POSITIONS = {
+    ONE_B: (16, 128, 1024, 8000), SMOL: (16, 128, 1024), "llama-3.1-8b-shape": (128,),
+    f"{ONE_B}@int8": (128,), f"{ONE_B}@int4-g128": (128,),
+}  # fmt: skip
 ALL_POSITIONS = sorted({position for positions in POSITIONS.values() for position in positions})
-CONTEXT = {ONE_B: 9216, SMOL: 4096}
+CONTEXT = {ONE_B: 9216}
+OTHER_CONTEXT = 4096
 VARIANTS: dict[str, dict[str, Any]] = {
     "sm_assignment=load_balance": {"sm_assignment": "load_balance"},
     "sm_assignment=round_robin": {"sm_assignment": "round_robin"},
     "fusion_grouping=[]": {"fusion_grouping": []},
     "N_tile=128": {"tiling": {"gemv": {"N_tile": 128}}},
     "kv_block=16": {"tiling": {"attention": {"kv_block": 16}}},
+    "kv_block=64": {"tiling": {"attention": {"kv_block": 64}}},
     "kv_block=256": {"tiling": {"attention": {"kv_block": 256}}},
     "pipelining_depth=2": {"pipelining_depth": 2},
     "pipelining_depth=4": {"pipelining_depth": 4},
@@ -62,7 +68,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def judged_rows(session: Session, label: str, config: dict[str, Any], positions: tuple[int, ...], baselines: bool) -> list[dict[str, Any]]:
     """One measured line a position, printed as it is made; AssertionError if the program is refused or wrong."""
-    candidate = session.prepare(config, CONTEXT[session.model.spec.name])
+    candidate = session.prepare(config, CONTEXT.get(session.model.spec.name, OTHER_CONTEXT))
     assert candidate.program is not None, candidate.rejections
     program = candidate.program.program
     facts, machine = session.load(candidate)
@@ -119,7 +125,9 @@ def measure_part(part: str, positions: dict[str, tuple[int, ...]], baselines: bo
     if part == "latency":
         rows = [row for name, session in sessions.items() for row in judged_rows(session, "default", {}, positions[name], baselines)]
     else:
-        cases = [(session, label, config) for session in sessions.values() for label, config in VARIANTS.items()]
+        cases = [
+            (session, label, config) for name, session in sessions.items() if name in KNOB_MODELS for label, config in VARIANTS.items()
+        ]
         rows = [row for session, label, config in cases for row in judged_rows(session, label, config, (128,), False)]
     target = choose(None, "cuda").target
     reads = [session.bandwidth() for session in sessions.values()] + [read_bandwidth_gbs(target)]

@@ -26,9 +26,7 @@ def quantised_rows(matrix: Matrix, source: WeightSource, device: str = "cpu") ->
     if matrix.weights is None or any(part.weights != matrix.weights for part in parts):
         found = ", ".join(part.weights.name for part in parts)
         raise ValueError(f"matrix {matrix.name}: its weights must have the format {matrix.weights}, but have {found}")
-    codes, scales, zeros = (
-        _laid_out(matrix.layout, [getattr(part, field) for part in parts]) for field in ("codes", "scales", "zeros")
-    )
+    codes, scales, zeros = (_laid_out(matrix.layout, [getattr(part, field) for part in parts]) for field in ("codes", "scales", "zeros"))
     _check_shape(matrix, codes)
     return QuantisedMatrix(matrix.weights, codes, scales, zeros)
 

@@ -59,12 +59,13 @@ def verdict_on(candidate: Candidate, end: str, latency_us: float, width_us: floa
 
 
 def card(seed: int, ends: tuple[str, ...] = ENDS) -> World:
-    """A card on which every program always ends the same way and takes the same time; its first one is correct."""
+    """A card on which every program always ends the same way and takes the same time; its first one is correct and slower than most."""
 
     def evaluate(candidate: Candidate) -> Json:
         source = random.Random(f"{seed} {candidate.facts.schedule_id}")
-        end = "correct" if candidate.asked == config_dict(Config()) else source.choice(ends)
-        return verdict_on(candidate, end, source.uniform(50, 200), source.uniform(0, 5))
+        if candidate.asked == config_dict(Config()):
+            return verdict_on(candidate, "correct", source.uniform(150, 200), source.uniform(0, 5))
+        return verdict_on(candidate, source.choice(ends), source.uniform(50, 200), source.uniform(0, 5))
 
     return evaluate
 
