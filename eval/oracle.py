@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from amk.eval.kv_rows import ReadRows, Rows, expected_errors, relative_errors, typical_ratios
-from amk.eval.tolerance import FP32_ERROR, LATE, MAX_EXPECTED, NEAR_TIE_SHARE, TIE, TYPICAL, WORST
+from amk.eval.tolerance import FP32_ERROR, LATE, MAX_EXPECTED, NEAR_TIE_SHARE, ROWS, TIE, TYPICAL, WORST
 from amk.isa.attention import TWO_PART_GROUP, Attention
 from amk.isa.rmsnorm import RmsNorm
 from amk.models.rounded import RoundingPoints, rounded
@@ -55,7 +55,7 @@ class Plan:
 def default_plan(spec: ModelSpec, context: int, device: str, text: Sequence[int] = ()) -> Plan:
     """Positions that fit `context`, one past each sliding window; fewer steps for a deep model on the CPU, where each takes long."""
     slow = device == "cpu" and spec.layers > 4
-    late_steps = 4
+    late_steps = 8
     furthest = 2048 if device == "cpu" else 16384  # the source model's own prefill up to there is what late positions cost
     wanted = {*LATE_POSITIONS, *(w + 3 for w in spec.windows if w is not None)}
     steps = min(context, 32 if slow else 48)
@@ -265,7 +265,7 @@ def find(early: Sequence[Step], late: Sequence[Step], rows: Mapping[str, float],
     """Weighs judged steps and the ratios of KV rows against the limits."""
     steps = [*early, *late]
     shares = {f"logit error over the first {len(early)} positions": _typical(early) / TYPICAL}
-    shares |= {f"{ROWS_OF}{name}": ratio / TYPICAL for name, ratio in rows.items()}
+    shares |= {f"{ROWS_OF}{name}": ratio / ROWS for name, ratio in rows.items()}
     if late:
         shares[f"logit error over {len(late)} late positions"] = _typical(late) / LATE
     position, worst = max((pair for group in (early, late) for pair in _single(group)), key=lambda pair: pair[1])

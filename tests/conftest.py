@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -42,16 +43,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 class ResultsFile:
-    """Collects each test's outcome, seconds and what it gave to pytest's `record_property`, and writes them with their provenance."""
+    """Collects each test's outcome, seconds and what it gave to pytest's `record_property`, and writes them with their provenance.
+
+    They are written after each failure and each minute too: a run that is killed leaves what it had found, marked as not complete.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.written = time.monotonic()
         self.tests: dict[str, dict[str, object]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
             recorded = dict(report.user_properties)
             self.tests[report.nodeid] = {"outcome": report.outcome, "seconds": round(report.duration, 3), **recorded}
+            if report.outcome != "passed":
+                self.tests[report.nodeid]["why"] = str(report.longrepr)[-2000:]
+            if report.outcome != "passed" or time.monotonic() - self.written > 60:
+                self.write(complete=False)
 
     def pytest_sessionfinish(self) -> None:
-        write_results(self.path, {"tests": self.tests})
+        self.write(complete=True)
+
+    def write(self, complete: bool) -> None:
+        write_results(self.path, {"complete": complete, "tests": self.tests})
+        self.written = time.monotonic()

@@ -155,9 +155,9 @@ def test_errors_are_weighed_against_what_rounding_does(factor: float, correct: b
 
 
 @pytest.mark.parametrize("kind", [0, 1])
-@pytest.mark.parametrize(("factor", "correct"), [(1.5, True), (1.6, False)])
+@pytest.mark.parametrize(("factor", "correct"), [(1.7, True), (1.8, False)])
 def test_kv_rows_are_weighed_against_what_rounding_does(factor: float, correct: bool, kind: int) -> None:
-    """As logits are: energy over expected energy must stay below 2.4. The first layer that is wrong is named."""
+    """As logits are: energy over expected energy must stay below 3. The first layer that is wrong is named."""
 
     def shake(layer: int, *rows: torch.Tensor) -> None:
         if layer >= 2:
@@ -168,7 +168,7 @@ def test_kv_rows_are_weighed_against_what_rounding_does(factor: float, correct: 
     assert finding.correct == correct
     name = "KV"[kind]
     assert correct or finding.failures == (
-        f"error of the {name} rows of layer 2: must stay below its limit, but is 1.07 of it, and 1 more from there on",
+        f"error of the {name} rows of layer 2: must stay below its limit, but is 1.08 of it, and 1 more from there on",
     )
 
 

@@ -18,7 +18,7 @@ from amk.vm.cuda import CudaVM
 from amk.vm.source import kernel_source
 
 pytestmark = pytest.mark.cuda
-PLAN = Plan(prompt=8, steps=40, late=(127, 1000), late_steps=4)
+PLAN = Plan(prompt=8, steps=40, late=(127, 1000), late_steps=8)
 
 
 @cache
@@ -28,7 +28,7 @@ def model(name: str) -> Model:
 
 @cache
 def reference(name: str) -> Reference:
-    plan = Plan(PLAN.prompt, PLAN.steps, tuple(p for p in PLAN.late if p + 4 <= context(name)), 4)
+    plan = Plan(PLAN.prompt, PLAN.steps, tuple(p for p in PLAN.late if p + PLAN.late_steps <= context(name)), PLAN.late_steps)
     points = rounding_points(program(model(name), context=context(name)))
     return make_reference(model(name).spec, model(name).eager("fp32", "cuda"), plan, points)
 
@@ -89,8 +89,9 @@ EDITS = {
         "if (mine && residual) extra += s.read(residual + r, want);",
         "if (mine && residual && task.weight != RESIDUAL_WEIGHT) extra += s.read(residual + r, want);",
     ),
-    "norm scale left out": ("return flags & X_NORM ? rsqrtf", "return false ? rsqrtf"),
+    "norm scale left out": ("if (first) scale = rsqrtf", "if (false) scale = rsqrtf"),
 }
+WIDER_WINDOW = ("position - task.window + 1) : 0;", "position - task.window) : 0;")
 
 
 @pytest.mark.parametrize("name", ["toy", "small", "smollm2-135m"])
@@ -103,4 +104,4 @@ def test_wrong_device_code_fails(name: str, edit: str) -> None:
 
 
 def test_a_window_off_by_one_fails() -> None:
-    assert not finding("window", edit=("position - task.window + 1) : 0;", "position - task.window) : 0;")).correct
+    assert not finding("window", edit=WIDER_WINDOW).correct
