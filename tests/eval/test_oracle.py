@@ -136,9 +136,9 @@ def test_near_ties_are_excused_but_not_more_than_their_share() -> None:
     assert [position for _, position, _ in machine.launches] == [0, 5, 9]
 
 
-@pytest.mark.parametrize(("factor", "correct"), [(1.5, True), (1.6, False)])
+@pytest.mark.parametrize(("factor", "correct"), [(1.6, True), (1.65, False)])
 def test_errors_are_weighed_against_what_rounding_does(factor: float, correct: bool) -> None:
-    """Energy over expected energy must stay below 2.4, the square of 1.549."""
+    """Energy over expected energy must stay below 2.6, the square of 1.612."""
     noise = torch.randn(STEPS, VOCAB, generator=torch.Generator().manual_seed(8))
 
     def shake(position: int, row: torch.Tensor) -> None:
