@@ -20,12 +20,12 @@ from amk.isa.weight_format import format_of
 from amk.schedule.program import Program
 from amk.schedule.targets import Target
 
-# Fitted to a ring of bulk copies on one H200 (132 SMs, 1980 MHz): see `latency_us`.
+# Fitted to the figures of one H200 (132 SMs, 1980 MHz) in results/bench-h200*.json: see `latency_us`.
 READ_SHARE = 0.97  # what a plain read reaches of the data sheet's bandwidth
-BOUNDARY_US = 2.0  # from the last publish of a phase to the first product of the next: publish, counter, poll, read
-CHUNK_CYCLES = 200  # for the consumers of an SM to use up 16 KiB of 16-bit weights; quantised ones cost as much by element
+BOUNDARY_US = 1.7  # from the last publish of a phase to the first product of the next: publish, counter, poll, read
+CHUNK_CYCLES = 260  # for the consumers of an SM to use up 16 KiB of 16-bit weights; quantised ones cost as much by element
 CHUNK_BYTES = 16384
-COPY_US = 1.2  # one bulk copy under load, from issue to arrival
+COPY_US = 1.0  # one bulk copy under load, from issue to arrival
 REFERENCE_MHZ = 1980
 
 F64 = npt.NDArray[np.float64]
@@ -73,7 +73,8 @@ def latency_us(program: Program, target: Target, position: int, bandwidth: float
 
     Phases follow each other: a phase ends when its slowest SM has streamed and used up its share. Bandwidth is shared evenly, so an
     SM streams at 1/sms of it (or at what its copies in flight sustain), also while it waits at a boundary, until its ring is full. The
-    constants were fitted to figures of one H200 for Llama-3.2-1B: 280 us for the chain without memory traffic, 593 us in all.
+    constants were fitted to figures of one H200 (1B, 8B and SmolLM2-135M, every knob; dev/cost_error.py shows the errors). What the
+    model does not know: skew between SMs, polling, and what a large `N_tile` costs by leaving SMs idle.
     """
     gbs = bandwidth if bandwidth is not None else READ_SHARE * target.bandwidth_gbs
     m, clock = program.machine, REFERENCE_MHZ / target.clock_mhz

@@ -1,0 +1,68 @@
+"""How far the cost model is from what was measured: each line of results/bench-*.json beside its prediction, and the error of all.
+
+python amk_bootstrap.py amk.dev.cost_error [RESULTS...]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from amk.models.registry import describe
+from amk.schedule.compile import lower
+from amk.schedule.config import parse_config
+from amk.schedule.cost import ErrorReport, error_report, latency_us
+from amk.schedule.knobs import Config
+from amk.schedule.program import Program
+from amk.schedule.targets import TARGETS
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+Row = dict[str, Any]
+
+
+@cache
+def _program(model: str, effective: str, gpu: str, context: int) -> Program:
+    config = parse_config(json.loads(effective))
+    assert isinstance(config, Config), config
+    return lower(describe(model), config, TARGETS[gpu], context=context)
+
+
+def predicted(row: Row, gpu: str, bandwidth_gbs: float) -> float:
+    """Microseconds a token that the cost model predicts for a line of a bench file, at the plain read of the same run."""
+    context = max(4096, row["position"] + 1024)
+    program = _program(row["model"], json.dumps(row["effective"], sort_keys=True), gpu, context)
+    return latency_us(program, TARGETS[gpu], row["position"], bandwidth_gbs)
+
+
+def lines(files: Sequence[Path]) -> Iterator[tuple[Row, float]]:
+    """Every line of the files with its prediction."""
+    for file in files:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        gpu = file.stem.split("-")[1]
+        for row in [*found["latency"], *found["knobs"]]:
+            yield row, predicted(row, gpu, max(found["plain_read_gbs"]))
+
+
+def main() -> None:
+    files = [Path(name) for name in sys.argv[1:]] or sorted(RESULTS.glob("bench-*.json"))
+    table = Table("model", "config", "position", "measured us", "predicted us", "error")
+    pairs = []
+    for row, guess in lines(files):
+        pairs.append((guess, row["latency_us"]))
+        error = f"{100 * (guess / row['latency_us'] - 1):+.1f} %"
+        table.add_row(row["model"], row["config"], str(row["position"]), f"{row['latency_us']:.1f}", f"{guess:.1f}", error)
+    Console().print(table)
+    report: ErrorReport = error_report(pairs)
+    errors = f"mean error {report.mean_abs_pct:.1f} %, bias {report.bias_pct:+.1f} %, worst {report.worst_pct:.1f} %"
+    print(f"{report.points} points: {errors}, rank correlation {report.rank:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""The cost model beside measurements: what a prediction is compared with, and on the committed results, how good it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from amk.dev.cost_error import RESULTS, lines
+from amk.schedule.config import config_dict
+from amk.schedule.cost import error_report
+from amk.schedule.knobs import Config
+
+
+def test_each_line_is_predicted_at_its_own_position_and_config(tmp_path: Path) -> None:
+    few = config_dict(Config()) | {"fusion_grouping": []}
+    rows = [
+        {"model": "small", "config": name, "effective": config, "position": position, "latency_us": 50.0}
+        for name, config, position in [("default", config_dict(Config()), 16), ("default", config_dict(Config()), 500), ("apart", few, 16)]
+    ]
+    file = tmp_path / "bench-h200.json"
+    file.write_text(json.dumps({"plain_read_gbs": [4600.0], "latency": rows[:2], "knobs": rows[2:]}), encoding="utf-8")
+    early, late, apart = (guess for _, guess in lines([file]))
+    assert 0 < early <= late < apart
+
+
+def test_the_published_latencies_are_predicted_within_15_percent(tmp_path: Path) -> None:
+    """The default configs only: a change of the constants that loses what was measured is noticed here."""
+    pairs = []
+    for published in sorted(RESULTS.glob("bench-*.json")):
+        file = tmp_path / published.name
+        file.write_text(json.dumps(json.loads(published.read_text(encoding="utf-8")) | {"knobs": []}), encoding="utf-8")
+        pairs += [(guess, row["latency_us"]) for row, guess in lines([file])]
+    report = error_report(pairs)
+    assert report.points >= 8 and report.worst_pct <= 15 and report.rank == pytest.approx(1.0, abs=0.05)
