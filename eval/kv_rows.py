@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 # (layer, stop) to K and V of rows 0..stop-1, each [kv_heads, stop, head_dim], K after norm and RoPE.
 ReadRows = Callable[[int, int], "tuple[torch.Tensor, torch.Tensor]"]
-KINDS = ("K", "V")
 
 
 @dataclass(frozen=True)
@@ -46,14 +45,19 @@ def relative_errors(found: ReadRows, exact: ReadRows, layers: int, rows: Rows) -
     """|found - exact| / |exact| of each row over all heads, fp64 [layers, 2 (K, V), rows] on the CPU."""
     import torch
 
-    def one(layer: int, kind: int) -> torch.Tensor:
-        wanted = _cut(exact(layer, rows.stop)[kind], rows)
-        got = _cut(found(layer, rows.stop)[kind], rows)
-        size: torch.Tensor = wanted.norm(dim=(0, 2)).clamp(min=torch.finfo(torch.float32).tiny)
-        error: torch.Tensor = (got - wanted).norm(dim=(0, 2)) / size
-        return error
+    def of_layer(layer: int) -> torch.Tensor:
+        pairs = zip(found(layer, rows.stop), exact(layer, rows.stop), strict=True)
+        return torch.stack([_relative(_cut(got, rows), _cut(wanted, rows)) for got, wanted in pairs])
 
-    return torch.stack([torch.stack([one(layer, kind) for kind in range(len(KINDS))]) for layer in range(layers)])
+    return torch.stack([of_layer(layer) for layer in range(layers)])
+
+
+def _relative(got: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    size: torch.Tensor = wanted.norm(dim=(0, 2)).clamp(min=torch.finfo(torch.float32).tiny)
+    error: torch.Tensor = (got - wanted).norm(dim=(0, 2)) / size
+    return error
 
 
 def _cut(part: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -66,4 +70,4 @@ def typical_ratios(errors: torch.Tensor, expected: torch.Tensor) -> dict[str, fl
 
     logs = torch.log(errors.clamp(min=FP32_ERROR) / expected)
     ratios = torch.nan_to_num(torch.exp(2 * logs.mean(dim=2)), nan=torch.inf, posinf=torch.inf)
-    return {f"{kind} rows of layer {layer}": float(ratios[layer, i]) for layer in range(len(ratios)) for i, kind in enumerate(KINDS)}
+    return {f"{kind} rows of layer {layer}": float(ratios[layer, i]) for layer in range(len(ratios)) for i, kind in enumerate("KV")}
