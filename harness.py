@@ -234,7 +234,7 @@ def trace(
 
 def _require_same_precision(spec: ModelSpec) -> None:
     """UsageError for a model whose weights the baselines would not run as ours are."""
-    if spec.layer_weights or spec.head_weights:
+    if spec.quantised:
         raise UsageError(f"baselines: must run weights in the same format, but those of {spec.name} are quantised and theirs would not be")
 
 

@@ -82,7 +82,9 @@ def judged_rows(session: Session, label: str, config: dict[str, Any], positions:
             "binary_digest": facts.binary_digest, "arena_bytes": 8 * program.arena_packets, "registers": machine.kernel.binary.registers,
         }  # fmt: skip
         spans = [launch_start(position, machine.context) for position in positions]
-        contest = Contest(session.model, spans, partial(print, flush=True)) if baselines else None
+        # Baselines would run the weights in 16 bits: what is quantised has none.
+        rivals = baselines and not session.model.spec.quantised
+        contest = Contest(session.model, spans, partial(print, flush=True)) if rivals else None
         digests = (facts.program_digest, facts.binary_digest)
         return [told(head | timed(session, machine, digests, position, contest)) for position in positions]
     finally:

@@ -46,7 +46,7 @@ class Model:
 
         A checkpoint is loaded by transformers itself, independently of `weights`; one with quantised weights is given them dequantised.
         """
-        if self.checkpoint is None or self.spec.layer_weights or self.spec.head_weights:
+        if self.checkpoint is None or self.spec.quantised:
             return build_eager(self.config, self.spec, self.weights, dtype, device)
         try:
             return load_eager(self.checkpoint.folder, dtype, device)

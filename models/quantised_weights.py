@@ -35,7 +35,7 @@ def split_name(name: str) -> tuple[str, WeightFormat | None]:
 def with_weights(spec: ModelSpec, form: WeightFormat) -> ModelSpec:
     """The model with the matrices of its layers and its head in a format; `Unsupported` where it cannot be."""
     name = f"{spec.name}@{form.name}"
-    if spec.layer_weights or spec.head_weights:
+    if spec.quantised:
         held = (spec.layer_weights or spec.head_weights or form).name
         raise Unsupported(name, [f"weights are quantised ({held}) already: leave out @{form.name}"])
     if spec.dtype == "fp32":

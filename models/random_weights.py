@@ -14,6 +14,7 @@ import struct
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from amk.models.eager import torch_dtype
 from amk.models.rope import rope_table
 from amk.schedule.model import ModelSpec, QuantisedMatrix, weight_shapes
 
@@ -73,7 +74,7 @@ class RandomWeights:
         count = math.prod(shape)
         if count >= 1 << 31:
             raise ValueError(f"a random tensor must have fewer than 2^31 elements, but {name} has {count}")
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[self._spec.dtype]
+        dtype = torch_dtype(self._spec.dtype)
         scale, offset = _scale_and_offset(*distribution(self._spec, name))
         out = torch.empty(count, dtype=dtype, device=device)
         step = self._chunk or _CHUNK[torch.device(device).type]

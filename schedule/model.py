@@ -51,6 +51,11 @@ class ModelSpec:
             object.__setattr__(self, "windows", (None,) * self.layers)
 
     @property
+    def quantised(self) -> bool:
+        """Some of its matrices are quantised."""
+        return self.layer_weights is not None or self.head_weights is not None
+
+    @property
     def group(self) -> int:
         """Query heads that share one KV head."""
         return self.heads // self.kv_heads

@@ -20,7 +20,7 @@ from amk.vm.build import Binary, compile_kernel
 from amk.vm.image import pack_stream
 from amk.vm.interface import Decoded, LaunchFailed
 from amk.vm.kv import require_rows
-from amk.vm.kv_blocks import pack_rows, unpack_rows
+from amk.vm.kv_blocks import element_dtype, pack_rows, unpack_rows
 from amk.vm.layout import constants
 from amk.vm.params import PARAM_DTYPE
 from amk.vm.source import IMAGE_HEAD_BYTES, abi_hash, image_bytes, kernel_source
@@ -114,13 +114,10 @@ class DeviceWeights:
     """What a program reads and never writes: packed streams, constants, RoPE table and embedding, in card memory."""
 
     def __init__(self, program: Program, source: WeightSource, device: str = "cuda") -> None:
-        import torch
-
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[program.machine.dtype]
         self.stream, self.offsets = pack_stream(program, source, device)
         self.constants = constants(program, source, device)
         self.rope = source.rope_table(program.kv.rows, device).float().contiguous()
-        self.embedding = source.tensor("embed", device).to(dtype).contiguous()
+        self.embedding = source.tensor("embed", device).to(element_dtype(program.machine)).contiguous()
 
 
 class UnprovenCudaVM:
@@ -184,9 +181,7 @@ class UnprovenCudaVM:
 
     def seed_kv(self, layer: int, keys: Any, values: Any) -> None:
         """Sets KV rows 0..n-1 of a layer: tensors [kv_heads, n, head_dim], K after norm and RoPE."""
-        n = keys.shape[1]
-        if n > self.context:
-            raise ValueError(f"seed_kv: must be given at most {self.context} rows, but got {n}")
+        require_rows(layer, len(self.kv), keys.shape[1], self.context)
         blocks = pack_rows(self.program.machine, keys.to("cuda"), values.to("cuda"))
         self.kv[layer, :, : blocks.shape[1]] = blocks
 

@@ -20,7 +20,7 @@ def pack_rows(machine: Machine, keys: torch.Tensor, values: torch.Tensor) -> tor
 
     heads, n, dim = keys.shape
     blocks = -(-n // KV_BLOCK_ROWS)
-    dtype = _stored_dtype(machine)
+    dtype = element_dtype(machine)
 
     def padded(rows: torch.Tensor) -> torch.Tensor:
         full = rows.new_zeros((heads, blocks * KV_BLOCK_ROWS, machine.padded_head_dim), dtype=dtype)
@@ -36,7 +36,7 @@ def pack_rows(machine: Machine, keys: torch.Tensor, values: torch.Tensor) -> tor
 def unpack_rows(machine: Machine, packed: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows 0..n-1 of K and V [heads, n, head_dim], in the dtype that is stored, from the blocks of `pack_rows`."""
     heads, blocks = packed.shape[:2]
-    halves = packed.contiguous().view(_stored_dtype(machine)).view(heads, blocks, 2, KV_BLOCK_ROWS, machine.padded_head_dim)
+    halves = packed.contiguous().view(element_dtype(machine)).view(heads, blocks, 2, KV_BLOCK_ROWS, machine.padded_head_dim)
     keys, values = halves[:, :, 0], halves[:, :, 1]
     if machine.dtype != "fp32":
         keys, values = _k_rows(keys), _v_rows(values)
@@ -45,7 +45,8 @@ def unpack_rows(machine: Machine, packed: torch.Tensor, n: int) -> tuple[torch.T
     return k, v
 
 
-def _stored_dtype(machine: Machine) -> torch.dtype:
+def element_dtype(machine: Machine) -> torch.dtype:
+    """The torch dtype of the machine's elements: the embedding, KV rows and weights that are not quantised."""
     import torch
 
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[machine.dtype]

@@ -189,6 +189,12 @@ def test_context_is_rounded_up_to_blocks_and_limited_to_the_models() -> None:
     assert isinstance(compile_program(TINY, Config(), small_target(), context=304), Program)
 
 
+def test_instructions_that_poll_have_no_counter_and_the_others_do() -> None:
+    tasks = [task for queue in lower(TOY, Config(), small_target()).queues for task in queue]
+    assert {type(task).stem for task in tasks if type(task).polls} == {"embed", "sample"}
+    assert all((task.wait_counter == NONE) == type(task).polls for task in tasks)
+
+
 def test_tags_style_has_no_counters() -> None:
     program = lower(TOY, Config(sync="tags"), small_target())
     assert program.counters == ()
