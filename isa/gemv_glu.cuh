@@ -24,10 +24,3 @@ __device__ __forceinline__ void store_gemv_glu(Storer& s, const GemvGluTask& tas
     }
   }
 }
-
-__device__ __forceinline__ void consume_gemv_glu(Consumer& c, const GemvGluTask& task, const Token& token) {
-  consume_matvec(c, reinterpret_cast<const MatVecTask&>(task), token);
-}
-__device__ __forceinline__ bool stream_gemv_glu(Feeder& f, const GemvGluTask& task, const uint8_t*& at, const Token&) {
-  return stream_matvec(f, reinterpret_cast<const MatVecTask&>(task), at);
-}

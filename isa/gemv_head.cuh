@@ -34,10 +34,3 @@ __device__ __forceinline__ void store_gemv_head(Storer& s, const GemvHeadTask& t
   if (s.lane == 0) publish(b.buffer(task.out_buf) + task.out_start, as_bits(best), tag);
   if (s.lane == 1) publish(b.buffer(task.out_buf) + task.out_start + 1, (uint32_t)best_row, tag);
 }
-
-__device__ __forceinline__ void consume_gemv_head(Consumer& c, const GemvHeadTask& task, const Token& token) {
-  consume_matvec(c, reinterpret_cast<const MatVecTask&>(task), token);
-}
-__device__ __forceinline__ bool stream_gemv_head(Feeder& f, const GemvHeadTask& task, const uint8_t*& at, const Token&) {
-  return stream_matvec(f, reinterpret_cast<const MatVecTask&>(task), at);
-}

@@ -95,7 +95,9 @@ class Instruction(ABC):
 
     stem: ClassVar[str] = ""
     carried: ClassVar[bool] = False
-    polls: ClassVar[bool] = False  # has so few tasks that they look at the tags themselves, which is quicker than counter and watcher
+    polls: ClassVar[bool] = (
+        False  # has so few tasks, or so few packets to read, that they look at the tags themselves: quicker than counter and watcher
+    )
     streamed: ClassVar[bool] = False  # has chunks in the weight stream
     stored: ClassVar[bool] = False  # publishes through the storer, tile by tile; else the consumers publish
 

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 from amk.isa.abi import TASK_BYTES, record_header, text_hash
+from amk.isa.instruction import Instruction
+from amk.isa.matvec import MatVec
 from amk.isa.registry import headers, instructions
 from amk.schedule.program import Program
 from amk.schedule.resources import SharedLayout, shared_layout
@@ -88,12 +90,21 @@ def _dispatch(program: Program) -> str:
     used = [(stem, instructions()[stem]) for stem in _used(program)]
     includes = [f'#include "isa/{stem}.cuh"' for stem, _ in used]
 
-    def cases(call: str, which: list[tuple[str, type]]) -> str:
-        template = "    case OP_{op}: {{ const {cls}Task& t = *reinterpret_cast<const {cls}Task*>(task); {call}; }}"
-        return "\n".join(template.format(op=stem.upper(), cls=cls.__name__, call=call.format(stem=stem)) for stem, cls in which)
+    def case(ops: list[str], record: str, call: str) -> str:
+        labels = "".join(f"case OP_{op.upper()}: " for op in ops)
+        return f"    {labels}{{ const {record}Task& t = *reinterpret_cast<const {record}Task*>(task); {call}; }}"
+
+    def cases(call: str, which: list[tuple[str, type[Instruction]]]) -> str:
+        return "\n".join(case([stem], cls.__name__, call.format(stem=stem)) for stem, cls in which)
 
     streamed = [(s, c) for s, c in used if c.streamed]
     stored = [(s, c) for s, c in used if c.stored]
+
+    def shared_cases(call: str, which: list[tuple[str, type[Instruction]]]) -> str:
+        """All stored instructions are matrix-vector products, which differ to the storer alone: consumers and feeder have one code for them."""
+        products = [case([s for s, _ in stored], MatVec.__name__, call.format(stem="matvec"))] if stored else []
+        return "\n".join([*products, cases(call, [(s, c) for s, c in which if not c.stored])])
+
     carried = " || ".join(f"op == OP_{s.upper()}" for s, c in used if c.carried) or "false"
     is_stored = " || ".join(f"op == OP_{s.upper()}" for s, _ in stored) or "false"
     rows = " || ".join(f"op == OP_{s.upper()}" for s, c in streamed if not c.stored) or "false"
@@ -106,11 +117,11 @@ def _dispatch(program: Program) -> str:
             "__device__ __forceinline__ bool streams_rows(const uint8_t* task) { " + op + " return " + rows + "; }",
             "__device__ __forceinline__ void consume(Consumer& c, const uint8_t* task, const Token& token) {",
             "  switch (*reinterpret_cast<const uint16_t*>(task)) {",
-            cases("consume_{stem}(c, t, token); return", used),
+            shared_cases("consume_{stem}(c, t, token); return", used),
             "  }\n}",
             "__device__ __forceinline__ bool stream(Feeder& f, const uint8_t* task, const uint8_t*& at, const Token& token) {",
             "  switch (*reinterpret_cast<const uint16_t*>(task)) {",
-            cases("return stream_{stem}(f, t, at, token)", streamed),
+            shared_cases("return stream_{stem}(f, t, at, token)", streamed),
             "  }\n  return true;\n}",
             "__device__ __forceinline__ void store(Storer& s, const uint8_t* task, const Token& token) {",
             "  switch (*reinterpret_cast<const uint16_t*>(task)) {",

@@ -191,9 +191,9 @@ struct Fetched {
         last_at((warp * P::LAST_LOW + min_of(warp, P::HIGH_WARPS)) * FRAGMENT_BYTES) {}
   __device__ __forceinline__ bool has(int j, bool is_last) const { return UNIFORM || !is_last || j < last; }
   // Waits for the next chunk in the ring, reads it and frees its slot.
-  __device__ __forceinline__ void fetch(Consumer& c, int slot, bool is_last) {
+  __device__ __forceinline__ void fetch(Consumer& c, int slot, bool is_last, bool landed = false) {
     const int at = !UNIFORM && is_last ? last_at : c.warp * P::PER_CHUNK * FRAGMENT_BYTES;
-    const uint8_t* from = c.wait_chunk() + at + c.lane * 16;
+    const uint8_t* from = c.wait_chunk(landed) + at + c.lane * 16;
 #pragma unroll
     for (int j = 0; j < P::PER_CHUNK; ++j)
       a[slot][j] = has(j, is_last) ? *reinterpret_cast<const uint4*>(from + j * FRAGMENT_BYTES) : uint4{};
@@ -230,6 +230,18 @@ struct Operands {
   }
 };
 
+// Multiplies the fetched chunks of a tile, from number `first` on, and fetches as many of those that follow; the last ones of a task have
+// none that follow (`MORE`). Without looking at the ring for each, where all are known to have `LANDED`.
+template <bool MORE, bool LANDED, class P, class F, class O>
+__device__ __forceinline__ void multiply_fetched(Consumer& c, F& chunks, const O& operands, Sums& sums, int first) {
+#pragma unroll
+  for (int d = 0; d < F::DEPTH; ++d) {
+    const int k = first + d, next = k + F::DEPTH;
+    chunks.multiply_into(sums, d, k + 1 == P::CHUNKS, [&](int j) { return operands.at(k * P::PER_CHUNK + j); });
+    if constexpr (MORE) chunks.fetch(c, d, next + 1 == P::CHUNKS || next + 1 == 2 * P::CHUNKS, LANDED);
+  }
+}
+
 template <int COLUMNS, int FLAGS>
 __device__ __forceinline__ void multiply_tiles(Consumer& c, const MatVecTask& task, const Token& token) {
   using P = Plan<COLUMNS, FLAGS>;
@@ -264,15 +276,15 @@ __device__ __forceinline__ void multiply_tiles(Consumer& c, const MatVecTask& ta
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
     Sums sums;
+    const bool slot_free = c.reduction_slot_free();
 #pragma unroll(O::KEPT ? P::CHUNKS : 1)
-    for (int group = 0; group < P::CHUNKS; group += F::DEPTH)
-#pragma unroll
-      for (int d = 0; d < F::DEPTH; ++d) {
-        const int k = group + d, next = k + F::DEPTH;
-        chunks.multiply_into(sums, d, k + 1 == P::CHUNKS, [&](int j) { return operands.at(k * P::PER_CHUNK + j); });
-        if (next < P::CHUNKS || tile + 1 < tiles) chunks.fetch(c, d, next + 1 == P::CHUNKS || next + 1 == 2 * P::CHUNKS);
-      }
-    float* part = c.wait_reduction_slot();
+    for (int first = 0; first < P::CHUNKS; first += F::DEPTH) {
+      const bool more = first + F::DEPTH < P::CHUNKS || tile + 1 < tiles;
+      if (!more) multiply_fetched<false, false, P>(c, chunks, operands, sums, first);
+      else if (c.chunks_landed<F::DEPTH>()) multiply_fetched<true, true, P>(c, chunks, operands, sums, first);
+      else multiply_fetched<true, false, P>(c, chunks, operands, sums, first);
+    }
+    float* part = c.wait_reduction_slot(slot_free);
     sums.store(part, c.lane, TWO);
     if ((FLAGS & X_NORM) && c.lane == 1) part[TILE_ROWS] = squares;
     c.fill_reduction_slot();
@@ -305,7 +317,7 @@ __device__ __forceinline__ void consume_matvec(Consumer& c, const MatVecTask& ta
 #undef SHAPE_CASE
   }
 }
-__device__ __forceinline__ bool stream_matvec(Feeder& f, const MatVecTask& task, const uint8_t*& at) {
+__device__ __forceinline__ bool stream_matvec(Feeder& f, const MatVecTask& task, const uint8_t*& at, const Token&) {
   switch (task.shape) {
 #define SHAPE_CASE(index, columns, flags) \
   case index: return stream_tiles<columns, flags>(f, at, task.tiles);
