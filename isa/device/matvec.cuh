@@ -22,6 +22,9 @@ struct Plan {
   static constexpr int LAST_BYTES = (LAST_LOW * CONSUMER_WARPS + HIGH_WARPS) * W::PIECE_BYTES + W::TAIL_BYTES;
   static constexpr int SLICE = HIGH * W::COLUMNS;  // elements of x a warp keeps, at most
   static constexpr int SLICE_BYTES = SLICE * ELEMENT_BYTES;
+  static constexpr bool UNIFORM = HIGH_WARPS == 0 && LAST_HIGH == PER_CHUNK;  // the last chunk of a tile is as the others
+  template <int MOST>  // chunks that registers have room for while x is read; a chunk always has the same registers
+  static constexpr int DEPTH = MOST >= 4 && CHUNKS % 4 == 0 ? 4 : MOST >= 3 && CHUNKS % 3 == 0 ? 3 : CHUNKS % 2 == 0 ? 2 : 1;
 };
 
 // fp32 activations keep their precision: column 0 of the product takes x rounded to the element type, column 1 the rounding error. The
@@ -88,6 +91,10 @@ struct Slice {
         gain[i] = column(i, lane) < count ? __ldg(reinterpret_cast<const float2*>(g + first + column(i, lane))) : make_float2(0.f, 0.f);
     }
   }
+  __device__ __forceinline__ float2 gain_at(const float* g, int load, int at) const {
+    if constexpr (GAIN_EARLY) return gain[load];
+    return at < count ? __ldg(reinterpret_cast<const float2*>(g + first + at)) : make_float2(0.f, 0.f);
+  }
   // Where a load reads. A lane without columns reads the last ones of the slice (of x, where the slice is empty): loads under no condition
   // are all in flight before the first is looked at.
   __device__ __forceinline__ int source(int load, int lane) const {
@@ -121,9 +128,7 @@ struct Slice {
     float a = as_float(v.x), b = as_float(v.z), squares = 0.f;
     if constexpr (FLAGS & X_NORM) {
       squares = a * a + b * b;
-      float2 gains = make_float2(0.f, 0.f);
-      if constexpr (GAIN_EARLY) gains = gain[load];
-      else if (at < count) gains = __ldg(reinterpret_cast<const float2*>(g + first + at));
+      const float2 gains = gain_at(g, load, at);
       a *= gains.x;
       b *= gains.y;
     }
@@ -177,12 +182,11 @@ struct Sums {
 };
 
 // Fragments of the next chunks that are this warp's, in registers: the first of a task are fetched before x is there, so the ring has room for
-// as many more while a boundary is waited for, and no product waits for shared memory. A chunk always has the same registers.
-// `MOST`: chunks that registers have room for while x is read.
+// as many more while a boundary is waited for, and no product waits for shared memory.
 template <class P, int MOST>
 struct Fetched {
-  static constexpr int DEPTH = MOST >= 4 && P::CHUNKS % 4 == 0 ? 4 : MOST >= 3 && P::CHUNKS % 3 == 0 ? 3 : P::CHUNKS % 2 == 0 ? 2 : 1;
-  static constexpr bool UNIFORM = P::HIGH_WARPS == 0 && P::LAST_HIGH == P::PER_CHUNK;  // the last chunk of a tile is as the others
+  static constexpr int DEPTH = P::template DEPTH<MOST>;
+  static constexpr bool UNIFORM = P::UNIFORM;
   uint4 a[DEPTH][P::PER_CHUNK];
   const int last, last_at;  // fragments of this warp in the last chunk of a tile, and where they begin
 
@@ -239,10 +243,11 @@ __device__ __forceinline__ void multiply_tiles(Consumer& c, const MatVecTask& ta
   constexpr bool TWO = TWO_COLUMNS<FLAGS>;
   // The same place for every shape: another consumer may still be at an earlier task of another shape.
   constexpr int OWN_BYTES = SCRATCH_BYTES / CONSUMER_WARPS / 16 * 16;
-  static_assert(P::SLICE_BYTES * (TWO ? 2 : 1) <= OWN_BYTES, "a consumer's share of scratch must hold its slice of x");
+  constexpr int X_BYTES = P::W::QUANTISED ? DIGITS * plane_bytes(P::SLICE) : P::SLICE_BYTES * (TWO ? 2 : 1);
+  static_assert(X_BYTES <= OWN_BYTES, "a consumer's share of scratch must hold its slice of x");
   uint8_t* slice_bytes = reinterpret_cast<uint8_t*>(b.scratch()) + c.warp * OWN_BYTES;
   if constexpr (P::W::QUANTISED) {
-    multiply_quantised_tiles<P, Slice<COLUMNS, FLAGS>, TWO>(c, task, x, token.expect(task.x_tag), gain, slice_bytes);
+    multiply_quantised_tiles<P, Slice<COLUMNS, FLAGS>>(c, task, x, token.expect(task.x_tag), gain, slice_bytes);
     return;
   }
   const int tiles = task.tiles;

@@ -1,56 +1,45 @@
-// Quantised weights: codes become elements in registers, exactly; each group is summed alone in fp32 and scaled. vm.quantised_image has the
-// order of codes in a fragment.
+// Quantised weights times x in integers: codes and x's digits are signed bytes, the products of a group are summed exactly, then scaled in fp32.
+//
+// Columns 0 to 2 of the product take the digits of x, from the most significant. A lane (g = lane / 4, t = lane % 4) holds rows g and g + 8 of two
+// columns: t = 0 the upper two digits; t = 1 the lowest twice, as column 3 takes it too. Both make one number of them, 256 times the first plus
+// the second; what that is worth, the lane knows. vm.quantised_image has the order of codes in a fragment.
 #pragma once
-#include "isa/device/weight_format.cuh"
+#include "isa/device/fixed_point.cuh"
 
-// A code beside the exponent of 2^7 (bf16) or 2^10 (fp16) is 128 or 1024 more than itself. Eight bits do not fit beside bf16's: there the
-// upper bit chooses what is added to the lower seven, -128 or -256.
+// d[16 rows x 8 columns] += a[16 x 32] * b[32 x 8] of signed bytes; a lane holds d as in `multiply`.
+__device__ __forceinline__ void multiply_bytes(int (&d)[4], const uint4& a, uint2 b) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+               : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+               : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
+}
+
+// Codes as the product takes them, `STEP` of a fragment: each less its middle (of 4 bits times 16: the upper half of a byte), 32 columns.
+template <class W, int STEP>
+__device__ __forceinline__ uint4 bytes_of(const uint4& codes) {
+  if constexpr (W::BITS == 8) return codes;
+  const uint32_t low = STEP ? codes.z : codes.x, high = STEP ? codes.w : codes.y;
+  constexpr uint32_t UPPER = 0xF0F0F0F0u;
+  return make_uint4(low << 4 & UPPER, high << 4 & UPPER, low & UPPER, high & UPPER);
+}
 template <class W>
-struct Codes {
-  static constexpr bool FP16 = ELEMENT == ELEMENT_FP16, SIGNED = W::BITS == 8 && !FP16;
-  static constexpr uint32_t ONE = FP16 ? 0x3C003C00u : 0x3F803F80u, MINUS_ONE = ONE | 0x80008000u;
-  static constexpr uint32_t BIAS = FP16 ? 0x64006400u : 0x43004300u;
-
-  static __device__ __forceinline__ uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
-    uint32_t d;
-    if constexpr (FP16) asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    else asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
-  }
-  // The codes in the lowest bits of both halves of `word`, all with the same bias: two elements. Nothing is rounded.
-  static __device__ __forceinline__ uint32_t biased(uint32_t word) {
-    if constexpr (W::BITS == 4) return (word & 0x000F000Fu) | BIAS;
-    else if constexpr (FP16) return (word & 0x00FF00FFu) | BIAS;
-    else return multiply_add((word & 0x007F007Fu) | BIAS, ONE, (word & 0x00800080u) ^ 0xC380C380u);  // code - 128
-  }
-  // Two elements code - zero; `zero` is the biased zero in both halves.
-  static __device__ __forceinline__ uint32_t pair(uint32_t word, uint32_t zero) {
-    if constexpr (SIGNED && !W::ASYMMETRIC) return biased(word);  // the zero is 128
-    else return multiply_add(zero, MINUS_ONE, biased(word));
-  }
-};
+constexpr float CODE_UNIT = W::BITS == 4 ? 1.f / 16 : 1.f;
 
 // Scale and zero of a lane's two rows, g and g + 8, in one group, as the stream has them: both rows in one word.
 template <class W>
 struct GroupWords {
-  uint32_t scales, zeros;
+  uint32_t scales, zeros;  // zeros are bytes as those of codes
 
   // `scales` are the group's 16 (row g next to row g + 8), `zeros` likewise.
   __device__ __forceinline__ void read(const uint8_t* from_scales, const uint8_t* from_zeros, int lane) {
     scales = *reinterpret_cast<const uint32_t*>(from_scales + (lane >> 2) * 4);
     if constexpr (W::ASYMMETRIC) zeros = *reinterpret_cast<const uint16_t*>(from_zeros + (lane >> 2) * 2);
   }
-  __device__ __forceinline__ uint32_t low_zero() const { return zero(0x4040); }
-  __device__ __forceinline__ uint32_t high_zero() const { return zero(0x4141); }
   __device__ __forceinline__ float low_scale() const { return W::FP16_SCALE ? unpack_fp16(scales & 0xFFFF) : as_float(scales << 16); }
   __device__ __forceinline__ float high_scale() const { return W::FP16_SCALE ? unpack_fp16(scales >> 16) : as_float(scales & 0xFFFF0000u); }
+  __device__ __forceinline__ int low_zero() const { return (int)(zeros << 24) >> 24; }
+  __device__ __forceinline__ int high_zero() const { return (int)(zeros << 16) >> 24; }
 
  private:
-  // The zero of a row, biased, in both halves; `bytes` puts its byte into the low byte of each.
-  __device__ __forceinline__ uint32_t zero(uint32_t bytes) const {
-    if constexpr (W::ASYMMETRIC) return Codes<W>::biased(__byte_perm(zeros, 0, bytes));
-    else return Codes<W>::biased(W::BITS == 8 ? 0x00800080u : 0x00080008u);
-  }
   static __device__ __forceinline__ float unpack_fp16(uint32_t half) {
     float f;
     asm("{\n.reg .b16 h, unused;\nmov.b32 {h, unused}, %1;\ncvt.f32.f16 %0, h;\n}" : "=f"(f) : "r"(half));
@@ -58,157 +47,195 @@ struct GroupWords {
   }
 };
 
-// Partial sums of one tile: a lane's rows g and g + 8, scaled. Lanes 0, 4, 8, ... hold what counts.
-struct ScaledSums {
-  float low = 0.f, high = 0.f;
-  __device__ __forceinline__ void store(float* part, int lane) const {
-    if (lane & 3) return;
-    part[lane >> 2] = low;
-    part[8 + (lane >> 2)] = high;
-  }
+// A sum of products of bytes, columns 2t and 2t + 1 of rows g and g + 8.
+struct ByteSums {
+  int d[4] = {};
+  // Both columns as one number; of up to 128 products of bytes, a digit of the most significant column being at most 64: no overflow.
+  __device__ __forceinline__ int low() const { return d[0] * 256 + d[1]; }
+  __device__ __forceinline__ int high() const { return d[2] * 256 + d[3]; }
 };
 
-// The product of one group's codes with x, not scaled. Two accumulators, so that a product need not wait for the one before; a group of 32
-// is two products, and registers are short.
-template <class W, bool TWO>
-struct GroupSum {
-  static constexpr int SUMS = W::GROUP == 32 ? 1 : 2;
-  float acc[SUMS][4] = {};
+// A warp's slice of x as operands, 32 columns a step: in registers, where it fits into some, or in scratch. `GROUP_STEPS`: those of a scale.
+template <class P>
+struct DigitOperands {
+  using W = typename P::W;
+  static constexpr int PLANE = plane_bytes(P::SLICE), STEPS = P::SLICE / 32, GROUP_STEPS = W::GROUP ? W::GROUP / 32 : STEPS;
+  static constexpr bool KEPT = STEPS <= 20;
+  static constexpr bool SUMMED = W::ASYMMETRIC && (KEPT || !W::GROUP);  // the groups' sums of x are kept
+  const uint8_t* from;
+  uint2 kept[KEPT ? P::CHUNKS * P::PER_CHUNK * W::COLUMNS / 32 : 1] = {};
+  float sums[SUMMED ? ceil_div(STEPS, GROUP_STEPS) : 1] = {};  // in the lane's unit, as of a row of codes that are 1
 
-  // Columns [FIRST, STOP) of a piece, 32 at a time: two products. `x`: this lane's part of the first 32.
-  template <int FIRST, int STOP>
-  __device__ __forceinline__ void add(const uint4* codes, const uint8_t* x, const GroupWords<W>& rows) {
-    const uint32_t low_zero = rows.low_zero(), high_zero = rows.high_zero();
+  // After the warp has written its slice.
+  __device__ __forceinline__ void begin(const uint8_t* slice, int lane) {
+    from = slice + min_of(lane >> 2, DIGITS - 1) * PLANE + (lane & 3) * 8;
+    if constexpr (KEPT) {
 #pragma unroll
-    for (int column = FIRST; column < STOP; column += 32) {
-      const uint4 b = *reinterpret_cast<const uint4*>(x + column * ELEMENT_BYTES);
-      const uint4& a = codes[column / W::FRAGMENT];
-      if constexpr (W::BITS == 8) {
-        add_one<0, 8>(0, a.x, a.y, low_zero, high_zero, b.x, b.y);
-        add_one<0, 8>(1, a.z, a.w, low_zero, high_zero, b.z, b.w);
-      } else {
-        const uint32_t low = column % W::FRAGMENT ? a.z : a.x, high = column % W::FRAGMENT ? a.w : a.y;
-        add_one<0, 4>(0, low, high, low_zero, high_zero, b.x, b.y);
-        add_one<8, 12>(1, low, high, low_zero, high_zero, b.z, b.w);
+      for (int i = 0; i < STEPS; ++i) kept[i] = *reinterpret_cast<const uint2*>(from + i * 32);
+    }
+    if constexpr (SUMMED) {
+#pragma unroll
+      for (int group = 0; group * GROUP_STEPS < STEPS; ++group) {
+        ByteSums sum;
+#pragma unroll(KEPT ? STEPS : 4)
+        for (int i = 0; i < GROUP_STEPS; ++i) add_ones(sum, at(group * GROUP_STEPS + i));
+        sums[group] = fmaf(256.f, (float)sum.d[0], (float)sum.d[1]);
       }
     }
   }
-  // Column 0 of the product took x, column 1 its rounding errors.
-  __device__ __forceinline__ void scale_into(ScaledSums& sums, const GroupWords<W>& rows) const {
-    float low = 0.f, high = 0.f;
-#pragma unroll
-    for (int i = 0; i < SUMS; ++i) {
-      low += TWO ? acc[i][0] + acc[i][1] : acc[i][0];
-      high += TWO ? acc[i][2] + acc[i][3] : acc[i][2];
-    }
-    sums.low = fmaf(rows.low_scale(), low, sums.low);
-    sums.high = fmaf(rows.high_scale(), high, sums.high);
+  __device__ __forceinline__ uint2 at(int step) const {
+    if constexpr (KEPT) return kept[step];
+    return *reinterpret_cast<const uint2*>(from + step * 32);
   }
-
- private:
-  template <int SHIFT0, int SHIFT1>
-  __device__ __forceinline__ void add_one(int n, uint32_t low, uint32_t high, uint32_t low_zero, uint32_t high_zero, uint32_t b0,
-                                          uint32_t b1) {
-    using C = Codes<W>;
-    const uint4 a = make_uint4(C::pair(low >> SHIFT0, low_zero), C::pair(high >> SHIFT0, high_zero), C::pair(low >> SHIFT1, low_zero),
-                               C::pair(high >> SHIFT1, high_zero));
-    multiply(acc[n % SUMS], a, b0, b1);
+  static __device__ __forceinline__ void add_ones(ByteSums& sum, uint2 x) {
+    constexpr uint32_t ONES = 0x01010101u;
+    multiply_bytes(sum.d, make_uint4(ONES, ONES, ONES, ONES), x);
   }
 };
 
-// The pieces of one chunk that are this warp's, in registers: fetched one chunk ahead, as those of the other product are.
-template <class P, bool TWO>
-struct QuantisedChunk {
+// A lane's partial sums of one tile, rows g and g + 8, in its unit: scaled group by group, or the whole row's not scaled yet.
+template <class P>
+struct TileSums {
   using W = typename P::W;
-  static constexpr int OWN_GROUPS = max_of(W::GROUPS, 1);  // of a piece; where a scale serves the row, of the chunk
-  uint4 codes[P::PER_CHUNK][W::FRAGMENTS];
-  GroupWords<W> groups[W::GROUP ? P::PER_CHUNK : 1][OWN_GROUPS];
+  using X = DigitOperands<P>;
+  static constexpr int CHAINS = 4;  // products in a row that do not wait for each other
+  float low = 0.f, high = 0.f;
+  ByteSums row[W::GROUP ? 1 : CHAINS];
 
-  // Waits for the chunk in the ring, reads it and frees its slot. The last chunk of a tile holds `last` pieces of this warp at `last_at`.
-  template <bool LAST>
-  __device__ __forceinline__ void fetch(Consumer& c, int last, int last_at) {
-    constexpr int MOST = LAST ? P::LAST_HIGH : P::PER_CHUNK;
-    const uint8_t* chunk = c.wait_chunk();
-    const uint8_t* from = chunk + (LAST ? last_at : c.warp * P::PER_CHUNK * W::PIECE_BYTES);
-    if constexpr (!W::GROUP) {
-      const uint8_t* tail = chunk + (LAST ? P::LAST_BYTES : P::FULL_BYTES) - W::TAIL_BYTES;
-      groups[0][0].read(tail, tail + W::SCALES_BYTES, c.lane);
-    }
-#pragma unroll
-    for (int j = 0; j < MOST; ++j)
-      if (!LAST || !P::HIGH_WARPS || j < last) fetch_piece(j, from + j * W::PIECE_BYTES, c.lane);
-    c.release_chunk();
+  // Adds the j-th of a chunk's pieces, which begins at step `first` of x.
+  __device__ __forceinline__ void add(int j, const uint4 (&codes)[W::FRAGMENTS], const GroupWords<W>* groups, const X& x, int first) {
+    add_step<0>(j, codes, groups, x, first, ByteSums(), ByteSums());
   }
-  // `x`: this lane's part of the first 32 columns of the chunk's first piece.
-  template <bool LAST>
-  __device__ __forceinline__ void multiply_into(ScaledSums& sums, int last, const uint8_t* x) const {
-    constexpr int MOST = LAST ? P::LAST_HIGH : P::PER_CHUNK;
-    GroupSum<W, TWO> row;
+  __device__ __forceinline__ void scale_row(const GroupWords<W>& words, const X& x) {
+    if constexpr (!W::GROUP) {
+      float sum[4];
 #pragma unroll
-    for (int j = 0; j < MOST; ++j) {
-      if (LAST && P::HIGH_WARPS && j >= last) continue;
-      const uint8_t* own = x + j * W::COLUMNS * ELEMENT_BYTES;
-      if constexpr (W::GROUP) multiply_groups<0>(sums, j, own);
-      else row.template add<0, W::COLUMNS>(codes[j], own, groups[0][0]);
+      for (int i = 0; i < 4; ++i) sum[i] = (float)(row[0].d[i] + row[1].d[i] + (row[2].d[i] + row[3].d[i]));
+      low = scaled(fmaf(256.f, sum[0], sum[1]), words.low_zero(), words.low_scale(), x.sums[0], 0.f);
+      high = scaled(fmaf(256.f, sum[2], sum[3]), words.high_zero(), words.high_scale(), x.sums[0], 0.f);
     }
-    if constexpr (!W::GROUP) row.scale_into(sums, groups[0][0]);
+  }
+  // The tile's rows, from the lanes that hold the digits: lane 4g stores row g, lane 4g + 1 row g + 8.
+  __device__ __forceinline__ void store(float* part, int lane, float unit) const {
+    const bool second = lane & 1;
+    const float own = (second ? high : low) * unit, other = (second ? low : high) * unit;
+    const float sum = own + __shfl_xor_sync(~0u, other, 1);
+    if (!(lane & 2)) part[(lane >> 2) + 8 * second] = sum;
+  }
+  // What `low` and `high` of a lane are worth, `down` being the lowest digit's worth.
+  static __device__ __forceinline__ float unit(float down, int lane) {
+    return down * CODE_UNIT<W> * (lane & 3 ? 1.f / 257 : 256.f);
   }
 
  private:
-  __device__ __forceinline__ void fetch_piece(int j, const uint8_t* from, int lane) {
+  template <int STEP>
+  __device__ __forceinline__ void add_step(int j, const uint4 (&codes)[W::FRAGMENTS], const GroupWords<W>* groups, const X& x, int first,
+                                           ByteSums sum, ByteSums ones) {
+    constexpr int FRAGMENT_STEPS = W::FRAGMENT / 32;
+    if constexpr (STEP < W::COLUMNS / 32) {
+      const uint4 a = bytes_of<W, STEP % FRAGMENT_STEPS>(codes[STEP / FRAGMENT_STEPS]);
+      const uint2 b = x.at(first + STEP);
+      if constexpr (!W::GROUP) {
+        multiply_bytes(row[(j * (W::COLUMNS / 32) + STEP) % CHAINS].d, a, b);
+        add_step<STEP + 1>(j, codes, groups, x, first, sum, ones);
+      } else {
+        multiply_bytes(sum.d, a, b);
+        if constexpr (W::ASYMMETRIC && !X::SUMMED) X::add_ones(ones, b);
+        constexpr bool END = STEP % X::GROUP_STEPS == X::GROUP_STEPS - 1;
+        if constexpr (END) add_group(groups[STEP / X::GROUP_STEPS], sum, X::SUMMED ? x.sums[(first + STEP) / X::GROUP_STEPS] : (float)ones.low());
+        add_step<STEP + 1>(j, codes, groups, x, first, END ? ByteSums() : sum, END ? ByteSums() : ones);
+      }
+    }
+  }
+  __device__ __forceinline__ void add_group(const GroupWords<W>& words, const ByteSums& sum, float x_sum) {
+    low = scaled((float)sum.low(), words.low_zero(), words.low_scale(), x_sum, low);
+    high = scaled((float)sum.high(), words.high_zero(), words.high_scale(), x_sum, high);
+  }
+  static __device__ __forceinline__ float scaled(float sum, int zero, float scale, float x_sum, float before) {
+    if constexpr (W::ASYMMETRIC) sum = fmaf(-(float)zero, x_sum, sum);
+    return fmaf(scale, sum, before);
+  }
+};
+
+// Codes of the next chunks that are this warp's, in registers, as Fetched has fragments of elements.
+template <class P, int MOST>
+struct FetchedCodes {
+  using W = typename P::W;
+  static constexpr int DEPTH = P::template DEPTH<MOST>;
+  static constexpr int OWN_GROUPS = max_of(W::GROUPS, 1);  // of a piece; where a scale serves the row, of the chunk
+  uint4 codes[DEPTH][P::PER_CHUNK][W::FRAGMENTS];
+  GroupWords<W> groups[DEPTH][W::GROUP ? P::PER_CHUNK : 1][OWN_GROUPS];
+  const int last, last_at;  // pieces of this warp in the last chunk of a tile, and where they begin
+
+  __device__ __forceinline__ FetchedCodes(int warp)
+      : last(warp < P::HIGH_WARPS ? P::LAST_HIGH : P::LAST_LOW),
+        last_at((warp * P::LAST_LOW + min_of(warp, P::HIGH_WARPS)) * W::PIECE_BYTES) {}
+  __device__ __forceinline__ bool has(int j, bool is_last) const { return P::UNIFORM || !is_last || j < last; }
+  // Waits for the next chunk in the ring, reads it and frees its slot.
+  __device__ __forceinline__ void fetch(Consumer& c, int slot, bool is_last) {
+    const uint8_t* chunk = c.wait_chunk();
+    const uint8_t* from = chunk + (!P::UNIFORM && is_last ? last_at : c.warp * P::PER_CHUNK * W::PIECE_BYTES);
+#pragma unroll
+    for (int j = 0; j < P::PER_CHUNK; ++j) fetch_piece(slot, j, from + j * W::PIECE_BYTES, has(j, is_last), c.lane);
+    if constexpr (!W::GROUP) {
+      const uint8_t* tail = chunk + (!P::UNIFORM && is_last ? P::LAST_BYTES : P::FULL_BYTES) - W::TAIL_BYTES;
+      groups[slot][0][0].read(tail, tail + W::SCALES_BYTES, c.lane);
+    }
+    c.release_chunk();
+  }
+  __device__ __forceinline__ void multiply_into(TileSums<P>& sums, int slot, bool is_last, const DigitOperands<P>& x, int chunk) const {
+#pragma unroll
+    for (int j = 0; j < P::PER_CHUNK; ++j)
+      if (has(j, is_last)) sums.add(j, codes[slot][j], groups[slot][W::GROUP ? j : 0], x, (chunk * P::PER_CHUNK + j) * (W::COLUMNS / 32));
+    if (is_last) sums.scale_row(groups[slot][0][0], x);
+  }
+
+ private:
+  __device__ __forceinline__ void fetch_piece(int slot, int j, const uint8_t* from, bool has_it, int lane) {
+#pragma unroll
+    for (int f = 0; f < W::FRAGMENTS; ++f)
+      codes[slot][j][f] = has_it ? *reinterpret_cast<const uint4*>(from + f * FRAGMENT_BYTES + lane * 16) : uint4{};
     const uint8_t* scales = from + W::FRAGMENTS * FRAGMENT_BYTES;
 #pragma unroll
-    for (int f = 0; f < W::FRAGMENTS; ++f) codes[j][f] = *reinterpret_cast<const uint4*>(from + f * FRAGMENT_BYTES + lane * 16);
-#pragma unroll
-    for (int g = 0; g < W::GROUPS; ++g)
-      groups[j][g].read(scales + g * W::SCALES_BYTES, scales + W::GROUPS * W::SCALES_BYTES + g * W::ZEROS_BYTES, lane);
-  }
-  template <int GROUP>
-  __device__ __forceinline__ void multiply_groups(ScaledSums& sums, int j, const uint8_t* x) const {
-    if constexpr (GROUP < W::GROUPS) {
-      GroupSum<W, TWO> sum;
-      sum.template add<GROUP * W::GROUP, (GROUP + 1) * W::GROUP>(codes[j], x, groups[j][GROUP]);
-      sum.scale_into(sums, groups[j][GROUP]);
-      multiply_groups<GROUP + 1>(sums, j, x);
+    for (int g = 0; g < W::GROUPS; ++g) {
+      groups[slot][j][g] = {};
+      if (has_it) groups[slot][j][g].read(scales + g * W::SCALES_BYTES, scales + W::GROUPS * W::SCALES_BYTES + g * W::ZEROS_BYTES, lane);
     }
   }
 };
 
 // A task's product, as multiply_tiles has it for elements. `own`: the warp's scratch, to hold its slice of x.
-template <class P, class Slice, bool TWO>
-__device__ __forceinline__ void multiply_quantised_tiles(Consumer& c, const MatVecTask& task, const uint64_t* x, Expected want,
+template <class P, class Slice>
+__device__ __forceinline__ void multiply_quantised_tiles(Consumer& c, const MatVecTask& task, const uint64_t* packets, Expected want,
                                                          const float* gain, uint8_t* own) {
-  using Chunk = QuantisedChunk<P, TWO>;
-  const int last = c.warp < P::HIGH_WARPS ? P::LAST_HIGH : P::LAST_LOW;
-  const int last_at = (c.warp * P::LAST_LOW + min_of(c.warp, P::HIGH_WARPS)) * P::W::PIECE_BYTES;
-  constexpr int CHUNK_OF_X = P::PER_CHUNK * P::W::COLUMNS * ELEMENT_BYTES;
   const int tiles = task.tiles;
-
   Slice slice(c.warp);
   if constexpr (Slice::NORMALISED) slice.prefetch_gain(gain, c.lane);
-  Chunk next{};  // what some path leaves unwritten would be kept for all the kernel's life
-  next.template fetch<P::CHUNKS == 1>(c, last, last_at);
+  using F = FetchedCodes<P, Slice::LOADS <= 4 ? 4 : 2>;
+  F chunks(c.warp);
+#pragma unroll
+  for (int d = 0; d < F::DEPTH; ++d) chunks.fetch(c, d, d + 1 == P::CHUNKS);
   c.wait_released();
-  float squares = slice.load(c, x, want, gain, own);
+  FixedPointSlice<P, Slice> read;
+  read.load(c, slice, packets, want, gain, own);
   __syncwarp();
-  if constexpr (Slice::NORMALISED) squares = warp_sum(squares);
-  const uint8_t* mine = own + (TWO && c.lane >> 2 == 1 ? P::SLICE_BYTES : 0) + (c.lane & 3) * 16;  // lanes 4 to 7 hold column 1
+  DigitOperands<P> x;
+  x.begin(own, c.lane);
+  const float squares = Slice::NORMALISED ? warp_sum(read.squares) : 0.f, unit = TileSums<P>::unit(read.down, c.lane);
 
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
-    ScaledSums sums;
-#pragma unroll 2
-    for (int k = 0; k + 1 < P::CHUNKS; ++k) {
-      const Chunk chunk = next;
-      if (k + 2 < P::CHUNKS) next.template fetch<false>(c, last, last_at);
-      else next.template fetch<true>(c, last, last_at);
-      chunk.template multiply_into<false>(sums, last, mine + k * CHUNK_OF_X);
-    }
-    const Chunk chunk = next;
-    if (tile + 1 < tiles) next.template fetch<P::CHUNKS == 1>(c, last, last_at);
-    chunk.template multiply_into<true>(sums, last, mine + (P::CHUNKS - 1) * CHUNK_OF_X);
+    TileSums<P> sums;
+#pragma unroll(DigitOperands<P>::KEPT ? P::CHUNKS : 1)
+    for (int group = 0; group < P::CHUNKS; group += F::DEPTH)
+#pragma unroll
+      for (int d = 0; d < F::DEPTH; ++d) {
+        const int k = group + d, next = k + F::DEPTH;
+        chunks.multiply_into(sums, d, k + 1 == P::CHUNKS, x, k);
+        if (next < P::CHUNKS || tile + 1 < tiles) chunks.fetch(c, d, next + 1 == P::CHUNKS || next + 1 == 2 * P::CHUNKS);
+      }
     float* part = c.wait_reduction_slot();
-    sums.store(part, c.lane);
+    sums.store(part, c.lane, unit);
     if (Slice::NORMALISED && c.lane == 1) part[TILE_ROWS] = squares;
     c.fill_reduction_slot();
   }
