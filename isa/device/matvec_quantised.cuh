@@ -13,13 +13,16 @@ __device__ __forceinline__ void multiply_bytes(int (&d)[4], const uint4& a, uint
                : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
 }
 
-// Codes as the product takes them, `STEP` of a fragment: each less its middle (of 4 bits times 16: the upper half of a byte), 32 columns.
-template <class W, int STEP>
-__device__ __forceinline__ uint4 bytes_of(const uint4& codes) {
-  if constexpr (W::BITS == 8) return codes;
-  const uint32_t low = STEP ? codes.z : codes.x, high = STEP ? codes.w : codes.y;
+// Codes of 4 bits as the product takes them, 32 columns of a fragment: each in the upper half of a byte, so times 16.
+__device__ __forceinline__ uint4 nibbles_of(const uint4& codes, int step) {
+  const uint32_t low = step ? codes.z : codes.x, high = step ? codes.w : codes.y;
   constexpr uint32_t UPPER = 0xF0F0F0F0u;
   return make_uint4(low << 4 & UPPER, high << 4 & UPPER, low & UPPER, high & UPPER);
+}
+// Computed where it is written, not where it is used.
+__device__ __forceinline__ uint4 here(uint4 v) {
+  asm volatile("" : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w));
+  return v;
 }
 template <class W>
 constexpr float CODE_UNIT = W::BITS == 4 ? 1.f / 16 : 1.f;
@@ -55,16 +58,31 @@ struct ByteSums {
   __device__ __forceinline__ int high() const { return d[2] * 256 + d[3]; }
 };
 
-// A warp's slice of x as operands, 32 columns a step: in registers, where it fits into some, or in scratch. `GROUP_STEPS`: those of a scale.
+// How a warp's part of a chunk is multiplied: pieces of `STEPS` products of 32 columns, `SUMS` sums that are scaled alone (of a row's one, in
+// CHAINS parts that do not wait for each other).
+template <class P>
+struct ChunkShape {
+  using W = typename P::W;
+  static constexpr int CHAINS = 4;
+  static constexpr int STEPS = W::COLUMNS / 32, GROUP_STEPS = W::GROUP ? W::GROUP / 32 : P::SLICE / 32;
+  static constexpr int SUMS = W::GROUP ? P::PER_CHUNK * W::GROUPS : CHAINS, SCALES = W::GROUP ? SUMS : 1;
+  // Which sum takes a step of the j-th piece.
+  static __device__ __forceinline__ constexpr int sum_of(int j, int step) {
+    return W::GROUP ? j * W::GROUPS + step / GROUP_STEPS : (j * STEPS + step) % CHAINS;
+  }
+};
+
+// A warp's slice of x as operands, 32 columns a step: in registers, where it fits into some, or in scratch.
 template <class P>
 struct DigitOperands {
   using W = typename P::W;
-  static constexpr int PLANE = plane_bytes(P::SLICE), STEPS = P::SLICE / 32, GROUP_STEPS = W::GROUP ? W::GROUP / 32 : STEPS;
+  using Shape = ChunkShape<P>;
+  static constexpr int PLANE = plane_bytes(P::SLICE), STEPS = P::SLICE / 32, GROUPS = ceil_div(STEPS, Shape::GROUP_STEPS);
   static constexpr bool KEPT = STEPS <= 20;
-  static constexpr bool SUMMED = W::ASYMMETRIC && (KEPT || !W::GROUP);  // the groups' sums of x are kept
+  static constexpr bool SUMMED = W::ASYMMETRIC && (KEPT || !W::GROUP);  // the groups' sums of x are kept too
   const uint8_t* from;
-  uint2 kept[KEPT ? P::CHUNKS * P::PER_CHUNK * W::COLUMNS / 32 : 1] = {};
-  float sums[SUMMED ? ceil_div(STEPS, GROUP_STEPS) : 1] = {};  // in the lane's unit, as of a row of codes that are 1
+  uint2 kept[KEPT ? P::CHUNKS * P::PER_CHUNK * Shape::STEPS : 1] = {};
+  float sums[W::GROUP ? P::CHUNKS * Shape::SUMS : 1] = {};  // in the lane's unit, as the product with codes that are 1
 
   // After the warp has written its slice.
   __device__ __forceinline__ void begin(const uint8_t* slice, int lane) {
@@ -75,10 +93,10 @@ struct DigitOperands {
     }
     if constexpr (SUMMED) {
 #pragma unroll
-      for (int group = 0; group * GROUP_STEPS < STEPS; ++group) {
+      for (int group = 0; group < GROUPS; ++group) {
         ByteSums sum;
 #pragma unroll(KEPT ? STEPS : 4)
-        for (int i = 0; i < GROUP_STEPS; ++i) add_ones(sum, at(group * GROUP_STEPS + i));
+        for (int i = 0; i < Shape::GROUP_STEPS; ++i) add_ones(sum, at(group * Shape::GROUP_STEPS + i));
         sums[group] = fmaf(256.f, (float)sum.d[0], (float)sum.d[1]);
       }
     }
@@ -93,27 +111,55 @@ struct DigitOperands {
   }
 };
 
-// A lane's partial sums of one tile, rows g and g + 8, in its unit: scaled group by group, or the whole row's not scaled yet.
+// Scales and zeros of a chunk.
+template <class P>
+struct ChunkWords {
+  GroupWords<typename P::W> group[ChunkShape<P>::SCALES];
+};
+
+// A lane's partial sums of one tile, rows g and g + 8, in its unit. Products are scaled after the next chunk has been asked for: they take long.
 template <class P>
 struct TileSums {
   using W = typename P::W;
   using X = DigitOperands<P>;
-  static constexpr int CHAINS = 4;  // products in a row that do not wait for each other
+  using Shape = ChunkShape<P>;
+  static constexpr bool ONES = W::ASYMMETRIC && !X::SUMMED;
   float low = 0.f, high = 0.f;
-  ByteSums row[W::GROUP ? 1 : CHAINS];
+  ByteSums sum[Shape::SUMS];
+  ByteSums ones[ONES ? Shape::SUMS : 1];
 
-  // Adds the j-th of a chunk's pieces, which begins at step `first` of x.
-  __device__ __forceinline__ void add(int j, const uint4 (&codes)[W::FRAGMENTS], const GroupWords<W>* groups, const X& x, int first) {
-    add_step<0>(j, codes, groups, x, first, ByteSums(), ByteSums());
-  }
-  __device__ __forceinline__ void scale_row(const GroupWords<W>& words, const X& x) {
-    if constexpr (!W::GROUP) {
-      float sum[4];
+  __device__ __forceinline__ void begin_chunk() {
+    if constexpr (W::GROUP) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sum[i] = (float)(row[0].d[i] + row[1].d[i] + (row[2].d[i] + row[3].d[i]));
-      low = scaled(fmaf(256.f, sum[0], sum[1]), words.low_zero(), words.low_scale(), x.sums[0], 0.f);
-      high = scaled(fmaf(256.f, sum[2], sum[3]), words.high_zero(), words.high_scale(), x.sums[0], 0.f);
+      for (int i = 0; i < Shape::SUMS; ++i) sum[i] = ByteSums();
+      if constexpr (ONES)
+#pragma unroll
+        for (int i = 0; i < Shape::SUMS; ++i) ones[i] = ByteSums();
     }
+  }
+  // Adds the j-th of the chunk's pieces, which begins at step `first` of x.
+  __device__ __forceinline__ void add(int j, const uint4 (&bytes)[Shape::STEPS], const X& x, int first) {
+#pragma unroll
+    for (int step = 0; step < Shape::STEPS; ++step) {
+      const uint2 b = x.at(first + step);
+      multiply_bytes(sum[Shape::sum_of(j, step)].d, bytes[step], b);
+      if constexpr (ONES) X::add_ones(ones[Shape::sum_of(j, step)], b);
+    }
+  }
+  __device__ __forceinline__ void scale_groups(const ChunkWords<P>& words, const X& x, int chunk) {
+#pragma unroll
+    for (int i = 0; i < Shape::SUMS; ++i) {
+      const float x_sum = ONES ? (float)ones[ONES ? i : 0].low() : X::SUMMED ? x.sums[chunk * Shape::SUMS + i] : 0.f;
+      low = scaled((float)sum[i].low(), words.group[i].low_zero(), words.group[i].low_scale(), x_sum, low);
+      high = scaled((float)sum[i].high(), words.group[i].high_zero(), words.group[i].high_scale(), x_sum, high);
+    }
+  }
+  __device__ __forceinline__ void scale_row(const ChunkWords<P>& words, const X& x) {
+    float d[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[i] = (float)(sum[0].d[i] + sum[1].d[i] + (sum[2].d[i] + sum[3].d[i]));
+    low = scaled(fmaf(256.f, d[0], d[1]), words.group[0].low_zero(), words.group[0].low_scale(), x.sums[0], 0.f);
+    high = scaled(fmaf(256.f, d[2], d[3]), words.group[0].high_zero(), words.group[0].high_scale(), x.sums[0], 0.f);
   }
   // The tile's rows, from the lanes that hold the digits: lane 4g stores row g, lane 4g + 1 row g + 8.
   __device__ __forceinline__ void store(float* part, int lane, float unit) const {
@@ -128,43 +174,22 @@ struct TileSums {
   }
 
  private:
-  template <int STEP>
-  __device__ __forceinline__ void add_step(int j, const uint4 (&codes)[W::FRAGMENTS], const GroupWords<W>* groups, const X& x, int first,
-                                           ByteSums sum, ByteSums ones) {
-    constexpr int FRAGMENT_STEPS = W::FRAGMENT / 32;
-    if constexpr (STEP < W::COLUMNS / 32) {
-      const uint4 a = bytes_of<W, STEP % FRAGMENT_STEPS>(codes[STEP / FRAGMENT_STEPS]);
-      const uint2 b = x.at(first + STEP);
-      if constexpr (!W::GROUP) {
-        multiply_bytes(row[(j * (W::COLUMNS / 32) + STEP) % CHAINS].d, a, b);
-        add_step<STEP + 1>(j, codes, groups, x, first, sum, ones);
-      } else {
-        multiply_bytes(sum.d, a, b);
-        if constexpr (W::ASYMMETRIC && !X::SUMMED) X::add_ones(ones, b);
-        constexpr bool END = STEP % X::GROUP_STEPS == X::GROUP_STEPS - 1;
-        if constexpr (END) add_group(groups[STEP / X::GROUP_STEPS], sum, X::SUMMED ? x.sums[(first + STEP) / X::GROUP_STEPS] : (float)ones.low());
-        add_step<STEP + 1>(j, codes, groups, x, first, END ? ByteSums() : sum, END ? ByteSums() : ones);
-      }
-    }
-  }
-  __device__ __forceinline__ void add_group(const GroupWords<W>& words, const ByteSums& sum, float x_sum) {
-    low = scaled((float)sum.low(), words.low_zero(), words.low_scale(), x_sum, low);
-    high = scaled((float)sum.high(), words.high_zero(), words.high_scale(), x_sum, high);
-  }
   static __device__ __forceinline__ float scaled(float sum, int zero, float scale, float x_sum, float before) {
     if constexpr (W::ASYMMETRIC) sum = fmaf(-(float)zero, x_sum, sum);
     return fmaf(scale, sum, before);
   }
 };
 
-// Codes of the next chunks that are this warp's, in registers, as Fetched has fragments of elements.
+// Codes of the next chunks that are this warp's, in registers, as Fetched has fragments of elements; the first are bytes before x is there.
 template <class P, int MOST>
 struct FetchedCodes {
   using W = typename P::W;
-  static constexpr int DEPTH = P::template DEPTH<MOST>;
-  static constexpr int OWN_GROUPS = max_of(W::GROUPS, 1);  // of a piece; where a scale serves the row, of the chunk
-  uint4 codes[DEPTH][P::PER_CHUNK][W::FRAGMENTS];
-  GroupWords<W> groups[DEPTH][W::GROUP ? P::PER_CHUNK : 1][OWN_GROUPS];
+  using Shape = ChunkShape<P>;
+  static constexpr int DEPTH = P::template DEPTH<MOST>, FRAGMENT_STEPS = W::FRAGMENT / 32;
+  static constexpr bool AS_THEY_ARE = W::BITS == 8;  // codes are the product's bytes
+  uint4 codes[AS_THEY_ARE ? 1 : P::PER_CHUNK][W::FRAGMENTS];  // as fetched last
+  uint4 bytes[DEPTH][P::PER_CHUNK][Shape::STEPS];
+  ChunkWords<P> words[DEPTH];
   const int last, last_at;  // pieces of this warp in the last chunk of a tile, and where they begin
 
   __device__ __forceinline__ FetchedCodes(int warp)
@@ -179,27 +204,38 @@ struct FetchedCodes {
     for (int j = 0; j < P::PER_CHUNK; ++j) fetch_piece(slot, j, from + j * W::PIECE_BYTES, has(j, is_last), c.lane);
     if constexpr (!W::GROUP) {
       const uint8_t* tail = chunk + (!P::UNIFORM && is_last ? P::LAST_BYTES : P::FULL_BYTES) - W::TAIL_BYTES;
-      groups[slot][0][0].read(tail, tail + W::SCALES_BYTES, c.lane);
+      words[slot].group[0].read(tail, tail + W::SCALES_BYTES, c.lane);
     }
     c.release_chunk();
   }
-  __device__ __forceinline__ void multiply_into(TileSums<P>& sums, int slot, bool is_last, const DigitOperands<P>& x, int chunk) const {
+  __device__ __forceinline__ void decode(int slot) {
+    if constexpr (AS_THEY_ARE) return;
 #pragma unroll
     for (int j = 0; j < P::PER_CHUNK; ++j)
-      if (has(j, is_last)) sums.add(j, codes[slot][j], groups[slot][W::GROUP ? j : 0], x, (chunk * P::PER_CHUNK + j) * (W::COLUMNS / 32));
-    if (is_last) sums.scale_row(groups[slot][0][0], x);
+#pragma unroll
+      for (int step = 0; step < Shape::STEPS; ++step)
+        bytes[slot][j][step] = here(nibbles_of(codes[j][step / FRAGMENT_STEPS], step % FRAGMENT_STEPS));
+  }
+  __device__ __forceinline__ void multiply_into(TileSums<P>& sums, int slot, bool is_last, const DigitOperands<P>& x, int chunk) const {
+    sums.begin_chunk();
+#pragma unroll
+    for (int j = 0; j < P::PER_CHUNK; ++j)
+      if (has(j, is_last)) sums.add(j, bytes[slot][j], x, (chunk * P::PER_CHUNK + j) * Shape::STEPS);
   }
 
  private:
   __device__ __forceinline__ void fetch_piece(int slot, int j, const uint8_t* from, bool has_it, int lane) {
 #pragma unroll
-    for (int f = 0; f < W::FRAGMENTS; ++f)
-      codes[slot][j][f] = has_it ? *reinterpret_cast<const uint4*>(from + f * FRAGMENT_BYTES + lane * 16) : uint4{};
+    for (int f = 0; f < W::FRAGMENTS; ++f) {
+      uint4& to = AS_THEY_ARE ? bytes[slot][j][f] : codes[j][f];
+      to = has_it ? *reinterpret_cast<const uint4*>(from + f * FRAGMENT_BYTES + lane * 16) : uint4{};
+    }
     const uint8_t* scales = from + W::FRAGMENTS * FRAGMENT_BYTES;
 #pragma unroll
     for (int g = 0; g < W::GROUPS; ++g) {
-      groups[slot][j][g] = {};
-      if (has_it) groups[slot][j][g].read(scales + g * W::SCALES_BYTES, scales + W::GROUPS * W::SCALES_BYTES + g * W::ZEROS_BYTES, lane);
+      GroupWords<W>& group = words[slot].group[j * W::GROUPS + g];
+      group = {};
+      if (has_it) group.read(scales + g * W::SCALES_BYTES, scales + W::GROUPS * W::SCALES_BYTES + g * W::ZEROS_BYTES, lane);
     }
   }
 };
@@ -214,7 +250,10 @@ __device__ __forceinline__ void multiply_quantised_tiles(Consumer& c, const MatV
   using F = FetchedCodes<P, Slice::LOADS <= 4 ? 4 : 2>;
   F chunks(c.warp);
 #pragma unroll
-  for (int d = 0; d < F::DEPTH; ++d) chunks.fetch(c, d, d + 1 == P::CHUNKS);
+  for (int d = 0; d < F::DEPTH; ++d) {
+    chunks.fetch(c, d, d + 1 == P::CHUNKS);
+    chunks.decode(d);
+  }
   c.wait_released();
   FixedPointSlice<P, Slice> read;
   read.load(c, slice, packets, want, gain, own);
@@ -231,12 +270,19 @@ __device__ __forceinline__ void multiply_quantised_tiles(Consumer& c, const MatV
 #pragma unroll
       for (int d = 0; d < F::DEPTH; ++d) {
         const int k = group + d, next = k + F::DEPTH;
-        chunks.multiply_into(sums, d, k + 1 == P::CHUNKS, x, k);
+        const bool is_last = k + 1 == P::CHUNKS;
+        chunks.multiply_into(sums, d, is_last, x, k);
+        const ChunkWords<P> words = chunks.words[d];
         if (next < P::CHUNKS || tile + 1 < tiles) chunks.fetch(c, d, next + 1 == P::CHUNKS || next + 1 == 2 * P::CHUNKS);
+        if constexpr (P::W::GROUP) sums.scale_groups(words, x, k);
+        if (is_last) {
+          float* part = c.wait_reduction_slot();
+          if constexpr (!P::W::GROUP) sums.scale_row(words, x);
+          sums.store(part, c.lane, unit);
+          if (Slice::NORMALISED && c.lane == 1) part[TILE_ROWS] = squares;
+          c.fill_reduction_slot();
+        }
+        chunks.decode(d);
       }
-    float* part = c.wait_reduction_slot();
-    sums.store(part, c.lane, unit);
-    if (Slice::NORMALISED && c.lane == 1) part[TILE_ROWS] = squares;
-    c.fill_reduction_slot();
   }
 }
