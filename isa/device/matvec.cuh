@@ -24,7 +24,7 @@ struct Plan {
   static constexpr int SLICE_BYTES = SLICE * ELEMENT_BYTES;
   static constexpr bool UNIFORM = HIGH_WARPS == 0 && LAST_HIGH == PER_CHUNK;  // the last chunk of a tile is as the others
   template <int MOST>  // chunks that registers have room for while x is read; a chunk always has the same registers
-  static constexpr int DEPTH = MOST >= 4 && CHUNKS % 4 == 0 ? 4 : MOST >= 3 && CHUNKS % 3 == 0 ? 3 : CHUNKS % 2 == 0 ? 2 : 1;
+  static constexpr int DEPTH = MOST >= 4 && CHUNKS % 4 == 0 ? 4 : MOST >= 3 && CHUNKS % 3 == 0 ? 3 : MOST >= 2 && CHUNKS % 2 == 0 ? 2 : 1;
 };
 
 // fp32 activations keep their precision: column 0 of the product takes x rounded to the element type, column 1 the rounding error. The

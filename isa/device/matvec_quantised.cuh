@@ -208,6 +208,14 @@ struct FetchedCodes {
     }
     c.release_chunk();
   }
+  // There is no next chunk. Codes that a path leaves as they were would be kept until they are decoded again.
+  __device__ __forceinline__ void forget() {
+    if constexpr (AS_THEY_ARE) return;
+#pragma unroll
+    for (int j = 0; j < P::PER_CHUNK; ++j)
+#pragma unroll
+      for (int f = 0; f < W::FRAGMENTS; ++f) codes[j][f] = {};
+  }
   __device__ __forceinline__ void decode(int slot) {
     if constexpr (AS_THEY_ARE) return;
 #pragma unroll
@@ -247,7 +255,7 @@ __device__ __forceinline__ void multiply_quantised_tiles(Consumer& c, const MatV
   const int tiles = task.tiles;
   Slice slice(c.warp);
   if constexpr (Slice::NORMALISED) slice.prefetch_gain(gain, c.lane);
-  using F = FetchedCodes<P, Slice::LOADS <= 4 ? 4 : 2>;
+  using F = FetchedCodes<P, P::W::BITS == 4 ? 1 : Slice::LOADS <= 4 ? 4 : 2>;
   F chunks(c.warp);
 #pragma unroll
   for (int d = 0; d < F::DEPTH; ++d) {
@@ -274,6 +282,7 @@ __device__ __forceinline__ void multiply_quantised_tiles(Consumer& c, const MatV
         chunks.multiply_into(sums, d, is_last, x, k);
         const ChunkWords<P> words = chunks.words[d];
         if (next < P::CHUNKS || tile + 1 < tiles) chunks.fetch(c, d, next + 1 == P::CHUNKS || next + 1 == 2 * P::CHUNKS);
+        else chunks.forget();
         if constexpr (P::W::GROUP) sums.scale_groups(words, x, k);
         if (is_last) {
           float* part = c.wait_reduction_slot();
