@@ -36,4 +36,4 @@ def fixed_point(values: npt.NDArray[Any]) -> F32:
     if not np.isfinite(largest):
         return np.full_like(x, np.nan)
     unit = np.exp2(max(np.frexp(largest)[1] - 1, -63) - 21.0)
-    return (np.rint(x / unit) * unit).astype(np.float32)
+    return np.asarray(np.rint(x / unit) * unit, dtype=np.float32)

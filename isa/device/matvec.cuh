@@ -22,9 +22,6 @@ struct Plan {
   static constexpr int LAST_BYTES = (LAST_LOW * CONSUMER_WARPS + HIGH_WARPS) * W::PIECE_BYTES + W::TAIL_BYTES;
   static constexpr int SLICE = HIGH * W::COLUMNS;  // elements of x a warp keeps, at most
   static constexpr int SLICE_BYTES = SLICE * ELEMENT_BYTES;
-  static constexpr bool UNIFORM = HIGH_WARPS == 0 && LAST_HIGH == PER_CHUNK;  // the last chunk of a tile is as the others
-  template <int MOST>  // chunks that registers have room for while x is read; a chunk always has the same registers
-  static constexpr int DEPTH = MOST >= 4 && CHUNKS % 4 == 0 ? 4 : MOST >= 3 && CHUNKS % 3 == 0 ? 3 : MOST >= 2 && CHUNKS % 2 == 0 ? 2 : 1;
 };
 
 // fp32 activations keep their precision: column 0 of the product takes x rounded to the element type, column 1 the rounding error. The
@@ -182,11 +179,12 @@ struct Sums {
 };
 
 // Fragments of the next chunks that are this warp's, in registers: the first of a task are fetched before x is there, so the ring has room for
-// as many more while a boundary is waited for, and no product waits for shared memory.
+// as many more while a boundary is waited for, and no product waits for shared memory. A chunk always has the same registers.
+// `MOST`: chunks that registers have room for while x is read.
 template <class P, int MOST>
 struct Fetched {
-  static constexpr int DEPTH = P::template DEPTH<MOST>;
-  static constexpr bool UNIFORM = P::UNIFORM;
+  static constexpr int DEPTH = MOST >= 4 && P::CHUNKS % 4 == 0 ? 4 : MOST >= 3 && P::CHUNKS % 3 == 0 ? 3 : P::CHUNKS % 2 == 0 ? 2 : 1;
+  static constexpr bool UNIFORM = P::HIGH_WARPS == 0 && P::LAST_HIGH == P::PER_CHUNK;  // the last chunk of a tile is as the others
   uint4 a[DEPTH][P::PER_CHUNK];
   const int last, last_at;  // fragments of this warp in the last chunk of a tile, and where they begin
 
@@ -246,15 +244,15 @@ __device__ __forceinline__ void multiply_tiles(Consumer& c, const MatVecTask& ta
   constexpr int X_BYTES = P::W::QUANTISED ? DIGITS * plane_bytes(P::SLICE) : P::SLICE_BYTES * (TWO ? 2 : 1);
   static_assert(X_BYTES <= OWN_BYTES, "a consumer's share of scratch must hold its slice of x");
   uint8_t* slice_bytes = reinterpret_cast<uint8_t*>(b.scratch()) + c.warp * OWN_BYTES;
+  using F = Fetched<P, Slice<COLUMNS, FLAGS>::LOADS <= 4 ? 4 : 2>;
   if constexpr (P::W::QUANTISED) {
-    multiply_quantised_tiles<P, Slice<COLUMNS, FLAGS>>(c, task, x, token.expect(task.x_tag), gain, slice_bytes);
+    multiply_quantised_tiles<P, Slice<COLUMNS, FLAGS>, F::DEPTH>(c, task, x, token.expect(task.x_tag), gain, slice_bytes);
     return;
   }
   const int tiles = task.tiles;
 
   Slice<COLUMNS, FLAGS> slice(c.warp);
   if constexpr (FLAGS & X_NORM) slice.prefetch_gain(gain, c.lane);
-  using F = Fetched<P, Slice<COLUMNS, FLAGS>::LOADS <= 4 ? 4 : 2>;
   F chunks(c.warp);
 #pragma unroll
   for (int d = 0; d < F::DEPTH; ++d) chunks.fetch(c, d, d + 1 == P::CHUNKS);

@@ -39,10 +39,17 @@ struct GroupWords {
   }
   __device__ __forceinline__ float low_scale() const { return W::FP16_SCALE ? unpack_fp16(scales & 0xFFFF) : as_float(scales << 16); }
   __device__ __forceinline__ float high_scale() const { return W::FP16_SCALE ? unpack_fp16(scales >> 16) : as_float(scales & 0xFFFF0000u); }
-  __device__ __forceinline__ int low_zero() const { return (int)(zeros << 24) >> 24; }
-  __device__ __forceinline__ int high_zero() const { return (int)(zeros << 16) >> 24; }
+  __device__ __forceinline__ int low_zero() const { return signed_byte<0x8880>(); }
+  __device__ __forceinline__ int high_zero() const { return signed_byte<0x9991>(); }
 
  private:
+  // `SELECTOR` puts a byte of the zeros lowest, its sign above.
+  template <int SELECTOR>
+  __device__ __forceinline__ int signed_byte() const {
+    int v;
+    asm("prmt.b32 %0, %1, 0, %2;" : "=r"(v) : "r"(zeros), "n"(SELECTOR));
+    return v;
+  }
   static __device__ __forceinline__ float unpack_fp16(uint32_t half) {
     float f;
     asm("{\n.reg .b16 h, unused;\nmov.b32 {h, unused}, %1;\ncvt.f32.f16 %0, h;\n}" : "=f"(f) : "r"(half));
@@ -78,11 +85,12 @@ struct DigitOperands {
   using W = typename P::W;
   using Shape = ChunkShape<P>;
   static constexpr int PLANE = plane_bytes(P::SLICE), STEPS = P::SLICE / 32, GROUPS = ceil_div(STEPS, Shape::GROUP_STEPS);
-  static constexpr bool KEPT = STEPS <= 20;
+  static constexpr bool KEPT = 2 * STEPS + (W::ASYMMETRIC ? GROUPS : 0) <= 40;
   static constexpr bool SUMMED = W::ASYMMETRIC && (KEPT || !W::GROUP);  // the groups' sums of x are kept too
   const uint8_t* from;
   uint2 kept[KEPT ? P::CHUNKS * P::PER_CHUNK * Shape::STEPS : 1] = {};
-  float sums[W::GROUP ? P::CHUNKS * Shape::SUMS : 1] = {};  // in the lane's unit, as the product with codes that are 1
+  int sums[W::GROUP ? P::CHUNKS * Shape::SUMS : 1] = {};  // the product with codes that are -1, as a number of both columns
+  float row_sum = 0.f;
 
   // After the warp has written its slice.
   __device__ __forceinline__ void begin(const uint8_t* slice, int lane) {
@@ -96,8 +104,9 @@ struct DigitOperands {
       for (int group = 0; group < GROUPS; ++group) {
         ByteSums sum;
 #pragma unroll(KEPT ? STEPS : 4)
-        for (int i = 0; i < Shape::GROUP_STEPS; ++i) add_ones(sum, at(group * Shape::GROUP_STEPS + i));
-        sums[group] = fmaf(256.f, (float)sum.d[0], (float)sum.d[1]);
+        for (int i = 0; i < Shape::GROUP_STEPS; ++i) subtract(sum, at(group * Shape::GROUP_STEPS + i));
+        if constexpr (W::GROUP) sums[group] = sum.low();
+        else row_sum = fmaf(256.f, (float)sum.d[0], (float)sum.d[1]);
       }
     }
   }
@@ -105,9 +114,8 @@ struct DigitOperands {
     if constexpr (KEPT) return kept[step];
     return *reinterpret_cast<const uint2*>(from + step * 32);
   }
-  static __device__ __forceinline__ void add_ones(ByteSums& sum, uint2 x) {
-    constexpr uint32_t ONES = 0x01010101u;
-    multiply_bytes(sum.d, make_uint4(ONES, ONES, ONES, ONES), x);
+  static __device__ __forceinline__ void subtract(ByteSums& sum, uint2 x) {
+    multiply_bytes(sum.d, make_uint4(~0u, ~0u, ~0u, ~0u), x);
   }
 };
 
@@ -123,18 +131,18 @@ struct TileSums {
   using W = typename P::W;
   using X = DigitOperands<P>;
   using Shape = ChunkShape<P>;
-  static constexpr bool ONES = W::ASYMMETRIC && !X::SUMMED;
+  static constexpr bool SUM_X = W::ASYMMETRIC && !X::SUMMED;
   float low = 0.f, high = 0.f;
   ByteSums sum[Shape::SUMS];
-  ByteSums ones[ONES ? Shape::SUMS : 1];
+  ByteSums less_x[SUM_X ? Shape::SUMS : 1];  // the product with codes that are -1
 
   __device__ __forceinline__ void begin_chunk() {
     if constexpr (W::GROUP) {
 #pragma unroll
       for (int i = 0; i < Shape::SUMS; ++i) sum[i] = ByteSums();
-      if constexpr (ONES)
+      if constexpr (SUM_X)
 #pragma unroll
-        for (int i = 0; i < Shape::SUMS; ++i) ones[i] = ByteSums();
+        for (int i = 0; i < Shape::SUMS; ++i) less_x[i] = ByteSums();
     }
   }
   // Adds the j-th of the chunk's pieces, which begins at step `first` of x.
@@ -143,23 +151,36 @@ struct TileSums {
     for (int step = 0; step < Shape::STEPS; ++step) {
       const uint2 b = x.at(first + step);
       multiply_bytes(sum[Shape::sum_of(j, step)].d, bytes[step], b);
-      if constexpr (ONES) X::add_ones(ones[Shape::sum_of(j, step)], b);
+      if constexpr (SUM_X) X::subtract(less_x[Shape::sum_of(j, step)], b);
     }
   }
   __device__ __forceinline__ void scale_groups(const ChunkWords<P>& words, const X& x, int chunk) {
 #pragma unroll
     for (int i = 0; i < Shape::SUMS; ++i) {
-      const float x_sum = ONES ? (float)ones[ONES ? i : 0].low() : X::SUMMED ? x.sums[chunk * Shape::SUMS + i] : 0.f;
-      low = scaled((float)sum[i].low(), words.group[i].low_zero(), words.group[i].low_scale(), x_sum, low);
-      high = scaled((float)sum[i].high(), words.group[i].high_zero(), words.group[i].high_scale(), x_sum, high);
+      const GroupWords<W>& group = words.group[i];
+      int low_sum = sum[i].low(), high_sum = sum[i].high();
+      if constexpr (W::ASYMMETRIC) {
+        const int minus_x = SUM_X ? less_x[SUM_X ? i : 0].low() : x.sums[chunk * Shape::SUMS + i];
+        low_sum += group.low_zero() * minus_x;
+        high_sum += group.high_zero() * minus_x;
+      }
+      low = fmaf(group.low_scale(), (float)low_sum, low);
+      high = fmaf(group.high_scale(), (float)high_sum, high);
     }
   }
   __device__ __forceinline__ void scale_row(const ChunkWords<P>& words, const X& x) {
+    const GroupWords<W>& group = words.group[0];
     float d[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) d[i] = (float)(sum[0].d[i] + sum[1].d[i] + (sum[2].d[i] + sum[3].d[i]));
-    low = scaled(fmaf(256.f, d[0], d[1]), words.group[0].low_zero(), words.group[0].low_scale(), x.sums[0], 0.f);
-    high = scaled(fmaf(256.f, d[2], d[3]), words.group[0].high_zero(), words.group[0].high_scale(), x.sums[0], 0.f);
+    low = fmaf(256.f, d[0], d[1]);
+    high = fmaf(256.f, d[2], d[3]);
+    if constexpr (W::ASYMMETRIC) {
+      low = fmaf((float)group.low_zero(), x.row_sum, low);
+      high = fmaf((float)group.high_zero(), x.row_sum, high);
+    }
+    low *= group.low_scale();
+    high *= group.high_scale();
   }
   // The tile's rows, from the lanes that hold the digits: lane 4g stores row g, lane 4g + 1 row g + 8.
   __device__ __forceinline__ void store(float* part, int lane, float unit) const {
@@ -172,20 +193,15 @@ struct TileSums {
   static __device__ __forceinline__ float unit(float down, int lane) {
     return down * CODE_UNIT<W> * (lane & 3 ? 1.f / 257 : 256.f);
   }
-
- private:
-  static __device__ __forceinline__ float scaled(float sum, int zero, float scale, float x_sum, float before) {
-    if constexpr (W::ASYMMETRIC) sum = fmaf(-(float)zero, x_sum, sum);
-    return fmaf(scale, sum, before);
-  }
 };
 
 // Codes of the next chunks that are this warp's, in registers, as Fetched has fragments of elements; the first are bytes before x is there.
-template <class P, int MOST>
+template <class P, int DEPTH>
 struct FetchedCodes {
   using W = typename P::W;
   using Shape = ChunkShape<P>;
-  static constexpr int DEPTH = P::template DEPTH<MOST>, FRAGMENT_STEPS = W::FRAGMENT / 32;
+  static constexpr int FRAGMENT_STEPS = W::FRAGMENT / 32;
+  static constexpr bool UNIFORM = P::HIGH_WARPS == 0 && P::LAST_HIGH == P::PER_CHUNK;  // the last chunk of a tile is as the others
   static constexpr bool AS_THEY_ARE = W::BITS == 8;  // codes are the product's bytes
   uint4 codes[AS_THEY_ARE ? 1 : P::PER_CHUNK][W::FRAGMENTS];  // as fetched last
   uint4 bytes[DEPTH][P::PER_CHUNK][Shape::STEPS];
@@ -195,15 +211,15 @@ struct FetchedCodes {
   __device__ __forceinline__ FetchedCodes(int warp)
       : last(warp < P::HIGH_WARPS ? P::LAST_HIGH : P::LAST_LOW),
         last_at((warp * P::LAST_LOW + min_of(warp, P::HIGH_WARPS)) * W::PIECE_BYTES) {}
-  __device__ __forceinline__ bool has(int j, bool is_last) const { return P::UNIFORM || !is_last || j < last; }
+  __device__ __forceinline__ bool has(int j, bool is_last) const { return UNIFORM || !is_last || j < last; }
   // Waits for the next chunk in the ring, reads it and frees its slot.
   __device__ __forceinline__ void fetch(Consumer& c, int slot, bool is_last) {
     const uint8_t* chunk = c.wait_chunk();
-    const uint8_t* from = chunk + (!P::UNIFORM && is_last ? last_at : c.warp * P::PER_CHUNK * W::PIECE_BYTES);
+    const uint8_t* from = chunk + (!UNIFORM && is_last ? last_at : c.warp * P::PER_CHUNK * W::PIECE_BYTES);
 #pragma unroll
     for (int j = 0; j < P::PER_CHUNK; ++j) fetch_piece(slot, j, from + j * W::PIECE_BYTES, has(j, is_last), c.lane);
     if constexpr (!W::GROUP) {
-      const uint8_t* tail = chunk + (!P::UNIFORM && is_last ? P::LAST_BYTES : P::FULL_BYTES) - W::TAIL_BYTES;
+      const uint8_t* tail = chunk + (!UNIFORM && is_last ? P::LAST_BYTES : P::FULL_BYTES) - W::TAIL_BYTES;
       words[slot].group[0].read(tail, tail + W::SCALES_BYTES, c.lane);
     }
     c.release_chunk();
@@ -248,17 +264,18 @@ struct FetchedCodes {
   }
 };
 
-// A task's product, as multiply_tiles has it for elements. `own`: the warp's scratch, to hold its slice of x.
-template <class P, class Slice>
+// A task's product, as multiply_tiles has it for elements. `own`: the warp's scratch, to hold its slice of x. `AHEAD`: chunks of 8-bit codes in
+// registers while x is waited for; of 4-bit ones there is one, as bytes: the ring covers a boundary without them.
+template <class P, class Slice, int AHEAD>
 __device__ __forceinline__ void multiply_quantised_tiles(Consumer& c, const MatVecTask& task, const uint64_t* packets, Expected want,
                                                          const float* gain, uint8_t* own) {
   const int tiles = task.tiles;
   Slice slice(c.warp);
   if constexpr (Slice::NORMALISED) slice.prefetch_gain(gain, c.lane);
-  using F = FetchedCodes<P, P::W::BITS == 4 ? 1 : Slice::LOADS <= 4 ? 4 : 2>;
-  F chunks(c.warp);
+  constexpr int DEPTH = P::W::BITS == 4 ? 1 : AHEAD;
+  FetchedCodes<P, DEPTH> chunks(c.warp);
 #pragma unroll
-  for (int d = 0; d < F::DEPTH; ++d) {
+  for (int d = 0; d < DEPTH; ++d) {
     chunks.fetch(c, d, d + 1 == P::CHUNKS);
     chunks.decode(d);
   }
@@ -274,10 +291,10 @@ __device__ __forceinline__ void multiply_quantised_tiles(Consumer& c, const MatV
   for (int tile = 0; tile < tiles; ++tile) {
     TileSums<P> sums;
 #pragma unroll(DigitOperands<P>::KEPT ? P::CHUNKS : 1)
-    for (int group = 0; group < P::CHUNKS; group += F::DEPTH)
+    for (int group = 0; group < P::CHUNKS; group += DEPTH)
 #pragma unroll
-      for (int d = 0; d < F::DEPTH; ++d) {
-        const int k = group + d, next = k + F::DEPTH;
+      for (int d = 0; d < DEPTH; ++d) {
+        const int k = group + d, next = k + DEPTH;
         const bool is_last = k + 1 == P::CHUNKS;
         chunks.multiply_into(sums, d, is_last, x, k);
         const ChunkWords<P> words = chunks.words[d];

@@ -21,6 +21,7 @@ from amk.vm.layout import quantised_rows
 from amk.vm.quantised_image import pack_quantised, part_of, unpack_quantised
 
 LANES = [(lane >> 2, lane & 3) for lane in range(32)]
+MINUS_ONES = np.full((32, 4), 0xFFFFFFFF, dtype=np.uint32)  # codes of -1
 
 
 def some_machine(make_program: Any, make_spec: Any, **fields: Any) -> Machine:
@@ -157,14 +158,14 @@ class Warp:
             codes_bytes = piece.bytes // FRAGMENT_BYTES * FRAGMENT_BYTES
             fragments = np.frombuffer(own[:codes_bytes], dtype="<u4").reshape(-1, 32, 4)
             for group in range(steps // group_steps):
-                sums, ones = np.zeros((32, 4), dtype=np.int64), np.zeros((32, 4), dtype=np.int64)
+                sums, less_x = np.zeros((32, 4), dtype=np.int64), np.zeros((32, 4), dtype=np.int64)
                 for step in range(group * group_steps, (group + 1) * group_steps):
                     b = self.operand((first + number) * steps + step)
                     sums += product(bytes_of(self.form, fragments, step), b)
-                    ones += product(np.full((32, 4), 0x01010101), b)
+                    less_x += product(MINUS_ONES, b)
                 if form.group:
                     assert np.abs(sums[:, [0, 2]]).max() * 256 + np.abs(sums[:, [1, 3]]).max() < 2**31
-                    self._scale(sums, ones, own[codes_bytes:], group, steps // group_steps)
+                    self._scale(sums, less_x, own[codes_bytes:], group, steps // group_steps)
                 else:
                     self.row += sums
 
@@ -173,14 +174,14 @@ class Warp:
         if not self.form.group:
             total = np.zeros((32, 4), dtype=np.int64)
             for step in range(self.digits.shape[1] // 32):
-                total += product(np.full((32, 4), 0x01010101), self.operand(step))
+                total += product(MINUS_ONES, self.operand(step))
             self._scale(self.row, total, last_chunk[-self.plan.piece.tail :], 0, 1)
         code_unit = 1 / 16 if self.form.bits == 4 else 1
         unit = np.array([self.down * code_unit * (256 if t == 0 else 1 / 257) for _, t in LANES])
         low, high = self.low * unit, self.high * unit
         return np.concatenate([low[0::4] + low[1::4], high[0::4] + high[1::4]])
 
-    def _scale(self, sums: np.ndarray, ones: np.ndarray, beside: bytes, group: int, groups: int) -> None:
+    def _scale(self, sums: np.ndarray, less_x: np.ndarray, beside: bytes, group: int, groups: int) -> None:
         raw = np.frombuffer(beside[32 * group : 32 * group + 32], dtype="<u2").reshape(8, 2)
         scales = raw.view(np.float16).astype(np.float64) if self.form.scale == "fp16" else (raw.astype(np.uint32) << 16).view(np.float32)
         zeros = np.zeros((8, 2))
@@ -188,9 +189,9 @@ class Warp:
             start = 32 * groups + 16 * group
             zeros = np.frombuffer(beside[start : start + 16], dtype=np.int8).reshape(8, 2)
         for lane, (g, _) in enumerate(LANES):
-            s, x_sum = sums[lane], 256 * ones[lane, 0] + ones[lane, 1]
-            self.low[lane] += float(scales[g, 0]) * (256 * s[0] + s[1] - int(zeros[g, 0]) * x_sum)
-            self.high[lane] += float(scales[g, 1]) * (256 * s[2] + s[3] - int(zeros[g, 1]) * x_sum)
+            s, minus_x = sums[lane], 256 * less_x[lane, 0] + less_x[lane, 1]
+            self.low[lane] += float(scales[g, 0]) * (256 * s[0] + s[1] + int(zeros[g, 0]) * minus_x)
+            self.high[lane] += float(scales[g, 1]) * (256 * s[2] + s[3] + int(zeros[g, 1]) * minus_x)
 
 
 @pytest.mark.parametrize("name", FORMATS)
