@@ -82,7 +82,7 @@ def _int8_codes(fragments: torch.Tensor, tiles: int) -> torch.Tensor:
 
 
 def _int4_fragments(codes: torch.Tensor, tiles: int) -> torch.Tensor:
-    """Axes [tile, row half, g, fragment, word pair, t, nibble, byte] to [tile, fragment, g, t, word pair, row half, byte], two nibbles each."""
+    """Axes [tile, row half, g, fragment, word pair, t, nibble, byte] to [tile, fragment, g, t, word pair, row half, two nibbles]."""
     nibbles = codes.view(tiles, 2, 8, -1, 2, 4, 2, 4).permute(0, 3, 2, 5, 4, 1, 7, 6)
     return (nibbles[..., 0] | nibbles[..., 1] << 4) ^ 0x88
 
