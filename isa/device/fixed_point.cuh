@@ -12,12 +12,12 @@ constexpr uint32_t HIGH_BITS = 0x80808080u;  // an unsigned byte less 128 is the
 constexpr int plane_bytes(int columns) { return columns | 32; }
 
 __device__ __forceinline__ uint32_t warp_max(uint32_t v) {
-#if __CUDA_ARCH__ >= 800
-  return __reduce_max_sync(~0u, v);
-#else
+#if TURING || __CUDA_ARCH__ < 800
 #pragma unroll
   for (int d = 16; d; d >>= 1) v = max(v, __shfl_xor_sync(~0u, v, d));
   return v;
+#else
+  return __reduce_max_sync(~0u, v);
 #endif
 }
 

@@ -6,11 +6,25 @@
 #pragma once
 #include "isa/device/fixed_point.cuh"
 
+#if TURING || __CUDA_ARCH__ < 800
+// A quarter of the product below: 8 of its rows, 16 of its columns. Compute capability 7.5 has no larger one.
+__device__ __forceinline__ void multiply_quarter(int& d0, int& d1, uint32_t a, uint32_t b) {
+  asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1},{%2},{%3},{%0,%1};" : "+r"(d0), "+r"(d1) : "r"(a), "r"(b));
+}
+#endif
+
 // d[16 rows x 8 columns] += a[16 x 32] * b[32 x 8] of signed bytes; a lane holds d as in `multiply`.
 __device__ __forceinline__ void multiply_bytes(int (&d)[4], const uint4& a, uint2 b) {
+#if TURING || __CUDA_ARCH__ < 800
+  multiply_quarter(d[0], d[1], a.x, b.x);
+  multiply_quarter(d[2], d[3], a.y, b.x);
+  multiply_quarter(d[0], d[1], a.z, b.y);
+  multiply_quarter(d[2], d[3], a.w, b.y);
+#else
   asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
                : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
                : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
+#endif
 }
 
 // Codes of 4 bits as the product takes them, 32 columns of a fragment: each in the upper half of a byte, so times 16.

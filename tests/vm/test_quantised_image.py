@@ -125,6 +125,19 @@ def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.array([[d[g, 2 * t], d[g, 2 * t + 1], d[g + 8, 2 * t], d[g + 8, 2 * t + 1]] for g, t in LANES])
 
 
+def quarter(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """mma.m8n8k16 of signed bytes by its definition: a register [32] of A and of B, accumulators [32, 2]."""
+    rows, columns = signed_bytes(a).reshape(8, 16), signed_bytes(b).reshape(8, 16).T
+    d = rows @ columns
+    return np.array([d[g, 2 * t : 2 * t + 2] for g, t in LANES])
+
+
+def test_four_quarters_are_the_product() -> None:
+    a, b = (np.random.default_rng(n).integers(0, 1 << 32, (32, n), dtype=np.uint32) for n in (4, 2))
+    quarters = [quarter(a[:, half], b[:, 0]) + quarter(a[:, half + 2], b[:, 1]) for half in (0, 1)]
+    np.testing.assert_array_equal(np.concatenate(quarters, axis=1), product(a, b))
+
+
 def bytes_of(form: WeightFormat, fragments: np.ndarray, step: int) -> np.ndarray:
     """[32, 4] registers of A, 32 columns of fragments [n, 32, 4]."""
     if form.bits == 8:
