@@ -10,10 +10,11 @@ import numpy as np
 from amk.isa.abi import I32, NONE, U16
 from amk.isa.instruction import F32, Access, Instruction, Memory
 from amk.isa.machine import TILE_ROWS, ChunkPlan, Machine, chunk_plan
-from amk.isa.rounding import two_part
+from amk.isa.rounding import fixed_point, two_part
 from amk.isa.weight_format import format_of
 
 X_NARROW = 1  # x comes as narrow packets, not fp32 packets
+DIGITS = 3  # bytes of a fixed-point x, for products in integers
 X_NORM = 2  # x is RMS-normalised: gain applied when read, scale after the product
 
 
@@ -67,8 +68,13 @@ class MatVec(Instruction):
         return [plan.chunk_bytes(c) for c in range(plan.chunks)] * self.tiles
 
     def shared_bytes(self, machine: Machine) -> int:
-        """x as elements, each consumer warp its own K slice; an fp32 packet takes two 16-bit elements: the value and its rounding error."""
+        """x as elements, each consumer warp its own K slice; an fp32 packet takes two 16-bit elements: the value and its rounding error.
+
+        For quantised weights three planes of 8-bit digits a warp, 32 bytes apart from where their banks would be the same.
+        """
         plan = self.plan(machine)
+        if format_of(self.flags):
+            return DIGITS * plan.warps * (plan.high * plan.piece.columns | 32)
         parts = 1 if self.flags & X_NARROW or machine.dtype == "fp32" else 2
         return parts * plan.warps * plan.high * plan.piece.columns * machine.element_bytes
 
@@ -79,7 +85,7 @@ class MatVec(Instruction):
             squares = float((x * x).sum())
             x = x * memory.constant(self.gain, self.cols)[columns]
         w = memory.matrix(self.weight)[first : min(self.rows, first + self.tiles * TILE_ROWS), columns]
-        return w @ two_part(x, memory.machine.dtype), squares
+        return w @ (fixed_point(x) if format_of(self.flags) else two_part(x, memory.machine.dtype)), squares
 
     def product(self, memory: Memory) -> F32:
         """fp32 rows of the task (padding rows left out): W x, scaled and biased."""

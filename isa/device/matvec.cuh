@@ -88,6 +88,10 @@ struct Slice {
         gain[i] = column(i, lane) < count ? __ldg(reinterpret_cast<const float2*>(g + first + column(i, lane))) : make_float2(0.f, 0.f);
     }
   }
+  __device__ __forceinline__ float2 gain_at(const float* g, int load, int at) const {
+    if constexpr (GAIN_EARLY) return gain[load];
+    return at < count ? __ldg(reinterpret_cast<const float2*>(g + first + at)) : make_float2(0.f, 0.f);
+  }
   // Where a load reads. A lane without columns reads the last ones of the slice (of x, where the slice is empty): loads under no condition
   // are all in flight before the first is looked at.
   __device__ __forceinline__ int source(int load, int lane) const {
@@ -121,9 +125,7 @@ struct Slice {
     float a = as_float(v.x), b = as_float(v.z), squares = 0.f;
     if constexpr (FLAGS & X_NORM) {
       squares = a * a + b * b;
-      float2 gains = make_float2(0.f, 0.f);
-      if constexpr (GAIN_EARLY) gains = gain[load];
-      else if (at < count) gains = __ldg(reinterpret_cast<const float2*>(g + first + at));
+      const float2 gains = gain_at(g, load, at);
       a *= gains.x;
       b *= gains.y;
     }
@@ -251,17 +253,18 @@ __device__ __forceinline__ void multiply_tiles(Consumer& c, const MatVecTask& ta
   constexpr bool TWO = TWO_COLUMNS<FLAGS>;
   // The same place for every shape: another consumer may still be at an earlier task of another shape.
   constexpr int OWN_BYTES = SCRATCH_BYTES / CONSUMER_WARPS / 16 * 16;
-  static_assert(P::SLICE_BYTES * (TWO ? 2 : 1) <= OWN_BYTES, "a consumer's share of scratch must hold its slice of x");
+  constexpr int X_BYTES = P::W::QUANTISED ? DIGITS * plane_bytes(P::SLICE) : P::SLICE_BYTES * (TWO ? 2 : 1);
+  static_assert(X_BYTES <= OWN_BYTES, "a consumer's share of scratch must hold its slice of x");
   uint8_t* slice_bytes = reinterpret_cast<uint8_t*>(b.scratch()) + c.warp * OWN_BYTES;
+  using F = Fetched<P, Slice<COLUMNS, FLAGS>::LOADS <= 4 ? 4 : 2>;
   if constexpr (P::W::QUANTISED) {
-    multiply_quantised_tiles<P, Slice<COLUMNS, FLAGS>, TWO>(c, task, x, token.expect(task.x_tag), gain, slice_bytes);
+    multiply_quantised_tiles<P, Slice<COLUMNS, FLAGS>, F::DEPTH>(c, task, x, token.expect(task.x_tag), gain, slice_bytes);
     return;
   }
   const int tiles = task.tiles;
 
   Slice<COLUMNS, FLAGS> slice(c.warp);
   if constexpr (FLAGS & X_NORM) slice.prefetch_gain(gain, c.lane);
-  using F = Fetched<P, Slice<COLUMNS, FLAGS>::LOADS <= 4 ? 4 : 2>;
   F chunks(c.warp);
 #pragma unroll
   for (int d = 0; d < F::DEPTH; ++d) chunks.fetch(c, d, d + 1 == P::CHUNKS);
