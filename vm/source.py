@@ -101,7 +101,7 @@ def _dispatch(program: Program) -> str:
     stored = [(s, c) for s, c in used if c.stored]
 
     def shared_cases(call: str, which: list[tuple[str, type[Instruction]]]) -> str:
-        """All stored instructions are matrix-vector products, which differ to the storer alone: consumers and feeder have one code for them."""
+        """All stored instructions are products, which differ to the storer alone: consumers and feeder have one code for them."""
         products = [case([s for s, _ in stored], MatVec.__name__, call.format(stem="matvec"))] if stored else []
         return "\n".join([*products, cases(call, [(s, c) for s, c in which if not c.stored])])
 
