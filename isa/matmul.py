@@ -73,4 +73,3 @@ class MatMul(MatVec):
 
     def bias_rows(self, memory: Memory, rows: int) -> F32:
         return super().bias_rows(memory, rows)[:, None]
-

@@ -166,9 +166,9 @@ def _matvec(op: MatVecOp, runs: tuple[Run, ...], names: Names) -> list[Instructi
     x_buf, x_tag, out_buf, out_tag = names.buffers[x], names.sync.tags[x], names.buffers[out], names.sync.tags[out]
     res_buf, res_tag = (NONE, 0) if residual is None else (names.buffers[residual], names.sync.tags[residual])
     weight, gain, bias = names.matrices[op.name], names.constant(op.gain), names.constant(op.bias)
-    make = cls if op.batch == 1 else partial(cls, batch=op.batch)
+    batch = {} if op.batch == 1 else {"batch": op.batch}
     return [
-        make(
+        cls(
             shape=shape,
             flags=op.flags,
             weight=weight,
@@ -185,6 +185,7 @@ def _matvec(op: MatVecOp, runs: tuple[Run, ...], names: Names) -> list[Instructi
             bias=bias,
             res_buf=res_buf,
             res_tag=res_tag,
+            **batch,
             **hints,
         )
         for number, run in enumerate(runs)

@@ -83,7 +83,10 @@ class _Builder:
         residual: str | None = None,
         order: int = 0,
     ) -> str:
-        """The product of the stacked (or interleaved) `sources` with x, published as the value `out`, which must exist. `order` is OUT_BY_SEAT or 0."""
+        """The product of the stacked (or interleaved) `sources` with x, published as the value `out`, which must exist.
+
+        `order`: OUT_BY_SEAT or 0.
+        """
         weights = weight_format(self.spec, sources[0])
         self.matrices.append(Matrix(name, sources, layout, rows, cols, weights))
         named = self.constant(f"{name}.bias", tuple(f"{s}.bias" for s in sources), rows, layout) if bias else None

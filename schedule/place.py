@@ -44,9 +44,7 @@ def assignment_problems(graph: Graph, tilings: Mapping[str, Tiling], assignment:
             yield reject(f"sm_assignment.{key}", max(chosen), f"SMs from 0 to {sms - 1}")
 
 
-def place(
-    graph: Graph, tilings: Mapping[str, Tiling], assignment: Assignment, sms: int, fixed: Placement | None = None
-) -> Placement:
+def place(graph: Graph, tilings: Mapping[str, Tiling], assignment: Assignment, sms: int, fixed: Placement | None = None) -> Placement:
     """The tasks of every op. An op that an explicit map leaves out is balanced by load; those of `fixed` have their tasks already."""
     explicit = {} if isinstance(assignment, str) else dict(assignment)
     policy = assignment if isinstance(assignment, str) else "load_balance"

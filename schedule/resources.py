@@ -37,8 +37,8 @@ class SharedNeeds:
 class SharedLayout:
     """Byte offsets in dynamic shared memory; `total` is what a block needs.
 
-    The ring begins at 0. Then come scratch, the reduction slots ([slots][consumer warps][batch][20] fp32), the task records, the stream entries
-    (u16 indices into the queue), the buffer table (u32 packet offsets) and `barrier_bytes` for barriers.
+    The ring begins at 0. Then come scratch, the reduction slots ([slots][consumer warps][batch][20] fp32), the task records, the stream
+    entries (u16 indices into the queue), the buffer table (u32 packet offsets) and `barrier_bytes` for barriers.
     """
 
     ring: int

@@ -103,9 +103,7 @@ class UnprovenVM:
                     self._arena.store(access, values, epoch + step)
 
 
-def launch_inputs(
-    machine: Machine, tokens: Sequence[Sequence[int]], positions: Sequence[int], steps: int, logits: bool
-) -> LaunchInputs:
+def launch_inputs(machine: Machine, tokens: Sequence[Sequence[int]], positions: Sequence[int], steps: int, logits: bool) -> LaunchInputs:
     """A launch of checked arguments: tokens and a position for each seat."""
     rows = np.zeros((steps, len(tokens), machine.vocab), dtype=np.float32) if logits else None
     results = Results([[-1] * len(tokens) for _ in range(steps)], rows)

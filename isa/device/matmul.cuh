@@ -7,7 +7,7 @@
 #include "isa/device/plan.cuh"
 
 constexpr int X_BY_SEAT = 256, OUT_BY_SEAT = 512, X_KEPT = 1024;
-constexpr int PAIRS_AT_ONCE = 16;  // pairs of packets that a lane asks for at a time
+constexpr int PAIRS_AT_ONCE = 8;  // pairs of packets that a lane asks for at a time; with 16 registers run out
 
 // x of a warp's slice as operands.
 template <int COLUMNS, int FLAGS>
@@ -39,35 +39,42 @@ struct SeatSlice {
   // is read from its last fragment and must not be used. `count_squares`: what is read is added to `squares`.
   template <int N>
   __device__ __forceinline__ void load(const Abort& abort, uint2 (&operands)[N], int from, int lane, bool count_squares) {
+    constexpr bool WHOLE = P::HIGH_WARPS == 0 && P::HIGH * SEAT_BLOCKS % N == 0;  // nothing lies beyond any warp's slice
 #pragma unroll
     for (int base = 0; base < N; base += AT_ONCE) {
       constexpr int MOST = min_of(N, AT_ONCE);
       uint4 v[MOST * PAIRS];
-      read_pairs(abort, v, want, [&](int i) { return x + packet(from, min_of(base + i / PAIRS, N - 1), i % PAIRS, lane); });
+      read_pairs(abort, v, want, [&](int i) { return x + packet<WHOLE>(from, min_of(base + i / PAIRS, N - 1), i % PAIRS, lane); });
 #pragma unroll
       for (int i = 0; i < MOST; ++i)
-        if (base + i < N) operands[base + i] = operand(&v[i * PAIRS], from, base + i, lane, count_squares);
+        if (base + i < N) operands[base + i] = operand<WHOLE>(&v[i * PAIRS], from, base + i, lane, count_squares);
     }
   }
 
  private:
-  __device__ __forceinline__ int fragment(int from, int number) const { return first + min_of(from + number / SEAT_BLOCKS, count - 1); }
+  template <bool WHOLE>
+  __device__ __forceinline__ int fragment(int from, int number) const {
+    const int at = from + number / SEAT_BLOCKS;
+    return first + (WHOLE ? at : min_of(at, count - 1));
+  }
   // The first packet of half `half` of operand `number`.
+  template <bool WHOLE>
   __device__ __forceinline__ int packet(int from, int number, int half, int lane) const {
-    const int f = fragment(from, number), block = number % SEAT_BLOCKS, g = lane >> 2, t = lane & 3;
+    const int f = fragment<WHOLE>(from, number), block = number % SEAT_BLOCKS, g = lane >> 2, t = lane & 3;
     if constexpr (!NARROW_X) return wide_packet(f, block, half, lane);
     else if constexpr (FLAGS & X_BY_SEAT) return (block * 8 + g) * (COLUMNS / 2) + min_of(f * 16 + t * 4, COLUMNS - 4) / 2;
     else return narrow_packet(min_of(2 * f + (t >> 1), RUNS - 1), block, g, t & 1);
   }
+  template <bool WHOLE>
   __device__ __forceinline__ uint2 operand(const uint4* v, int from, int number, int lane, bool count_squares) {
-    const int f = fragment(from, number), at = f * 16 + (lane & 3) * 4;
+    const int f = fragment<WHOLE>(from, number), at = f * 16 + (lane & 3) * 4;
     if constexpr (NARROW_X) {
       const bool beyond = COLUMNS % 16 != 0 && at >= RUNS * 8;  // the weights there are zero, but what is read need not be a number
       return beyond ? make_uint2(0, 0) : make_uint2(v[0].x, v[0].z);
     } else {
       float a = as_float(v[0].x), b = as_float(v[0].z), c = as_float(v[1].x), d = as_float(v[1].z);
       if constexpr (NORMALISED) {
-        if (count_squares && from + number / SEAT_BLOCKS < count) squares[number % SEAT_BLOCKS] += (a * a + b * b) + (c * c + d * d);
+        if (count_squares && (WHOLE || from + number / SEAT_BLOCKS < count)) squares[number % SEAT_BLOCKS] += (a * a + b * b) + (c * c + d * d);
         const float4 gains = __ldg(reinterpret_cast<const float4*>(gain + at));
         a *= gains.x, b *= gains.y, c *= gains.z, d *= gains.w;
       }
@@ -106,8 +113,8 @@ __device__ __forceinline__ void multiply_seats(Consumer& c, const MatVecTask& ta
   using P = Plan<COLUMNS, FLAGS>;
   using S = SeatSlice<COLUMNS, FLAGS>;
   constexpr bool KEPT = FLAGS & X_KEPT;
-  // Fragments whose operands are in registers at a time: as many chunks as keep PAIRS_AT_ONCE loads under way.
-  constexpr int GROUP_CHUNKS = KEPT ? 1 : min_of(P::CHUNKS, max_of(1, PAIRS_AT_ONCE / (S::PAIRS * SEAT_BLOCKS * P::PER_CHUNK)));
+  // Chunks whose operands are in registers at a time.
+  constexpr int GROUP_CHUNKS = KEPT ? 1 : min_of(P::CHUNKS, max_of(1, S::AT_ONCE / (SEAT_BLOCKS * P::PER_CHUNK)));
   constexpr int GROUP_FRAGMENTS = GROUP_CHUNKS * P::PER_CHUNK;
   constexpr int OWN_BYTES = SCRATCH_BYTES / CONSUMER_WARPS / 16 * 16;  // for all shapes alike: another consumer may be at an earlier task
   constexpr int OPERAND_BYTES = 32 * 8;
@@ -127,7 +134,8 @@ __device__ __forceinline__ void multiply_seats(Consumer& c, const MatVecTask& ta
       slice.load(c.abort, operands, from, c.lane, true);
 #pragma unroll
       for (int i = 0; i < STEP * SEAT_BLOCKS; ++i)
-        if (from + i / SEAT_BLOCKS < slice.count) *reinterpret_cast<uint2*>(kept + (from * SEAT_BLOCKS + i) * OPERAND_BYTES) = operands[i];
+        if (P::HIGH_WARPS == 0 && P::HIGH % STEP == 0 || from + i / SEAT_BLOCKS < slice.count)
+          *reinterpret_cast<uint2*>(kept + (from * SEAT_BLOCKS + i) * OPERAND_BYTES) = operands[i];
     }
     __syncwarp();
   }

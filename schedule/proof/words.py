@@ -82,11 +82,11 @@ def _counters(checker: Checker, words: Words) -> None:
 
 
 def _batch(checker: Checker, words: Words) -> None:
-    """A machine of one token runs instructions of one token; that of a batch those of its batch, and attention, which works seat by seat."""
+    """A machine of one token runs instructions of one token; that of a batch those of its batch, and attention, which has one seat."""
     batch = checker.subject.program.machine.batch
     tasks = np.ones(len(words.ids), dtype=bool)
     found = words.column["batch"] if words.cls.batched else np.where(tasks, batch if words.cls is Attention else 1, 0)
-    checker.must(words, found == batch, "kind", "computes {found} tokens side by side, but the machine {batch}", found=found, batch=batch)
+    checker.must(words, found == batch, "kind", "computes {found} tokens at once, but the machine {batch}", found=found, batch=batch)
 
 
 def _matmul(checker: Checker, words: Words) -> None:
