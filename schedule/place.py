@@ -12,7 +12,7 @@ from amk.schedule.knobs import Assignment
 from amk.schedule.rejection import Rejection, reject
 from amk.schedule.tile import Tiling
 
-KEPT_BYTES = 65536  # of x that a batch's products keep in scratch; the ring must have room beside it
+KEPT_SHARE = 3  # of shared memory x may take one in so many, where a batch's products keep it: the ring must have room beside it
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,15 @@ def sized_candidates(graph: Graph, placement: Placement) -> Graph:
     return replace(graph, values=tuple(replace(v, packets=packets) if v.name == CANDIDATES else v for v in graph.values))
 
 
-def with_kept_inputs(graph: Graph, placement: Placement) -> Graph:
+def with_kept_inputs(graph: Graph, placement: Placement, shared_bytes: int) -> Graph:
     """The graph with products of a batch that keep their inputs: those with a task of several tiles, where they are not too large."""
-    return replace(graph, ops=tuple(_kept(op, placement) if isinstance(op, MatVecOp) else op for op in graph.ops))
+    most = shared_bytes // KEPT_SHARE
+    return replace(graph, ops=tuple(_kept(op, placement, most) if isinstance(op, MatVecOp) else op for op in graph.ops))
 
 
-def _kept(op: MatVecOp, placement: Placement) -> MatVecOp:
+def _kept(op: MatVecOp, placement: Placement, most: int) -> MatVecOp:
     tiles = max(run.stop - run.start for run in placement[op.name])
-    keeps = op.batch > 1 and tiles > 1 and 2 * op.batch * op.cols <= KEPT_BYTES
+    keeps = op.batch > 1 and tiles > 1 and 2 * op.batch * op.cols <= most
     return replace(op, flags=op.flags | X_KEPT) if keeps else op
 
 
