@@ -28,11 +28,12 @@ UNFUSED: dict[str, Any] = {"fusion_grouping": []}
 
 @dataclass(frozen=True)
 class Variant:
-    """A model's dimensions and a config."""
+    """A model's dimensions, a config, and how many tokens are computed side by side."""
 
     name: str
     spec: ModelSpec
     config: dict[str, Any]
+    batch: int = 1
 
 
 def variants() -> list[Variant]:
@@ -48,6 +49,10 @@ def variants() -> list[Variant]:
         Variant("small fp32 unfused", replace(small, dtype="fp32"), UNFUSED),
         Variant("small, heads of 80", replace(small, head_dim=80), {}),
         Variant("small, heads of 256", replace(small, head_dim=256, heads=4, kv_heads=2), {}),
+        *(Variant(f"llama-3.2-1b, batch {batch}", one_b, {}, batch) for batch in (8, 16)),
+        Variant("llama-3.1-8b, batch 8", describe("llama-3.1-8b-shape"), {}, 8),
+        Variant("smollm2-135m, batch 8", describe("smollm2-135m-shape"), {}, 8),
+        Variant("small fp16, batch 16", replace(small, dtype="fp16"), {"threads_per_block": 128}, 16),
         *(Variant(f"llama-3.2-1b {name}", with_weights(one_b, form), {}) for name, form in FORMATS.items()),
         Variant("llama-3.2-1b int8, head bf16", replace(with_weights(one_b, FORMATS["int8"]), head_weights=None), {}),
         Variant("llama-3.2-1b int4-g64-asym 128 thr.", with_weights(one_b, FORMATS["int4-g64-asym"]), {"threads_per_block": 128}),
@@ -65,7 +70,7 @@ def build(case: tuple[Variant, str]) -> tuple[bool, str]:
     config = parse_config(variant.config)
     if isinstance(config, list):
         return False, f"{variant.name}: {config}"
-    program = compile_program(variant.spec, config, target, context=4096)
+    program = compile_program(variant.spec, config, target, context=4096, batch=variant.batch)
     if isinstance(program, list):
         return False, f"{variant.name} for {card}: {program}"
     try:

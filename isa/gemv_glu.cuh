@@ -2,8 +2,6 @@
 #pragma once
 #include "isa/device/matvec.cuh"
 
-__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
-
 __device__ __forceinline__ void store_gemv_glu(Storer& s, const GemvGluTask& task, const Token& token) {
   const Block& b = s.b;
   const int row = s.lane & 15;

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -63,6 +64,16 @@ class MatVec(Instruction):
     def reads(self, machine: Machine, position: int) -> list[Access]:
         return [self.x_read(machine)]
 
+    def slice_reads(self, machine: Machine, columns: slice) -> list[Access]:
+        """What of x the consumer warp with these columns reads; `columns` begins at a whole packet."""
+        x = self.x_read(machine)
+        per_packet = machine.narrow if x.kind == "narrow" else 1
+        return [replace(x, start=x.start + columns.start // per_packet, stop=x.start + -(-columns.stop // per_packet))]
+
+    def slice_of(self, loaded: Sequence[F32], columns: slice) -> F32:
+        """`columns` of x from the elements of what `slice_reads` reads."""
+        return loaded[0][: columns.stop - columns.start]
+
     def chunk_bytes(self, machine: Machine, position: int) -> list[int]:
         plan = self.plan(machine)
         return [plan.chunk_bytes(c) for c in range(plan.chunks)] * self.tiles
@@ -78,7 +89,7 @@ class MatVec(Instruction):
         parts = 1 if self.flags & X_NARROW or machine.dtype == "fp32" else 2
         return parts * plan.warps * plan.high * plan.piece.columns * machine.element_bytes
 
-    def slice_sums(self, memory: Memory, x: F32, columns: slice) -> tuple[F32, float]:
+    def slice_sums(self, memory: Memory, x: F32, columns: slice) -> tuple[F32, Any]:
         """One K slice of the product: W[:, columns] times x (its elements), neither scaled nor biased, and the sum of squares of x."""
         first, squares = self.tile0 * TILE_ROWS, 0.0
         if self.flags & X_NORM:
@@ -92,11 +103,17 @@ class MatVec(Instruction):
         machine = memory.machine
         reduced = memory.reduced_sums()
         if reduced is None:
-            reduced = self.slice_sums(memory, memory.read(self.x_read(machine))[: self.cols], slice(0, self.cols))
+            every = slice(0, self.cols)
+            x = self.slice_of([memory.read(access) for access in self.slice_reads(machine, every)], every)
+            reduced = self.slice_sums(memory, x, every)
         y, squares = reduced
         if self.flags & X_NORM:
             y = y * np.float32((squares / self.cols + machine.rms_eps) ** -0.5)
-        return y if self.bias < 0 else y + memory.constant(self.bias + self.tile0 * TILE_ROWS, len(y))
+        return y if self.bias < 0 else y + self.bias_rows(memory, len(y))
+
+    def bias_rows(self, memory: Memory, rows: int) -> F32:
+        """The bias of the task's rows, in the shape in which it is added to them."""
+        return memory.constant(self.bias + self.tile0 * TILE_ROWS, rows)
 
     def tile_slices(self) -> list[slice]:
         """Rows of `product` that belong to each tile."""

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from amk.isa.attention import Attention
+from amk.isa.gemm_glu import GemmGlu
 from amk.isa.gemv_glu import GemvGlu
 from amk.isa.instruction import Instruction
 from amk.isa.machine import Machine, chunk_plan
@@ -56,7 +57,7 @@ def _matrix_bytes(program: Program) -> int:
     """
     tasks = [task for queue in program.queues for task in queue if isinstance(task, MatVec)]
     cols_of_reader = {task.x_tag: task.cols for task in tasks}
-    padded = {task.weight: 2 * cols_of_reader.get(task.out_tag, task.rows // 2) for task in tasks if isinstance(task, GemvGlu)}
+    padded = {task.weight: 2 * cols_of_reader.get(task.out_tag, task.rows // 2) for task in tasks if isinstance(task, GemvGlu | GemmGlu)}
     element = program.machine.element_bytes
     return sum(
         matrix.weights.matrix_bytes(rows, matrix.cols) if matrix.weights else element * rows * matrix.cols

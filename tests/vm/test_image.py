@@ -11,6 +11,9 @@ import torch
 from amk.isa.machine import TILE_ROWS, Machine, chunk_plan
 from amk.isa.matvec import MatVec
 from amk.isa.registry import instructions
+from amk.schedule.compile import lower
+from amk.schedule.knobs import Config
+from amk.schedule.targets import small_target
 from amk.vm.image import pack_matrix, pack_program, pack_stream, unpack_matrix, unpack_program
 from amk.vm.layout import matrix_rows
 from amk.vm.reference import UnprovenVM
@@ -29,6 +32,9 @@ def test_unpacking_is_the_inverse_of_packing_for_every_instruction(make_spec: An
         frame = replace(program, queues=(), streams=(), buffers=tuple(replace(b, offset=0) for b in program.buffers))
         assert unpack_program(pack_program(program), frame) == program
         seen |= {type(task) for queue in program.queues for task in queue}
+    batch = lower(make_spec("bf16"), Config(), small_target(4), batch=8)
+    assert unpack_program(pack_program(batch), batch) == batch
+    seen |= {type(task) for queue in batch.queues for task in queue}
     assert seen == set(instructions().values())
 
 
