@@ -101,11 +101,11 @@ class Timing:
 
 def take(machine: UnprovenCudaVM, position: int, others: Sequence[Callable[[], float]] = ()) -> Timing:
     """Samples of the machine at `position`, in turns with `others`. RunVoid if another process is on the card before or after."""
-    _refuse_company()
+    refuse_company()
     start, steps = launch_start(position, machine.context)
     many, *rest = interleaved([lambda: launch_us(machine, start, steps), *others])
     (single,) = interleaved([lambda: launch_us(machine, position, 1)])
-    _refuse_company()
+    refuse_company()
     return Timing(many, single, rest)
 
 
@@ -128,7 +128,8 @@ def measured(
     )
 
 
-def _refuse_company() -> None:
+def refuse_company() -> None:
+    """RunVoid if another process has a context on the card."""
     others = foreign_processes()
     if others:
         raise RunVoid(f"the card must be free of other processes to be measured, but process {others[0]} is on it; measure again later")
