@@ -35,6 +35,7 @@ from amk.eval.session import Session
 from amk.schedule.config import config_dict, with_value
 from amk.schedule.cost import streamed_bytes
 from amk.schedule.knobs import KNOBS, Config, Knob
+from amk.vm.build import BuildFailed
 from amk.vm.interface import LaunchFailed
 
 MODELS = ("llama-3.2-1b-shape", "smollm2-135m-shape")
@@ -138,6 +139,8 @@ class Bench:
         try:
             return judged(self.session, candidate, f"{head['knob']}={head['value']}")
         except (NotCorrect, LaunchFailed) as problem:
+            if isinstance(problem, LaunchFailed) and problem.kind == "crash":
+                raise  # the card's context is gone: nothing after it would be measured
             refused = candidate.program is None
             rows.append(head | {"latency_us": None, "correct": None if refused else False, "reason": str(problem)})
             return None
@@ -240,7 +243,7 @@ def main() -> None:
         with live_card_lock(partial(print, flush=True)):
             keeper = Keeper(asked.out or Path("results") / f"knob-effects-{choose(None, 'cuda').target.name}.json")
             measure(models, [knob for knob in KNOBS if knob.name in knobs], keeper)
-    except (EvalError, NotCorrect) as problem:
+    except (EvalError, NotCorrect, LaunchFailed, BuildFailed) as problem:
         print(f"knob_effects: {problem}", file=sys.stderr)
         sys.exit(getattr(problem, "exit_code", 1))
     if keeper.failed:

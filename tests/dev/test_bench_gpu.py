@@ -40,6 +40,15 @@ def test_effects_that_cannot_be_measured_are_one_sentence(arguments: tuple[str, 
     refuses("knob_effects", arguments, code, words, tmp_path)
 
 
+@pytest.mark.skipif(card_count() > 0, reason="says what happens where there is no card")
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [((), 3, "card"), (("--tools", "leakcheck"), 2, "'leakcheck'"), (("--cases", "toy"), 2, "'toy'"), (("--sms", "0"), 2, "at least 1")],
+)
+def test_a_sanitizer_that_cannot_run_is_one_sentence(arguments: tuple[str, ...], code: int, words: str, tmp_path: Path) -> None:
+    refuses("sanitize", arguments, code, words, tmp_path)
+
+
 def refuses(module: str, arguments: tuple[str, ...], code: int, words: str, folder: Path) -> None:
     """The command ends with `code` and a last line with `words`, writes nothing and shows no traceback."""
     command = [sys.executable, str(ROOT / "amk_bootstrap.py"), f"amk.dev.{module}", *arguments]
