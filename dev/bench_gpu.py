@@ -4,7 +4,8 @@
 
 Every program is judged by the oracle and run again for the same bits before it is timed; a row has what was found, the digests and the raw
 samples. Measuring happens in fresh processes, one after the other, each of which holds the card's lock; with --processes N the latencies
-are medians over N of them, whose outputs must be the same bits, and the file is written after each. --chain measures the chain of
+are medians over N of them, and the file is written after each. Their outputs must be the same bits: for these the first one's judgement
+stands. --chain measures the chain of
 dependent steps alone instead: a build that moves no weights. torch.compile takes minutes for each model and position the first time; later
 runs find what it built in its own cache.
 """
@@ -16,6 +17,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,9 +61,14 @@ def context(model: str) -> int:
     return CONTEXT.get(model, OTHER_CONTEXT)
 
 
-def latency_rows(session: Session, positions: tuple[int, ...], baselines: tuple[str, ...]) -> list[Row]:
-    """One measured line a position of the default config, printed as it is made. NotCorrect if the program may not be timed."""
-    entry = judged(session, session.prepare({}, context(session.model.spec.name)), "default")
+def latency_rows(session: Session, positions: tuple[int, ...], baselines: tuple[str, ...], before: Sequence[Row]) -> list[Row]:
+    """One measured line a position of the default config, printed as it is made. NotCorrect if the program may not be timed.
+
+    `before` are the lines of an earlier process: outputs of the same bits are not judged once more.
+    """
+    name = session.model.spec.name
+    known = next((row for row in before if row["model"] == name), None)
+    entry = judged(session, session.prepare({}, context(name)), "default", known)
     try:
         spans = [launch_start(position, entry.machine.context) for position in positions]
         # Baselines would run the weights in 16 bits: what is quantised has none.
@@ -135,23 +142,25 @@ def wanted(asked: argparse.Namespace) -> dict[str, tuple[int, ...]]:
 def measure_part(asked: argparse.Namespace) -> dict[str, Any]:
     """What one process measures: lines of latency or of the chain, its plain reads, and on what."""
     place, rows, reads = choose(None, "cuda"), [], []
-    began = commit()
+    began, before = commit(), json.loads(asked.before.read_text(encoding="utf-8"))["rows"] if asked.before else []
     for name, positions in wanted(asked).items():
         session = Session(name, place)
-        rows += chain_rows(session, positions) if asked.chain else latency_rows(session, positions, asked.baselines)
+        rows += chain_rows(session, positions) if asked.chain else latency_rows(session, positions, asked.baselines, before)
         reads.append(session.bandwidth())
     reads.append(read_bandwidth_gbs(place.target))
     return {"target": place.target.name, "device_name": place.device_name, "commit": began, "plain_read_gbs": reads, "rows": rows}
 
 
-def in_fresh_process(asked: argparse.Namespace) -> dict[str, Any]:
-    """`measure_part` in a process of its own; if that fails, this one ends with its exit code."""
+def in_fresh_process(asked: argparse.Namespace, first: dict[str, Any] | None) -> dict[str, Any]:
+    """`measure_part` in a process of its own, which is told what the first one found; if that fails, this one ends with its exit code."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "part.json"
         command = [sys.executable, str(ROOT / "amk_bootstrap.py"), "amk.dev.bench_gpu", "--part", "--out", str(out)]
         choice = ["--models", asked.models, "--positions", asked.positions, *(["--chain"] if asked.chain else [])]
         baselines = ["--baselines", ",".join(asked.baselines)] if asked.baselines else []
-        code = subprocess.run([*command, *choice, *baselines]).returncode
+        before = Path(folder) / "before.json"
+        before.write_text(json.dumps(first or {"rows": []}), encoding="utf-8")
+        code = subprocess.run([*command, *choice, *baselines, "--before", str(before)]).returncode
         if code:
             sys.exit(code)
         measured_part: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
@@ -183,6 +192,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--chain", action="store_true", help="the chain of dependent steps alone, without memory traffic; no latencies")
     parser.add_argument("--out", type=Path, help="the results file; results/bench-CARD.json where none is named")
     parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)  # this is a fresh process: its part into --out
+    parser.add_argument("--before", type=Path, help=argparse.SUPPRESS)  # the first process's part
     asked = parser.parse_args()
     if asked.processes < 1:
         parser.error(f"--processes: must be at least 1, but got {asked.processes}")
@@ -206,7 +216,7 @@ def run(asked: argparse.Namespace) -> None:
         return
     runs: list[dict[str, Any]] = []
     while len(runs) < asked.processes:
-        runs.append(in_fresh_process(asked))
+        runs.append(in_fresh_process(asked, runs[0] if runs else None))
         write_results(asked.out or Path("results") / f"bench-{runs[0]['target']}.json", results(runs, asked.chain))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from amk.dev.judged import NotCorrect, same_bits
+from amk.dev.judged import IDENTITY, NotCorrect, judged_before, same_bits
 from amk.vm.interface import Decoded
 
 
@@ -34,3 +34,18 @@ def test_equal_bits_have_one_digest() -> None:
 def test_one_bit_in_one_launch_is_refused(odd: int) -> None:
     with pytest.raises(NotCorrect, match="same bits"):
         same_bits(Machine(odd), 11)  # type: ignore[arg-type]
+
+
+KNOWN = dict.fromkeys(IDENTITY, "x")
+BEFORE = KNOWN | {"correct": True, "tolerance_used": 0.4, "judged_positions": 64}
+
+
+def test_a_judgement_stands_for_the_same_program_with_the_same_bits() -> None:
+    found = judged_before(KNOWN, BEFORE)
+    assert found is not None and (found["correct"], found["tolerance_used"]) == (True, 0.4) and found["judged"]
+    assert judged_before(KNOWN, None) is None
+
+
+@pytest.mark.parametrize("change", [*({name: "y"} for name in IDENTITY), {"correct": False}, {"correct": None}], ids=str)
+def test_a_judgement_of_anything_else_does_not(change: dict[str, object]) -> None:
+    assert judged_before(KNOWN, BEFORE | change) is None
