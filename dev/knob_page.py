@@ -76,7 +76,8 @@ def _ratio(row: Row) -> str:
 
 
 def _value_lines(rows: Sequence[Row], models: Sequence[str]) -> Iterator[Sequence[str]]:
-    for knob, value in dict.fromkeys((row["knob"], row["value"]) for row in rows):
+    order = {knob.name: number for number, knob in enumerate(KNOBS)}
+    for knob, value in dict.fromkeys((row["knob"], row["value"]) for row in sorted(rows, key=lambda row: order[row["knob"]])):
         mine = [row for row in rows if (row["knob"], row["value"]) == (knob, value)]
         yield (
             f"`{knob}`",
