@@ -142,6 +142,7 @@ def wanted(asked: argparse.Namespace) -> dict[str, tuple[int, ...]]:
 def measure_part(asked: argparse.Namespace) -> dict[str, Any]:
     """What one process measures: lines of latency or of the chain, its plain reads, and on what."""
     place, rows, reads = choose(None, "cuda"), [], []
+    refuse_company(context=False)
     began, before = commit(), json.loads(asked.before.read_text(encoding="utf-8"))["rows"] if asked.before else []
     for name, positions in wanted(asked).items():
         session = Session(name, place)

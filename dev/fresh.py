@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-SAME = ("model", "config", "position", "program_digest", "binary_digest", "outputs_sha256", "streamed_bytes")
+SAME = ("model", "config", "position", "correct", "program_digest", "binary_digest", "outputs_sha256", "streamed_bytes")
 Row = dict[str, Any]
 
 

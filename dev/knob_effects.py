@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from amk.dev.judged import JudgedMachine, NotCorrect, judged
+from amk.dev.noise import noise_us
 from amk.dev.prebuild import Build, ahead
 from amk.dev.provenance import provenance, write_results
 from amk.eval.bench import interleaved, launch_start, launch_us, refuse_company
@@ -64,12 +65,6 @@ def shown(value: Any) -> str:
 
 def positions(knob: Knob) -> tuple[int, ...]:
     return (POSITION, LATE_POSITION) if knob.name in LATE_KNOBS else (POSITION,)
-
-
-def noise_us(default: Sequence[float], twin: Sequence[float], value: Sequence[float]) -> float:
-    """Half of the distance from p10 to p90 of default and value, added; or what the two defaults differ by, if that is more."""
-    scatter = sum(float(np.quantile(samples, 0.9) - np.quantile(samples, 0.1)) / 2 for samples in (default, value))
-    return max(scatter, abs(float(np.median(twin)) - float(np.median(default))))
 
 
 def timed_rows(
@@ -157,6 +152,7 @@ def configs(model: str, knobs: Sequence[Knob]) -> dict[tuple[str, str, str], dic
 def measure(models: Sequence[str], knobs: Sequence[Knob], keeper: Keeper) -> None:
     """Measures each model's knobs, one after the other, and gives the rows of each to the keeper."""
     place = choose(None, "cuda")
+    refuse_company(context=False)
     wanted = {key: config for model in models for key, config in configs(model, knobs).items()}
     with ahead([Build(model, config, CONTEXT) for (model, _, _), config in wanted.items()], place) as futures:
         cases = dict(zip(wanted, futures, strict=True))

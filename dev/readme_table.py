@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amk.dev.results_check import honest_chains, honest_rows, quality_line
+from amk.dev.results_check import card_name, honest_chains, honest_rows, quality_line
 from amk.dev.version import present_digest
 from amk.models.registry import describe
-from amk.schedule.targets import TARGETS, card_of
+from amk.schedule.targets import TARGETS
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- performance: rendered by dev/readme_table.py -->", "<!-- end of performance -->"
@@ -37,8 +37,8 @@ class Source:
 
     @property
     def card(self) -> str:
-        """The target that its card is, "" if it is none of ours."""
-        return card_of(self.data["provenance"]["cards"][0]["name"]) or ""
+        """The target that its card is, "auto" if it is none of the table."""
+        return card_name(self.data["provenance"]["cards"][0]["name"])
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ def table(results: Path) -> str:
     sources = [Source(str(number), name, data) for number, (name, data) in enumerate(read, 1)]
     if not sources:
         return NOTHING
+    for source in sources:  # before anything is asked of a file
+        honest_rows(source.name, source.data, "latency")
     found = [
         Found(row, source, is_present(row, source.card))
         for source in sources
@@ -168,12 +170,17 @@ def origin(name: str, data: Mapping[str, Any], folder: str) -> str:
     facts = [
         f"[`results/{name}`]({folder}/{name})",
         *(_card(card) for card in came["cards"]),
-        f"plain read {min(reads):.0f} to {max(reads):.0f} GB/s",
+        f"plain read {min(reads):.0f} to {max(reads):.0f} GB/s" + _data_sheet(came["cards"][0]["name"]),
         f"commit `{commit[:12]}`" + (f" with {changes}" if changes else ""),
         came["time_utc"][:10],
         "one process" if processes == 1 else f"medians over {processes} fresh processes",
     ]
     return "; ".join(facts) + "."
+
+
+def _data_sheet(device_name: str) -> str:
+    target = TARGETS.get(card_name(device_name))
+    return f" (data sheet: {target.bandwidth_gbs:.0f})" if target else ""
 
 
 def _card(card: Mapping[str, str]) -> str:

@@ -25,7 +25,7 @@ def row(position: int = 16, latency_us: float = 600.0, **changes: Any) -> dict[s
     return {
         "model": "llama-3.2-1b-shape", "config": "default", "position": position, "context": 9216, "correct": True, "tolerance_used": 0.4,
         "latency_us": latency_us, "floor_us": FLOOR, "pct_of_roofline": 100 * FLOOR / latency_us, "streamed_bytes": STREAMED,
-        "samples_us": [latency_us] * 3, "single_launch_samples_us": [latency_us + 40] * 3, "program_digest": "p", "binary_digest": "b",
+        "samples_us": [latency_us] * 5, "single_launch_samples_us": [latency_us + 40] * 3, "program_digest": "p", "binary_digest": "b",
         "outputs_sha256": "o", "arena_bytes": 302720,
         "baselines": [baseline("cuda-graph", 4 * latency_us, 4.0), baseline("torch-compile", None, status="failed")],
     } | changes  # fmt: skip
@@ -34,7 +34,8 @@ def row(position: int = 16, latency_us: float = 600.0, **changes: Any) -> dict[s
 def effect(knob: str, value: str, latency_us: float = 600.0, **changes: Any) -> dict[str, Any]:
     """A line of what a knob does: beside a default of 600 us with a noise of 3 us."""
     measured = {
-        "knob": knob, "value": value, "default_us": 600.0, "noise_us": 3.0, "effect_pct": 100 * (latency_us / 600 - 1), "noise_pct": 0.5,
+        "knob": knob, "value": value, "default_us": 600.0, "default_samples_us": [600.0] * 5, "twin_samples_us": [603.0] * 5,
+        "noise_us": 3.0, "effect_pct": 100 * (latency_us / 600 - 1), "noise_pct": 0.5,
         "beyond_noise": abs(latency_us - 600) > 3, "default_arena_bytes": 302720,
     }  # fmt: skip
     return row(128, latency_us) | measured | changes

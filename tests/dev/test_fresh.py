@@ -13,7 +13,7 @@ def test_medians_of_medians_and_their_spread() -> None:
     assert (found["latency_us"], found["process_medians_us"]) == (610.0, [610.0, 600.0, 900.0])
     assert found["spread_pct"] == pytest.approx(100 * 300 / 610)
     assert found["pct_of_roofline"] == pytest.approx(100 * FLOOR / 610)
-    assert found["samples_us"] == [610.0] * 3 + [600.0] * 3 + [900.0] * 3
+    assert found["samples_us"] == [610.0] * 5 + [600.0] * 5 + [900.0] * 5
     graph = found["baselines"][0]
     assert (graph["latency_us"], graph["ratio"], len(graph["samples_us"]), graph["samples"]["n"]) == (2440.0, 4.0, 9, 9)
 

@@ -30,7 +30,16 @@ def test_without_a_results_file_nothing_is_measured_yet(tmp_path: Path) -> None:
 
 def test_a_table_names_where_its_figures_come_from(tmp_path: Path) -> None:
     origin = table(folder(tmp_path, bench_h200=results(row()))).splitlines()[-1]
-    facts = ("results/bench-h200.json", "NVIDIA H200", "580.1", "1980 MHz", "3201 MHz", "4561 to 4571", "`0123456789ab` with", "3 fresh")
+    facts = (
+        "results/bench-h200.json",
+        "NVIDIA H200",
+        "580.1",
+        "1980 MHz",
+        "3201 MHz",
+        "4561 to 4571 GB/s (data sheet: 4800)",
+        "`0123456789ab` with",
+        "3 fresh",
+    )
     assert [fact for fact in facts if fact not in origin] == []
 
 
@@ -107,6 +116,7 @@ def test_quantised_weights_are_shown_only_beside_what_they_cost(tmp_path: Path) 
     assert "withheld" in table(folder(tmp_path, quality=quality(correct=False)))
     assert "withheld" in table(folder(tmp_path, quality=quality() | {"device": "cpu"}))
     assert "withheld" in table(folder(tmp_path, quality=quality(model="smollm2-135m@int4")))
+    assert "withheld" in table(folder(tmp_path, quality=quality() | {"text": {"tokens": 64}}))
     text = table(folder(tmp_path, quality=quality()))
     assert "| llama-3.2-1b-shape@int8 | 128 |" in text and "20.500 against 20.000 in bf16" in text and "withheld" not in text
 
