@@ -35,16 +35,22 @@ class JudgedMachine:
         return self.facts["program_digest"], self.facts["binary_digest"]
 
 
-def judged(session: Session, candidate: Candidate, label: str, before: Mapping[str, Any] | None = None) -> JudgedMachine:
+def judged(
+    session: Session,
+    candidate: Candidate,
+    label: str,
+    before: Mapping[str, Any] | None = None,
+    beside: UnprovenCudaVM | None = None,
+) -> JudgedMachine:
     """The candidate's machine, to be closed by the caller. NotCorrect, with the reasons, where there is nothing to time.
 
     `before` is what another process found of the same program moments ago: if program, binary, weights and output bits are the same, its
-    judgement stands.
+    judgement stands. Weights are shared with the machine `beside` where the programs read the same bytes.
     """
     if candidate.program is None:
         raise NotCorrect("; ".join(candidate.rejections))
     program = candidate.program.program
-    facts, machine = session.load(candidate)
+    facts, machine = session.load(candidate, beside=beside)
     assert isinstance(machine, UnprovenCudaVM) and facts.program_digest and facts.binary_digest
     known = {
         "model": session.model.spec.name, "config": label, "effective": candidate.effective, "schedule_id": facts.schedule_id,

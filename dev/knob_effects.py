@@ -132,7 +132,7 @@ class Bench:
     def _judged(self, head: Row, candidate: Candidate, rows: list[Row]) -> JudgedMachine | None:
         """The machine; what was refused or is wrong becomes a row without a latency."""
         try:
-            return judged(self.session, candidate, f"{head['knob']}={head['value']}")
+            return judged(self.session, candidate, f"{head['knob']}={head['value']}", beside=self.default.machine)
         except (NotCorrect, LaunchFailed) as problem:
             if isinstance(problem, LaunchFailed) and problem.kind == "crash":
                 raise  # the card's context is gone: nothing after it would be measured
