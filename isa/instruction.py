@@ -60,6 +60,10 @@ class Memory(Protocol):
         """K and V rows [start, stop) of a head, each [rows, head_dim], as the cache holds them."""
         ...
 
+    def active(self) -> int:
+        """How many seats of a stretch hold tokens: the first ones."""
+        ...
+
     def reduced_sums(self) -> tuple[F32, Any] | None:
         """Row sums that the consumer warps have made for the running matrix-vector task, and the sum of squares of its x (of each seat's).
 

@@ -22,7 +22,8 @@ class Machine:
     `stage_bytes`; at most `inflight` of them are being copied at any time. `reduction_slots` tiles may be reduced ahead of the
     storer. Before the feeder streams KV rows of token t it waits for the end of token t - `kv_lag` on every SM.
     `head_dim` and the rest describe the model as the attention and the norm see it; `tags` is the number of tags a token uses.
-    `batch` tokens are computed side by side, each in its own seat (isa/batch.py).
+    `batch` tokens are computed side by side, each in its own seat (isa/batch.py): of as many sequences, or, of a machine that does `prefill`,
+    consecutive positions of one, a stretch.
     """
 
     sms: int
@@ -43,6 +44,12 @@ class Machine:
     tags: int
     qk_norm: bool = False
     batch: int = 1
+    prefill: bool = False
+
+    @property
+    def sequences(self) -> int:
+        """Sequences with KV rows of their own."""
+        return 1 if self.prefill else self.batch
 
     @property
     def element_bytes(self) -> int:

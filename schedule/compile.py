@@ -14,7 +14,7 @@ from amk.schedule.graph import Graph, MatVecOp
 from amk.schedule.knobs import Config
 from amk.schedule.memory import Arena, allocate
 from amk.schedule.model import ModelSpec
-from amk.schedule.place import Placement, assignment_problems, place, sized_candidates, with_kept_inputs
+from amk.schedule.place import Placement, assignment_problems, kept_bytes, place, sized_candidates, with_kept_inputs
 from amk.schedule.program import DeviceKnobs, KvCache, Program
 from amk.schedule.rejection import Rejection, reject
 from amk.schedule.resources import SharedNeeds, shared_layout
@@ -32,22 +32,23 @@ class ConfigRejected(ValueError):
         self.rejections = rejections
 
 
-def lower(spec: ModelSpec, config: Config, target: Target, *, context: int | None = None, batch: int = 1) -> Program:
+def lower(spec: ModelSpec, config: Config, target: Target, *, context: int | None = None, batch: int = 1, prefill: bool = False) -> Program:
     """`compile_program` for callers that know the config to be good; ConfigRejected if it is not."""
-    result = compile_program(spec, config, target, context=context, batch=batch)
+    result = compile_program(spec, config, target, context=context, batch=batch, prefill=prefill)
     if isinstance(result, Program):
         return result
     raise ConfigRejected(result)
 
 
 def compile_program(
-    spec: ModelSpec, config: Config, target: Target, *, context: int | None = None, batch: int = 1
+    spec: ModelSpec, config: Config, target: Target, *, context: int | None = None, batch: int = 1, prefill: bool = False
 ) -> Program | list[Rejection]:
     """The program, or every reason why there is none. `context` KV rows (rounded up to 16); None: the model's, up to 16384.
 
-    A program of a `batch` of tokens streams the very bytes that the program of one token streams (schedule/stream.py).
+    A program of a `batch` of tokens streams the very bytes that the program of one token streams (schedule/stream.py). One for `prefill`
+    takes the batch as consecutive positions of one sequence and makes their KV rows: no logits, and no more of the stream than that needs.
     """
-    settings = resolve(spec, config, target, context, batch)
+    settings = resolve(spec, config, target, context, batch, prefill)
     if isinstance(settings, list):
         return settings
     graph = fuse(spec, settings)
@@ -56,7 +57,7 @@ def compile_program(
     if problems:
         return problems
     placement = place(graph, tilings, config.sm_assignment, target.sms, _products_of_one(spec, settings))
-    graph = with_kept_inputs(sized_candidates(graph, placement), placement, target.shared_bytes)
+    graph = with_kept_inputs(sized_candidates(graph, placement), placement, kept_bytes(target.shared_bytes, prefill))
     arena = allocate(graph, config.page_allocation)
     sync = synchronise(graph, placement, settings.consumer_warps, config.sync)
     queues = emit(graph, placement, resolve_names(graph, sync, config.kv_block), target.sms)
@@ -68,7 +69,7 @@ def _products_of_one(spec: ModelSpec, settings: Settings) -> Placement:
     """Where the products of a batch go: where those of one token are, for they share the stream."""
     if settings.batch == 1:
         return {}
-    one = replace(settings, batch=1, splits=splits_of(spec, settings.config, settings.target, settings.context, 1))
+    one = replace(settings, batch=1, prefill=False, splits=splits_of(spec, settings.config, settings.target, settings.context, 1))
     graph = fuse(spec, one)
     placement = place(graph, tile(spec, graph, one), one.config.sm_assignment, one.target.sms)
     return {op.name: placement[op.name] for op in graph.ops if isinstance(op, MatVecOp)}
@@ -84,7 +85,7 @@ def _assemble(spec: ModelSpec, settings: Settings, graph: Graph, arena: Arena, s
         matrices=graph.matrices,
         shapes=matvec_shapes(graph),
         constants=graph.constants,
-        kv=KvCache(settings.batch * spec.layers, spec.kv_heads, settings.context),
+        kv=KvCache(settings.sequences * spec.layers, spec.kv_heads, settings.context),
         counters=sync.counters,
         queues=queues.queues,
         streams=_streams(queues.queues),
@@ -110,7 +111,7 @@ def _draft(spec: ModelSpec, settings: Settings, sync: Sync, stage_bytes: int) ->
         stages=0,
         stage_bytes=stage_bytes,
         inflight=0,
-        reduction_slots=settings.config.reduction_slots,
+        reduction_slots=settings.reduction_slots,
         kv_lag=KV_STREAM_LAG,
         dtype=spec.dtype,
         hidden=spec.hidden,
@@ -123,6 +124,7 @@ def _draft(spec: ModelSpec, settings: Settings, sync: Sync, stage_bytes: int) ->
         tags=len(sync.tags),
         qk_norm=spec.qk_norm,
         batch=settings.batch,
+        prefill=settings.prefill,
     )
 
 

@@ -81,8 +81,8 @@ def _facts(program: Program) -> bytes:
 
 
 def _machine(program: Program) -> dict[str, object]:
-    """The machine's fields; a batch of one is left out, so that programs of one token keep their ids."""
-    return {name: value for name, value in asdict(program.machine).items() if (name, value) != ("batch", 1)}
+    """The machine's fields; what programs of one token have alike is left out, so that they keep their ids."""
+    return {name: value for name, value in asdict(program.machine).items() if (name, value) not in (("batch", 1), ("prefill", False))}
 
 
 def _queue_bytes(program: Program) -> Iterable[bytes]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial, singledispatch
 from typing import TypedDict
 
 from amk.isa.abi import NONE
 from amk.isa.attention import Attention
+from amk.isa.attention_prefill import AttentionPrefill
+from amk.isa.batch import SEAT_BLOCK
 from amk.isa.embed import Embed
 from amk.isa.embed_batch import EmbedBatch
+from amk.isa.embed_prefill import EmbedPrefill
 from amk.isa.gemm import Gemm
 from amk.isa.gemm_glu import GemmGlu
 from amk.isa.gemm_head import GemmHead
@@ -24,7 +27,7 @@ from amk.isa.sample import Sample
 from amk.isa.sample_batch import SampleBatch
 from amk.isa.swiglu import SwiGlu
 from amk.schedule.fuse import CANDIDATES
-from amk.schedule.graph import AttentionOp, EmbedOp, Graph, MatVecOp, NormOp, Op, SampleOp, SwiGluOp
+from amk.schedule.graph import AttentionOp, AttentionPrefillOp, EmbedOp, Graph, MatVecOp, NormOp, Op, SampleOp, SwiGluOp
 from amk.schedule.memory import Arena
 from amk.schedule.place import Placement, Run
 from amk.schedule.program import Buffer, MatVecShape
@@ -123,12 +126,12 @@ def _tasks(op: Op, runs: tuple[Run, ...], names: Names) -> list[Instruction]:
 
 @_tasks.register
 def _embed(op: EmbedOp, runs: tuple[Run, ...], names: Names) -> list[Instruction]:
-    token, out = op.reads[0].value, op.writes[0]
-    make = Embed if op.batch == 1 else partial(EmbedBatch, batch=op.batch)
+    out = op.writes[0]
+    make: Callable[..., Instruction] = Embed if op.batch == 1 else partial(EmbedBatch if op.reads else EmbedPrefill, batch=op.batch)
+    token = {f"token_{word}": of[read.value] for read in op.reads for word, of in (("buf", names.buffers), ("tag", names.sync.tags))}
     return [
         make(
-            token_buf=names.buffers[token],
-            token_tag=names.sync.tags[token],
+            **token,
             out_buf=names.buffers[out],
             out_tag=names.sync.tags[out],
             col0=run.start,
@@ -222,6 +225,39 @@ def _attention(op: AttentionOp, runs: tuple[Run, ...], names: Names) -> list[Ins
             unit_rows=names.unit_rows,
             k_start=op.k_offset + head * op.head_dim,
             v_start=op.v_offset + head * op.head_dim,
+            window=op.window,
+            q_gain=names.constant(op.q_gain),
+            k_gain=names.constant(op.k_gain),
+            **names.hints(op, unit),
+        )
+
+    return [task(run.start) for run in runs]
+
+
+@_tasks.register
+def _attention_prefill(op: AttentionPrefillOp, runs: tuple[Run, ...], names: Names) -> list[Instruction]:
+    (q, k, v), out, tags = (read.value for read in op.reads), op.writes[0], names.sync.tags
+
+    def task(unit: int) -> AttentionPrefill:
+        head, block = divmod(unit, op.batch // SEAT_BLOCK)
+        row = head // op.group * op.head_dim
+        return AttentionPrefill(
+            q_buf=names.buffers[q],
+            q_tag=tags[q],
+            k_buf=names.buffers[k],
+            k_tag=tags[k],
+            v_buf=names.buffers[v],
+            v_tag=tags[v],
+            out_buf=names.buffers[out],
+            out_tag=tags[out],
+            layer=op.layer,
+            head=head,
+            seat0=block * SEAT_BLOCK,
+            batch=op.batch,
+            q_stride=op.q_stride,
+            kv_stride=op.kv_stride,
+            k_start=op.k_offset + row,
+            v_start=op.v_offset + row,
             window=op.window,
             q_gain=names.constant(op.q_gain),
             k_gain=names.constant(op.k_gain),

@@ -11,13 +11,14 @@ from amk.isa.instruction import Kind
 from amk.isa.machine import ELEMENT_BYTES
 from amk.isa.matmul import OUT_BY_SEAT, X_BY_SEAT
 from amk.isa.matvec import X_NARROW, X_NORM
-from amk.schedule.graph import AttentionOp, EmbedOp, Graph, MatVecOp, NormOp, Op, Read, SampleOp, SwiGluOp, Value
+from amk.schedule.graph import AttentionOp, AttentionPrefillOp, EmbedOp, Graph, MatVecOp, NormOp, Op, Read, SampleOp, SwiGluOp, Value
 from amk.schedule.model import ModelSpec, weight_format
 from amk.schedule.program import Constant, Matrix
 from amk.schedule.settings import Settings
 
 CONSTANT_ALIGNMENT = 4  # elements: 16 bytes, one vector load
 TOKEN, CANDIDATES = "token", "candidates"
+PREFILL = {"embed": "embed_prefill", "attention": "attention_prefill"}  # what differs where the batch is a stretch of one sequence
 BATCHED = {"gemv": "gemm", "gemv_glu": "gemm_glu", "gemv_head": "gemm_head", "embed": "embed_batch", "sample": "sample_batch"}
 Layout = Literal["stack", "interleave8"]
 
@@ -36,6 +37,7 @@ class _Builder:
     spec: ModelSpec
     fusion: tuple[str, ...]
     batch: int
+    prefill: bool
     ops: list[Op] = field(default_factory=list)
     values: list[Value] = field(default_factory=list)
     matrices: list[Matrix] = field(default_factory=list)
@@ -43,6 +45,8 @@ class _Builder:
 
     def stem(self, one: str) -> str:
         """The instruction that does for the batch what `one` does for one token."""
+        if self.prefill and one in PREFILL:
+            return PREFILL[one]
         return one if self.batch == 1 else BATCHED[one]
 
     def value(self, name: str, kind: Kind, elements: int, *, read: int | None = None, by_seat: bool = False) -> str:
@@ -50,7 +54,8 @@ class _Builder:
         per_packet = 4 // ELEMENT_BYTES[self.spec.dtype] if kind == "narrow" else 1
         packets = -(-elements // per_packet)
         padded = self.batch == 1 and read is not None and -(-read // per_packet) < packets
-        self.values.append(Value(name, kind, packets * self.batch, padded, self.batch if by_seat else 1))
+        seats = self.batch if by_seat and not self.prefill else 1  # of a stretch, a task of attention reads many seats
+        self.values.append(Value(name, kind, packets * self.batch, padded, seats))
         return name
 
     def constant(self, name: str, sources: tuple[str, ...], count: int, layout: Layout = "stack") -> str:
@@ -110,14 +115,18 @@ class _Builder:
 
 
 def fuse(spec: ModelSpec, settings: Settings) -> Graph:
-    """The ops of one token in order, from the embedding of its input to the sample of its output."""
-    b = _Builder(spec, settings.config.fusion, settings.batch)
-    b.value(TOKEN, "u32", 1)
+    """The ops of one token in order, from the embedding of its input to the sample of its output; for prefill to the last KV rows."""
+    b = _Builder(spec, settings.config.fusion, settings.batch, settings.prefill)
+    if not b.prefill:
+        b.value(TOKEN, "u32", 1)
     x = b.value("embed", "f32", spec.hidden)
-    reads = (Read(TOKEN, "whole", carried=True),)
+    reads = () if b.prefill else (Read(TOKEN, "whole", carried=True),)
     b.ops.append(EmbedOp(name="embed", stem=b.stem("embed"), reads=reads, writes=(x,), cols=spec.hidden, batch=b.batch))
     for layer in range(spec.layers):
-        x = _attention_half(b, layer, x, settings.splits[layer])
+        attended = _attended(b, layer, x, settings.splits[layer])
+        if b.prefill and layer + 1 == spec.layers:  # its KV rows are all that is wanted of a stretch
+            return Graph(tuple(b.ops), tuple(b.values), tuple(b.matrices), tuple(b.constants))
+        x = _output_half(b, layer, x, attended)
         x = _mlp_half(b, layer, x)
     normed = b.normed("final_norm", x)
     b.value(CANDIDATES, "u32", 0)  # its size is the number of head tasks, which placement decides
@@ -126,22 +135,23 @@ def fuse(spec: ModelSpec, settings: Settings) -> Graph:
     return Graph(tuple(b.ops), tuple(b.values), tuple(b.matrices), tuple(b.constants))
 
 
-def _attention_half(b: _Builder, layer: int, x: str, splits: int) -> str:
+def _attended(b: _Builder, layer: int, x: str, splits: int) -> str:
     spec, at = b.spec, f"L{layer}"
     normed = b.normed(f"{at}.input_norm", x)
     if "qkv" in b.fusion:
         rows = spec.q_rows + 2 * spec.kv_rows
         out = b.value(f"{at}.qkv", "f32", rows, by_seat=True)
         b.matvec(out, normed, out, (f"{at}.q", f"{at}.k", f"{at}.v"), rows, spec.hidden, bias=spec.qkv_bias, order=OUT_BY_SEAT)
-        attended = _attention(b, layer, (out, out, out), (spec.q_rows, spec.q_rows + spec.kv_rows), splits)
-    else:
-        q, k, v = (
-            b.matvec(
-                name, normed, b.value(name, "f32", rows, by_seat=True), (name,), rows, spec.hidden, bias=spec.qkv_bias, order=OUT_BY_SEAT
-            )
-            for name, rows in ((f"{at}.q", spec.q_rows), (f"{at}.k", spec.kv_rows), (f"{at}.v", spec.kv_rows))
-        )
-        attended = _attention(b, layer, (q, k, v), (0, 0), splits)
+        return _attention(b, layer, (out, out, out), (spec.q_rows, spec.q_rows + spec.kv_rows), splits)
+    q, k, v = (
+        b.matvec(name, normed, b.value(name, "f32", rows, by_seat=True), (name,), rows, spec.hidden, bias=spec.qkv_bias, order=OUT_BY_SEAT)
+        for name, rows in ((f"{at}.q", spec.q_rows), (f"{at}.k", spec.kv_rows), (f"{at}.v", spec.kv_rows))
+    )
+    return _attention(b, layer, (q, k, v), (0, 0), splits)
+
+
+def _output_half(b: _Builder, layer: int, x: str, attended: str) -> str:
+    spec, at = b.spec, f"L{layer}"
     out = b.value(f"{at}.o", "f32", spec.hidden)
     attended_flags = X_NARROW if b.batch == 1 else X_NARROW | X_BY_SEAT
     return b.matvec(out, Activation(attended, attended_flags), out, (out,), spec.hidden, spec.q_rows, bias=spec.o_bias, residual=x)
@@ -150,6 +160,8 @@ def _attention_half(b: _Builder, layer: int, x: str, splits: int) -> str:
 def _attention(b: _Builder, layer: int, qkv: tuple[str, str, str], offsets: tuple[int, int], splits: int) -> str:
     spec, name = b.spec, f"L{layer}.attention"
     gains = [b.constant(f"L{layer}.{n}", (f"L{layer}.{n}",), spec.head_dim) if spec.qk_norm else None for n in ("q_norm", "k_norm")]
+    if b.prefill:
+        return _attention_of_stretch(b, layer, qkv, offsets, gains)
     partials = f"L{layer}.partials"
     if splits > 1:
         b.value(partials, "f32", spec.heads * (splits - 1) * (spec.head_dim + PARTIAL_HEAD), by_seat=True)
@@ -173,6 +185,33 @@ def _attention(b: _Builder, layer: int, qkv: tuple[str, str, str], offsets: tupl
             k_gain=gains[1],
             seats=b.batch,
             layers=spec.layers,
+        )
+    )
+    return out
+
+
+def _attention_of_stretch(b: _Builder, layer: int, qkv: tuple[str, str, str], offsets: tuple[int, int], gains: list[str | None]) -> str:
+    spec, name = b.spec, f"L{layer}.attention"
+    out = b.value(name, "narrow", spec.q_rows, by_seat=True)
+    fused = qkv[0] == qkv[1]
+    b.ops.append(
+        AttentionPrefillOp(
+            name=name,
+            stem=b.stem("attention"),
+            reads=tuple(Read(value, "part") for value in qkv),
+            writes=(out,),
+            layer=layer,
+            heads=spec.heads,
+            group=spec.group,
+            head_dim=spec.head_dim,
+            batch=b.batch,
+            window=spec.windows[layer] or 0,
+            q_stride=spec.q_rows + 2 * spec.kv_rows if fused else spec.q_rows,
+            kv_stride=spec.q_rows + 2 * spec.kv_rows if fused else spec.kv_rows,
+            k_offset=offsets[0],
+            v_offset=offsets[1],
+            q_gain=gains[0],
+            k_gain=gains[1],
         )
     )
     return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from amk.isa.batch import SEAT_BLOCK
 from amk.isa.instruction import Instruction, Kind
 from amk.isa.registry import instructions
 from amk.schedule.program import Constant, Matrix
@@ -111,6 +112,30 @@ class AttentionOp(Op):
     @property
     def units(self) -> int:
         return self.seats * self.kv_heads * self.splits
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionPrefillOp(Op):
+    """Attention of a stretch of `batch` seats, each query head of each 8 seats by itself. Reads q, k and v, which lie by seat: a seat's q has
+    `q_stride` packets, its k and v `kv_stride`, and K rows begin at packet `k_offset` of them, V rows at `v_offset`.
+    """
+
+    layer: int
+    heads: int
+    group: int
+    head_dim: int
+    batch: int
+    window: int
+    q_stride: int
+    kv_stride: int
+    k_offset: int
+    v_offset: int
+    q_gain: str | None
+    k_gain: str | None
+
+    @property
+    def units(self) -> int:
+        return self.heads * (self.batch // SEAT_BLOCK)
 
 
 @dataclass(frozen=True, kw_only=True)

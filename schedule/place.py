@@ -12,7 +12,9 @@ from amk.schedule.knobs import Assignment
 from amk.schedule.rejection import Rejection, reject
 from amk.schedule.tile import Tiling
 
-KEPT_SHARE = 3  # of shared memory x may take one in so many, where a batch's products keep it: the ring must have room beside it
+# Of shared memory x may take this share where a batch's products keep it, for the ring must have room beside it: more where seats are many, as
+# reading x again for every tile then costs more than weights that come late.
+KEPT_SHARE, KEPT_SHARE_PREFILL = 1 / 3, 3 / 5
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,13 @@ def sized_candidates(graph: Graph, placement: Placement) -> Graph:
     return replace(graph, values=tuple(replace(v, packets=packets) if v.name == CANDIDATES else v for v in graph.values))
 
 
-def with_kept_inputs(graph: Graph, placement: Placement, shared_bytes: int) -> Graph:
-    """The graph with products of a batch that keep their inputs: those with a task of several tiles, where they are not too large."""
-    most = shared_bytes // KEPT_SHARE
+def kept_bytes(shared_bytes: int, prefill: bool) -> int:
+    """The most that x may take where it is kept."""
+    return int(shared_bytes * (KEPT_SHARE_PREFILL if prefill else KEPT_SHARE))
+
+
+def with_kept_inputs(graph: Graph, placement: Placement, most: int) -> Graph:
+    """The graph with products of a batch that keep their inputs: those with a task of several tiles, of at most `most` bytes."""
     return replace(graph, ops=tuple(_kept(op, placement, most) if isinstance(op, MatVecOp) else op for op in graph.ops))
 
 

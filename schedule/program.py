@@ -55,7 +55,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class KvCache:
-    """KV rows of every layer and KV head: `rows` (a multiple of 16) each. Of a batch, `layers` counts those of every seat."""
+    """KV rows of every layer and KV head: `rows` (a multiple of 16) each. Of a batch, `layers` counts those of every sequence."""
 
     layers: int
     heads: int
@@ -117,8 +117,8 @@ class Program:
 
     @property
     def layers(self) -> int:
-        """Layers of the model: each seat has a plane of the KV cache for each of them."""
-        return self.kv.layers // self.machine.batch
+        """Layers of the model: each sequence has a plane of the KV cache for each of them."""
+        return self.kv.layers // self.machine.sequences
 
     def seat_of(self, task: Instruction) -> int:
         """The seat whose position an attention task is at; 0 for tasks that work for all seats."""

@@ -18,13 +18,14 @@ STAGE_CHOICES = (8192, 16384, 32768)
 SPLIT_CHOICES = (1, 2, 4, 8, 16)
 MAX_HEAD_DIM = 256
 BATCHES = (1, 8, 16)  # tokens that a program may compute side by side
+STRETCHES = (8, 16, 32, 64)  # and those of them that may be consecutive positions of one sequence
 
 
 @dataclass(frozen=True)
 class Settings:
     """Realised choices: `splits[l]` attention tasks of a KV head in layer l; `stage_sizes` to try, in bytes with scales, best first.
 
-    `batch` tokens are computed side by side, each with KV rows of its own.
+    `batch` tokens are computed side by side: each with KV rows of its own, or, for `prefill`, consecutive positions of one sequence.
     """
 
     config: Config
@@ -34,18 +35,31 @@ class Settings:
     splits: tuple[int, ...]
     stage_sizes: tuple[int, ...]
     batch: int = 1
+    prefill: bool = False
+
+    @property
+    def sequences(self) -> int:
+        """Sequences with KV rows of their own."""
+        return 1 if self.prefill else self.batch
+
+    @property
+    def reduction_slots(self) -> int:
+        """As the config says, or as many as hold 64 seats and at least two: a slot has 16 rows of every seat."""
+        return min(self.config.reduction_slots, max(2, 64 // self.batch)) if self.prefill else self.config.reduction_slots
 
     @property
     def tiles_per_unit(self) -> int:
         return self.config.n_tile // TILE_ROWS
 
 
-def resolve(spec: ModelSpec, config: Config, target: Target, context: int | None, batch: int = 1) -> Settings | list[Rejection]:
+def resolve(
+    spec: ModelSpec, config: Config, target: Target, context: int | None, batch: int = 1, prefill: bool = False
+) -> Settings | list[Rejection]:
     """The settings, or every reason against them that can be told before lowering.
 
     `context` is the number of KV rows, rounded up to a multiple of 16; None takes what the model allows, up to 16384.
     """
-    problems = [*model_problems(spec), *_dtype_problems(spec, target), *_batch_problems(spec, config, batch)]
+    problems = [*model_problems(spec), *_dtype_problems(spec, target), *_batch_problems(spec, config, batch, prefill)]
     if problems:
         return problems
     rows = min(spec.max_context, DEFAULT_CONTEXT) if context is None else context
@@ -54,11 +68,11 @@ def resolve(spec: ModelSpec, config: Config, target: Target, context: int | None
     if problems:
         return problems
     rows += -rows % KV_BLOCK_ROWS
-    problems = list(_memory_problems(spec, target, rows, batch))
+    problems = list(_memory_problems(spec, target, rows, 1 if prefill else batch))
     if problems:
         return problems
     splits = splits_of(spec, config, target, rows, batch)
-    return Settings(config, target, rows, warps, splits, _stage_sizes(spec, config, warps), batch)
+    return Settings(config, target, rows, warps, splits, _stage_sizes(spec, config, warps), batch, prefill)
 
 
 def least_stage_bytes(spec: ModelSpec, consumer_warps: int) -> int:
@@ -101,10 +115,11 @@ def _dtype_problems(spec: ModelSpec, target: Target) -> Iterator[Rejection]:
         yield reject("model.dtype", spec.dtype, "bf16 or fp16 for quantised weights")
 
 
-def _batch_problems(spec: ModelSpec, config: Config, batch: int) -> Iterator[Rejection]:
+def _batch_problems(spec: ModelSpec, config: Config, batch: int, prefill: bool) -> Iterator[Rejection]:
     """What programs of a batch cannot do yet: fp32, quantised weights, norms and activations that are tasks of their own."""
-    if batch not in BATCHES:
-        yield reject("batch", batch, f"one of {BATCHES}")
+    allowed = STRETCHES if prefill else BATCHES
+    if batch not in allowed:
+        yield reject("batch", batch, f"one of {allowed}")
     if batch == 1:
         return
     if spec.dtype == "fp32":
@@ -127,9 +142,9 @@ def _stage_problems(spec: ModelSpec, config: Config, warps: int) -> Iterator[Rej
         yield reject("kernel_knobs.stage_bytes", config.stage_bytes, allowed)
 
 
-def _memory_problems(spec: ModelSpec, target: Target, context: int, batch: int) -> Iterator[Rejection]:
+def _memory_problems(spec: ModelSpec, target: Target, context: int, sequences: int) -> Iterator[Rejection]:
     weights = matrices_bytes(spec)
-    kv = 2 * batch * ELEMENT_BYTES[spec.dtype] * context * spec.kv_rows * spec.layers
+    kv = 2 * sequences * ELEMENT_BYTES[spec.dtype] * context * spec.kv_rows * spec.layers
     if weights + kv > target.memory_bytes:
         have = f"{target.memory_bytes / 1e9:.1f} GB of memory on {target.name}"
         allowed = f"small enough for weights ({weights / 1e9:.1f} GB) and KV rows ({kv / 1e9:.1f} GB) to fit the {have}"

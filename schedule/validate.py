@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from amk.schedule.program import Program
 from amk.schedule.proof.ancestors import SET_BYTES, find_ancestors
-from amk.schedule.proof.coverage import check_matrices, check_outputs, check_partials, check_splits
+from amk.schedule.proof.coverage import check_matrices, check_outputs, check_partials, check_splits, check_stretch
 from amk.schedule.proof.footprint import Footprint, take_footprint
 from amk.schedule.proof.limits import Limits
 from amk.schedule.proof.packets import match
@@ -61,6 +61,7 @@ def _prove(program: Program, limits: Limits, report: Report) -> None:
     check_streams(subject, silent, report)
     check_lag(subject, silent, report)
     check_splits(subject, positions, report)
+    check_stretch(subject, report)
     footprint = take_footprint(subject, positions, report)
     if footprint is not None:
         _prove_order(subject, footprint, limits, report)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,11 @@ from amk.schedule.model import WeightSource
 from amk.schedule.program import Program
 from amk.schedule.proven import ValidProgram
 from amk.schedule.resources import block_threads, shared_layout
-from amk.schedule.stream import stream_digest
+from amk.schedule.stream import stream_of
 from amk.vm.build import Binary, compile_kernel
 from amk.vm.image import pack_stream
-from amk.vm.interface import Decoded, DecodedBatch, LaunchFailed, checked_rows
-from amk.vm.kv import plane, require_rows
+from amk.vm.interface import Decoded, DecodedBatch, LaunchFailed, checked_rows, require_decoder, stretches
+from amk.vm.kv import plane, require_rows, require_same_rows
 from amk.vm.kv_blocks import element_dtype, pack_rows, unpack_rows
 from amk.vm.layout import constants
 from amk.vm.params import param_dtype
@@ -114,11 +114,12 @@ def program_image(program: Program, offsets: Sequence[int]) -> np.ndarray[Any, n
 class DeviceWeights:
     """What a program reads and never writes: packed streams, constants, RoPE table and embedding, in card memory.
 
-    It serves every program with the same stream, constants and context: those of one token and of a batch of one config.
+    It serves every program with the same context that reads the same bytes or the first of them: of one config those of one token, of a batch
+    and for prefill.
     """
 
     def __init__(self, program: Program, source: WeightSource, device: str = "cuda") -> None:
-        self.digest = stream_digest(program)
+        self.holds = stream_of(program)
         self.stream, self.offsets = pack_stream(program, source, device)
         self.constants = constants(program, source, device)
         self.rope = source.rope_table(program.kv.rows, device).float().contiguous()
@@ -130,7 +131,7 @@ class UnprovenCudaVM:
 
     `binary` may be shared between machines of one program, `weights` (DeviceWeights) between those of one stream.
     `spin_limit` is the polls after which a wait gives up, `max_steps` the most tokens of one launch. `macros` select test builds
-    (vm.source.TEST_MACROS).
+    (vm.source.TEST_MACROS). A machine `beside` another has its weights and KV rows: one for prefill beside the one that decodes.
     """
 
     def __init__(
@@ -144,20 +145,24 @@ class UnprovenCudaVM:
         spin_limit: int = SPIN_LIMIT,
         max_steps: int = 512,
         macros: dict[str, int] | None = None,
+        beside: UnprovenCudaVM | None = None,
     ) -> None:
         import torch
 
+        if beside is not None:
+            require_same_rows(program, beside.program)
+            weights = beside.weights
         self.program, self.context, self.batch = program, program.machine.context, program.machine.batch
         torch.zeros(1, device="cuda")  # the primary context that driver calls below use
         self.weights = weights or DeviceWeights(program, source)
-        if self.weights.digest != stream_digest(program):
+        if not self.weights.holds.begins_with(stream_of(program)):
             raise LaunchFailed("mismatch", "the program must stream the bytes that its weights were packed as, but they are another's")
         self.kernel = Kernel(binary or compile_kernel(kernel_source(program, **(macros or {})), arch), program)
         m = program.machine
         self.max_steps, self.logit_rows = max_steps, 1
         self.arena = torch.zeros(program.arena_packets, dtype=torch.int64, device="cuda")
         blocks = (program.kv.layers, program.kv.heads, program.kv.rows // KV_BLOCK_ROWS, m.kv_block_bytes)
-        self.kv = torch.zeros(blocks, dtype=torch.uint8, device="cuda")
+        self.kv = beside.kv if beside else torch.zeros(blocks, dtype=torch.uint8, device="cuda")
         self.counters = torch.zeros(len(program.counters) + 1, dtype=torch.int32, device="cuda")
         self.claims = torch.zeros(m.sms, dtype=torch.int32, device="cuda")
         self.abort = torch.zeros(8, dtype=torch.int32, device="cuda")
@@ -165,14 +170,14 @@ class UnprovenCudaVM:
         self.tokens_in = torch.zeros((max_steps, m.batch), dtype=torch.int32, device="cuda")
         self.tokens_out = torch.zeros((max_steps, m.batch), dtype=torch.int32, device="cuda")
         self.positions = torch.zeros(m.batch, dtype=torch.int32, device="cuda")
-        self.logits = torch.empty((1, m.batch, m.vocab), dtype=torch.float32, device="cuda")
+        self.logits = torch.empty((1, m.batch, 0 if m.prefill else m.vocab), dtype=torch.float32, device="cuda")
         self.image = torch.from_numpy(program_image(program, self.weights.offsets.tolist())).to("cuda")
         self.buffers = torch.tensor([b.offset for b in program.buffers], dtype=torch.int32, device="cuda")
         self.epoch, self.launches = 0, 0
         cards = torch.cuda.get_device_properties("cuda").multi_processor_count
         if m.sms > cards:
             raise LaunchFailed("mismatch", f"the program needs {m.sms} SMs, but the card has {cards}; compile it for this card")
-        self.params = np.zeros(1, dtype=param_dtype(m.batch))
+        self.params = np.zeros(1, dtype=param_dtype(m.batch, m.prefill))
         self._fixed_params(spin_limit, m.sms == cards)
 
     def _fixed_params(self, spin_limit: int, by_smid: bool) -> None:
@@ -209,6 +214,7 @@ class UnprovenCudaVM:
         """One launch (vm.interface.DecodeMachine.decode); elapsed_us is between CUDA events around it."""
         import torch
 
+        require_decoder(self.program.machine, "decode")
         steps = len(tokens) if steps is None else steps
         self._check_range(tokens, position, steps)
         self._logit_rows(steps if logits else 1)
@@ -235,14 +241,35 @@ class UnprovenCudaVM:
         chosen = tuple(map(tuple, self.tokens_out[:steps, :rows].T.tolist()))
         return DecodedBatch(chosen, self.logits[:steps, :rows].cpu() if logits else None, elapsed_us)
 
-    def _timed(self, forced: int, position: int, steps: int) -> float:
-        """Microseconds of one launch between CUDA events; its tokens are in `tokens_out`."""
+    def prefill(self, tokens: Sequence[int], position: int) -> float:
+        """vm.interface.PrefillMachine.prefill: a launch for each stretch, one behind the other."""
         import torch
 
+        parts = stretches(self.program.machine, tokens, position)
+        padded = torch.zeros((len(parts), self.batch), dtype=torch.int32)
+        padded.view(-1)[: len(tokens)] = torch.tensor(list(tokens), dtype=torch.int32)
+        seats = padded.to("cuda")
+
+        def launch_all() -> None:
+            for row, (own, start) in enumerate(parts):
+                self.tokens_in[0] = seats[row]
+                self.params[0]["active"] = len(own)
+                self.launch(1, start, 1)
+
+        return self._between_events(launch_all)
+
+    def _timed(self, forced: int, position: int, steps: int) -> float:
+        """Microseconds of one launch; its tokens are in `tokens_out`."""
         self.tokens_out[:steps] = -1
+        return self._between_events(lambda: self.launch(forced, position, steps))
+
+    def _between_events(self, start: Callable[[], None]) -> float:
+        """Microseconds of the launches that `start` makes, between CUDA events."""
+        import torch
+
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
-        self.launch(forced, position, steps)
+        start()
         end.record()
         self.finish()
         return float(begin.elapsed_time(end) * 1e3)

@@ -60,6 +60,44 @@ class BatchMachine(Protocol):
     def close(self) -> None: ...
 
 
+class PrefillMachine(Protocol):
+    """A program for prefill loaded with weights: it makes the KV rows of a sequence's tokens, a stretch of up to `batch` in a launch."""
+
+    context: int
+    batch: int
+
+    def prefill(self, tokens: Sequence[int], position: int) -> float | None:
+        """Makes the KV rows of tokens[i] at `position + i`, stretch after stretch; needs those before `position`.
+
+        Returns the device's microseconds from the first launch to the end of the last, None where there is no device. ValueError for no
+        token, tokens that do not exist, and positions that leave the context; LaunchFailed if a launch does not finish.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+def stretches(machine: Any, tokens: Sequence[int], position: int) -> list[tuple[list[int], int]]:
+    """The tokens and the position of each stretch. ValueError as `PrefillMachine.prefill` says. `machine` is the isa.machine.Machine."""
+    if not machine.prefill:
+        raise ValueError("prefill: must be asked of a program for prefill, but this one decodes")
+    if not tokens:
+        raise ValueError("prefill: must have at least one token, but got none")
+    if position < 0 or position + len(tokens) > machine.context:
+        last = position + len(tokens) - 1
+        raise ValueError(f"prefill: must stay in positions 0..{machine.context - 1}, but goes from {position} to {last}")
+    bad = [token for token in tokens if not 0 <= token < machine.vocab]
+    if bad:
+        raise ValueError(f"prefill: tokens must lie in 0..{machine.vocab - 1}, but one is {bad[0]}")
+    return [(list(tokens[at : at + machine.batch]), position + at) for at in range(0, len(tokens), machine.batch)]
+
+
+def require_decoder(machine: Any, name: str) -> None:
+    """ValueError where the program is for prefill: it has no logits and no step after the first."""
+    if machine.prefill:
+        raise ValueError(f"{name}: must be asked of a program that decodes, but this one is for prefill")
+
+
 def checked_rows(
     machine: Any, tokens: Sequence[Sequence[int]], positions: Sequence[int], steps: int | None
 ) -> tuple[list[tuple[int, ...]], list[int], int]:
@@ -67,6 +105,7 @@ def checked_rows(
 
     `machine` is the program's isa.machine.Machine.
     """
+    require_decoder(machine, "decode_batch")
     if not 1 <= len(tokens) <= machine.batch or len(positions) != len(tokens):
         got = f"{len(tokens)} rows of tokens and {len(positions)} positions"
         raise ValueError(f"decode_batch: must have 1 to {machine.batch} rows, each with a position, but got {got}")

@@ -9,6 +9,8 @@ import numpy as np
 from amk.isa.instruction import F32
 from amk.isa.rounding import round_to
 from amk.schedule.program import Program
+from amk.schedule.stream import stream_of
+from amk.vm.interface import LaunchFailed
 
 
 class KvRows:
@@ -52,8 +54,8 @@ class KvRows:
 
 def plane(program: Program, layer: int, row: int) -> int:
     """Where a layer of one row of a batch lies in the cache; ValueError for a layer or row that is not there."""
-    if not 0 <= row < program.machine.batch:
-        raise ValueError(f"row: must be from 0 to {program.machine.batch - 1}, but got {row}")
+    if not 0 <= row < program.machine.sequences:
+        raise ValueError(f"row: must be from 0 to {program.machine.sequences - 1}, but got {row}")
     require_rows(layer, program.layers, 0, program.machine.context)
     return row * program.layers + layer
 
@@ -64,6 +66,13 @@ def require_rows(layer: int, layers: int, stop: int, context: int) -> None:
         raise ValueError(f"layer: must be from 0 to {layers - 1}, but got {layer}")
     if not 0 <= stop <= context:
         raise ValueError(f"rows: must be at most {context}, but got {stop}")
+
+
+def require_same_rows(program: Program, beside: Program) -> None:
+    """LaunchFailed("mismatch") unless a program may run on another's weights and KV rows."""
+    alike = stream_of(beside).begins_with(stream_of(program)) and program.kv == beside.kv
+    if not alike:
+        raise LaunchFailed("mismatch", "the program must have the KV rows and stream the weights of the one beside it, but has others")
 
 
 def _fp32(rows: Any) -> F32:

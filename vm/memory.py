@@ -46,6 +46,7 @@ class LaunchInputs:
     positions: tuple[int, ...]
     steps: int
     results: Results = field(repr=False)
+    active: int = 0  # seats of a stretch that hold tokens
 
     def forced(self, step: int, seat: int) -> int | None:
         tokens = self.tokens[seat]
@@ -94,6 +95,9 @@ class StepMemory:
 
     def forced_token(self, seat: int = 0) -> int | None:
         return self._launch.forced(self._step, seat)
+
+    def active(self) -> int:
+        return self._launch.active
 
     def reduced_sums(self) -> tuple[F32, Any] | None:
         return None

@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import TypeAlias
 
 from amk.isa.abi import NONE
+from amk.isa.attention import Attention
 from amk.isa.instruction import Access, Instruction
 from amk.isa.machine import KV_BLOCK_ROWS, Machine
 from amk.isa.matvec import MatVec
@@ -62,7 +63,7 @@ def _dependencies(program: Program, tasks: list[Instruction]) -> TopologicalSort
 
 def _footprint(machine: Machine, task: Instruction) -> tuple[set[Access], set[Access]]:
     positions = widest_positions(machine)
-    if isinstance(task, MatVec):  # its footprint has no position
+    if not isinstance(task, Attention):  # its footprint has no position
         positions = positions[-1:]
     reads = {access for position in positions for access in task.reads(machine, position)}
     return reads, {access for position in positions for access in task.writes(machine, position)}

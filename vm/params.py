@@ -47,10 +47,17 @@ class BatchParams(Params):
     positions: PTR = 0
 
 
-def param_fields(batch: int) -> tuple[Field, ...]:
+@dataclass
+class PrefillParams(BatchParams):
+    """Those of a machine that does prefill: the first `active` seats hold tokens, from `position` on; `positions` is not used."""
+
+    active: U32 = 0
+
+
+def param_fields(batch: int, prefill: bool = False) -> tuple[Field, ...]:
     """The launch parameters of a machine that computes `batch` tokens side by side."""
-    return record_fields(Params if batch == 1 else BatchParams)
+    return record_fields(PrefillParams if prefill else Params if batch == 1 else BatchParams)
 
 
-def param_dtype(batch: int) -> np.dtype[Any]:
-    return record_dtype("Params", param_fields(batch))
+def param_dtype(batch: int, prefill: bool = False) -> np.dtype[Any]:
+    return record_dtype("Params", param_fields(batch, prefill))

@@ -16,8 +16,8 @@ from amk.schedule.program import Program
 from amk.schedule.proven import ValidProgram
 from amk.vm.actors import Launch
 from amk.vm.arena import Arena
-from amk.vm.interface import Decoded, DecodedBatch, LaunchFailed, checked_rows
-from amk.vm.kv import KvRows, plane
+from amk.vm.interface import Decoded, DecodedBatch, LaunchFailed, checked_rows, require_decoder, stretches
+from amk.vm.kv import KvRows, plane, require_same_rows
 from amk.vm.memory import LaunchInputs, Results, StepMemory, Weights
 from amk.vm.order import legal_order
 from amk.vm.scheduler import Order, Scheduler
@@ -30,15 +30,26 @@ class UnprovenVM:
 
     fp32 arithmetic on values rounded where the device rounds them. Without `order` it runs whole tasks in one legal order, which is
     fast; with one it steps the actors of every SM in that order, adds partial sums as the device does, and finds deadlocks.
-    `first_epoch` is the epoch of the first token, for tests near the wrap of the tags.
+    `first_epoch` is the epoch of the first token, for tests near the wrap of the tags. A machine `beside` another has its weights and KV rows:
+    one for prefill beside the one that decodes (LaunchFailed if theirs are not the same).
     """
 
-    def __init__(self, program: Program, source: WeightSource, *, order: Order | None = None, first_epoch: int = 1) -> None:
+    def __init__(
+        self,
+        program: Program,
+        source: WeightSource,
+        *,
+        order: Order | None = None,
+        first_epoch: int = 1,
+        beside: UnprovenVM | None = None,
+    ) -> None:
+        if beside is not None:
+            require_same_rows(program, beside.program)
         self.program = program
         self.order = order
         self.context, self.batch = program.machine.context, program.machine.batch
-        self._weights = Weights(program, source)
-        self._kv = KvRows(program)
+        self._weights = beside._weights if beside else Weights(program, source)
+        self._kv = beside._kv if beside else KvRows(program)
         self._arena = Arena(program, first_epoch)
         self._tasks: list[Instruction] | None = None
 
@@ -64,6 +75,13 @@ class UnprovenVM:
         chosen = tuple(zip(*results.tokens, strict=True))[: len(tokens)]
         return DecodedBatch(chosen, _as_tensor(rows), None)
 
+    def prefill(self, tokens: Sequence[int], position: int) -> None:
+        """vm.interface.PrefillMachine.prefill, for which there is no device's time."""
+        machine = self.program.machine
+        for own, start in stretches(machine, tokens, position):
+            seats = [[token] for token in own] + [[0]] * (machine.batch - len(own))
+            self._launch(replace(launch_inputs(machine, seats, [start], 1, logits=False), active=len(own)))
+
     def _launch(self, launch: LaunchInputs) -> Results:
         epoch = self._arena.begin(launch.steps)
         try:
@@ -82,6 +100,7 @@ class UnprovenVM:
 
     def _inputs(self, tokens: Sequence[int], position: int, steps: int, logits: bool) -> LaunchInputs:
         machine = self.program.machine
+        require_decoder(machine, "decode")
         if not tokens:
             raise ValueError("tokens: must hold at least one token, but got none")
         if steps < len(tokens):
@@ -127,8 +146,16 @@ class SequentialMemory(StepMemory):
 class ReferenceVM(UnprovenVM):
     """A DecodeMachine on the CPU for proven programs; see UnprovenVM for `order` and `first_epoch`."""
 
-    def __init__(self, program: ValidProgram, source: WeightSource, *, order: Order | None = None, first_epoch: int = 1) -> None:
-        super().__init__(program.program, source, order=order, first_epoch=first_epoch)
+    def __init__(
+        self,
+        program: ValidProgram,
+        source: WeightSource,
+        *,
+        order: Order | None = None,
+        first_epoch: int = 1,
+        beside: UnprovenVM | None = None,
+    ) -> None:
+        super().__init__(program.program, source, order=order, first_epoch=first_epoch, beside=beside)
 
 
 def _joined(publishes: Publishes) -> Iterator[tuple[Access, Values]]:

@@ -60,8 +60,9 @@ def constants(program: Program, layout: SharedLayout, macros: dict[str, int]) ->
 
 def batch_constants(program: Program) -> dict[str, int]:
     """What only the device code of a batch reads."""
-    batch = program.machine.batch
-    return {} if batch == 1 else {"BATCH": batch, "LAYERS": program.layers}
+    machine = program.machine
+    heads = {"HEADS": machine.heads} if machine.prefill else {}
+    return {} if machine.batch == 1 else {"BATCH": machine.batch, "LAYERS": program.layers} | heads
 
 
 def _constant_line(name: str, value: int | float | bool) -> str:
@@ -73,7 +74,7 @@ def _constant_line(name: str, value: int | float | bool) -> str:
 
 
 def _prelude(program: Program, layout: SharedLayout, macros: dict[str, int]) -> str:
-    batch = program.machine.batch
+    batch, prefill = program.machine.batch, program.machine.prefill
     shapes = " ".join(f"X({i}, {s.cols}, {s.flags})" for i, s in enumerate(program.shapes))
     lines = [
         f"#define ELEMENT {ELEMENT[program.machine.dtype]}",
@@ -82,7 +83,7 @@ def _prelude(program: Program, layout: SharedLayout, macros: dict[str, int]) -> 
         f"#define STRESS {macros['STRESS']}",
         f"#define FOR_EACH_SHAPE(X) {shapes}",
         *(_constant_line(n, v) for n, v in (constants(program, layout, macros) | batch_constants(program)).items()),
-        record_header("Params", param_fields(batch), param_dtype(batch)),
+        record_header("Params", param_fields(batch, prefill), param_dtype(batch, prefill)),
         headers(batched=batch > 1),
     ]
     return "\n".join(lines)

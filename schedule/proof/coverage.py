@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 import numpy as np
 
 from amk.isa.attention import PARTIAL_HEAD, Attention
+from amk.isa.attention_prefill import AttentionPrefill
+from amk.isa.batch import SEAT_BLOCK
 from amk.isa.gemm_head import GemmHead
 from amk.isa.gemv_head import GemvHead
 from amk.isa.machine import TILE_ROWS
@@ -18,6 +21,21 @@ from amk.schedule.proof.report import Region, Report
 from amk.schedule.proof.subject import Flags, Ints, Subject
 
 ALIKE = ("q0", "nq", "window", "unit_rows", "splits", "part_buf", "part_tag", "q_buf", "q_tag")
+STRETCH_ALIKE = (
+    "window",
+    "q_buf",
+    "q_tag",
+    "k_buf",
+    "k_tag",
+    "v_buf",
+    "v_tag",
+    "out_buf",
+    "out_tag",
+    "q_stride",
+    "kv_stride",
+    "q_gain",
+    "k_gain",
+)
 
 
 def check_matrices(subject: Subject, known: Flags, report: Report) -> None:
@@ -90,6 +108,27 @@ def check_splits(subject: Subject, positions: Ints, report: Report) -> None:
         _check_group(subject, key, tasks, positions, report)
 
 
+def check_stretch(subject: Subject, report: Report) -> None:
+    """Of a machine that does prefill: each query head of each layer is computed once for every seat, and alike."""
+    program, machine = subject.program, subject.program.machine
+    if not machine.prefill:
+        return
+    takers: dict[tuple[int, int, int], list[int]] = {}
+    for i in _ids(subject, AttentionPrefill).tolist():
+        task = subject.tasks[i]
+        assert isinstance(task, AttentionPrefill)
+        takers.setdefault((task.layer, task.head, task.seat0), []).append(i)
+    for key in product(range(program.kv.layers), range(machine.heads), range(0, machine.batch, SEAT_BLOCK)):
+        layer, head, seat0 = key
+        held, region = takers.get(key, []), Region(f"L{layer} head {head} seats", seat0, seat0 + SEAT_BLOCK)
+        if len(held) != 1:
+            said = f"{subject.names(held)} all compute {region}" if held else f"no task computes {region}"
+            report.add("coverage", said, subject.ids(held[:16]), [region])
+        else:
+            first = takers.get((layer, 0, 0), held)[0]
+            _check_alike_words(subject, first, held[0], STRETCH_ALIKE, report)
+
+
 def _check_heads(subject: Subject, taken: set[tuple[int, int]], report: Report) -> None:
     """Every KV head of every layer of the cache is taken by somebody."""
     kv = subject.program.kv
@@ -137,11 +176,16 @@ def _check_group(subject: Subject, key: tuple[int, int], ids: list[int], positio
 
 
 def _check_alike(subject: Subject, tail: int, other: int, report: Report) -> None:
-    a, b = subject.tasks[tail], subject.tasks[other]
-    unlike = [name for name in ALIKE if getattr(a, name) != getattr(b, name)]
+    _check_alike_words(subject, tail, other, ALIKE, report)
+
+
+def _check_alike_words(subject: Subject, one: int, other: int, names: tuple[str, ...], report: Report) -> None:
+    a, b = subject.tasks[one], subject.tasks[other]
+    unlike = [name for name in names if getattr(a, name) != getattr(b, name)]
     if unlike:
-        said = f"{subject.names([tail, other])} share a KV head, but differ in {', '.join(unlike)}"
-        report.add("coverage", said, subject.ids([tail, other]))
+        shared = "a KV head" if names == ALIKE else "a layer"
+        said = f"{subject.names([one, other])} share {shared}, but differ in {', '.join(unlike)}"
+        report.add("coverage", said, subject.ids([one, other]))
 
 
 def check_partials(subject: Subject, m: Matching, report: Report) -> None:

@@ -53,7 +53,7 @@ def _turns(m: Matching, nodes: Nodes, ancestors: Ancestors) -> Turns:
 class _Prover:
     def __init__(self, subject: Subject, m: Matching, nodes: Nodes, ancestors: Ancestors, report: Report, turns: Turns) -> None:
         self.subject, self.m, self.nodes, self.ancestors, self.report, self.turns = subject, m, nodes, ancestors, report, turns
-        self.one_token = subject.program.machine.context == 1
+        self.one_token = subject.program.machine.context == 1 or subject.program.machine.prefill
         self.rank: list[int] = ancestors.rank.tolist()
         rank = ancestors.rank[nodes.reader]
         groups = len(m.groups)

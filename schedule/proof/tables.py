@@ -103,6 +103,8 @@ def _machine(machine: Machine, limits: Limits, report: Report) -> None:
         report.add("kind", f"machine.head_dim must be even, because RoPE rotates its halves, but is {machine.head_dim}")
     if _integers(report, "machine", machine, ("batch",), 1, 0xFFFF) and machine.batch > 1:
         _batch(machine, report)
+    if type(machine.prefill) is not bool or machine.prefill and machine.batch == 1:
+        report.add("kind", f"machine.prefill must be False, or True for a batch of more than 1, but is {machine.prefill!r:.20}")
     heads = (machine.heads, machine.kv_heads)
     if all(_integer(n, 1, MOST) for n in heads) and heads[0] % heads[1]:
         report.add("kind", f"machine.heads must be a multiple of kv_heads, but they are {heads[0]} and {heads[1]}")

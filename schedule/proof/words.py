@@ -8,9 +8,11 @@ import numpy as np
 
 from amk.isa.abi import NONE
 from amk.isa.attention import MAX_GROUP, Attention
-from amk.isa.batch import NARROW_RUN, WIDE_RUN
+from amk.isa.attention_prefill import AttentionPrefill
+from amk.isa.batch import NARROW_RUN, SEAT_BLOCK, WIDE_RUN
 from amk.isa.embed import Embed
 from amk.isa.embed_batch import EmbedBatch
+from amk.isa.embed_prefill import EmbedPrefill
 from amk.isa.gemm import Gemm
 from amk.isa.gemm_glu import GemmGlu
 from amk.isa.gemm_head import GemmHead
@@ -58,11 +60,14 @@ def check_words(subject: Subject, report: Report) -> Flags:
     for words in subject.words:
         _counters(checker, words)
         _batch(checker, words)
+        _prefill(checker, words)
         if issubclass(words.cls, MatVec):
             _matvec(checker, words)
         elif words.cls is Attention:
             _attention(checker, words)
-        elif words.cls in (Embed, EmbedBatch):
+        elif words.cls is AttentionPrefill:
+            _attention_prefill(checker, words)
+        elif words.cls in (Embed, EmbedBatch, EmbedPrefill):
             _embed(checker, words)
         elif words.cls is RmsNorm:
             _rmsnorm(checker, words)
@@ -87,6 +92,14 @@ def _batch(checker: Checker, words: Words) -> None:
     tasks = np.ones(len(words.ids), dtype=bool)
     found = words.column["batch"] if words.cls.batched else np.where(tasks, batch if words.cls is Attention else 1, 0)
     checker.must(words, found == batch, "kind", "computes {found} tokens at once, but the machine {batch}", found=found, batch=batch)
+
+
+def _prefill(checker: Checker, words: Words) -> None:
+    """A machine that does prefill runs its own embedding and attention, and products; no other machine runs the former."""
+    prefill = checker.subject.program.machine.prefill
+    allowed = words.cls in (EmbedPrefill, AttentionPrefill, Gemm, GemmGlu) if prefill else words.cls not in (EmbedPrefill, AttentionPrefill)
+    machine = "that does prefill" if prefill else "of sequences side by side"
+    checker.must(words, np.full(len(words.ids), allowed), "kind", f"has no place on a machine {machine}")
 
 
 def _matmul(checker: Checker, words: Words) -> None:
@@ -194,6 +207,24 @@ def _attention(checker: Checker, words: Words) -> None:
         _inside_constant(checker, words, name, dim, needed=column[name] >= 0)
 
 
+def _attention_prefill(checker: Checker, words: Words) -> None:
+    program, column = checker.subject.program, words.column
+    machine, layer, head, seat0 = program.machine, column["layer"], column["head"], column["seat0"]
+    said = "is in layer {layer}, but the KV cache has {has}"
+    checker.need(words, layer < program.kv.layers, "bounds", said, layer=layer, has=program.kv.layers)
+    said = "takes query head {head}, but there are {has}"
+    checker.must(words, head < machine.heads, "bounds", said, head=head, has=machine.heads)
+    seated = (seat0 % SEAT_BLOCK == 0) & (seat0 < machine.batch)
+    said = "begins at seat {seat0}, but must at a multiple of {block} below {has}"
+    checker.must(words, seated, "bounds", said, seat0=seat0, block=SEAT_BLOCK, has=machine.batch)
+    checker.need(
+        words, column["window"] >= 0, "bounds", "has a window of {window} rows, but must have 0 (none) or more", window=column["window"]
+    )
+    dim = np.full_like(layer, machine.head_dim)
+    for name in ("q_gain", "k_gain"):
+        _inside_constant(checker, words, name, dim, needed=column[name] >= 0)
+
+
 def _heads(checker: Checker, words: Words) -> None:
     machine, kv = checker.subject.program.machine, checker.subject.program.kv
     q0, nq, head, group = words.column["q0"], words.column["nq"], words.column["kv_head"], machine.heads // machine.kv_heads
@@ -212,7 +243,7 @@ def _embed(checker: Checker, words: Words) -> None:
     inside = (start >= 0) & (cols >= 1) & (start + cols <= hidden)
     said = "gathers columns {start}:{stop}, but an embedding row has {hidden}"
     checker.must(words, inside, "bounds", said, start=start, stop=start + cols, hidden=hidden)
-    if words.cls is EmbedBatch:
+    if words.cls in (EmbedBatch, EmbedPrefill):
         whole = (start % WIDE_RUN == 0) & (cols % WIDE_RUN == 0)
         said = "must begin and end at multiples of {run} columns, but takes {cols} from {start}"
         checker.must(words, whole, "kind", said, start=start, cols=cols, run=WIDE_RUN)
