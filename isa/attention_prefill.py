@@ -1,7 +1,7 @@
 """attention_prefill: one query head of 8 neighbouring seats of a stretch, over the rows before the stretch and those in it.
 
-Seats are consecutive positions of one sequence, so a launch finds the rows before its stretch in the cache, written by earlier launches, and
-takes the rows of the stretch itself from the k and v packets: nothing that one task writes to the cache is read by another of the launch.
+Seats are consecutive positions of one sequence. A launch finds the rows before its stretch in the cache, written by earlier launches, and
+takes those of the stretch from the k and v packets: nothing that one task writes to the cache is read by another of the launch.
 Of the query heads of a KV head, the first one's tasks append the rows of their own seats.
 """
 
@@ -25,8 +25,8 @@ class AttentionPrefill(Instruction):
     """Query head `head` of seats [seat0, seat0 + 8); the seat of position p + s is s, p the position of the launch.
 
     The head's q of seat s lies at packet `s q_stride + head head_dim` of `q_buf`; k and v rows of its KV head at `s kv_stride + k_start`
-    of `k_buf` and `+ v_start` of `v_buf`. Output goes by seat to `out_buf`. `window` is the sliding window in rows, 0 for none. `q_gain` and
-    `k_gain` are constants offsets of the head norms, -1 for none. Seats at which no token is compute something that nobody uses.
+    of `k_buf` and `+ v_start` of `v_buf`. Output goes by seat to `out_buf`. `window` is the sliding window in rows, 0 for none. `q_gain`
+    and `k_gain` are constants offsets of the head norms, -1 for none. Seats at which no token is compute something that nobody uses.
     """
 
     q_buf: U16

@@ -22,8 +22,8 @@ class Machine:
     `stage_bytes`; at most `inflight` of them are being copied at any time. `reduction_slots` tiles may be reduced ahead of the
     storer. Before the feeder streams KV rows of token t it waits for the end of token t - `kv_lag` on every SM.
     `head_dim` and the rest describe the model as the attention and the norm see it; `tags` is the number of tags a token uses.
-    `batch` tokens are computed side by side, each in its own seat (isa/batch.py): of as many sequences, or, of a machine that does `prefill`,
-    consecutive positions of one, a stretch.
+    `batch` tokens are computed side by side, each in its own seat (isa/batch.py): of as many sequences, or, where it does `prefill`,
+    consecutive positions of one: a stretch.
     """
 
     sms: int

@@ -116,7 +116,7 @@ class AttentionOp(Op):
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionPrefillOp(Op):
-    """Attention of a stretch of `batch` seats, each query head of each 8 seats by itself. Reads q, k and v, which lie by seat: a seat's q has
+    """Attention of a stretch of `batch` seats, each query head of each 8 seats by itself. q, k and v lie by seat: a seat's q has
     `q_stride` packets, its k and v `kv_stride`, and K rows begin at packet `k_offset` of them, V rows at `v_offset`.
     """
 

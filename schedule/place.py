@@ -12,8 +12,8 @@ from amk.schedule.knobs import Assignment
 from amk.schedule.rejection import Rejection, reject
 from amk.schedule.tile import Tiling
 
-# Of shared memory x may take this share where a batch's products keep it, for the ring must have room beside it: more where seats are many, as
-# reading x again for every tile then costs more than weights that come late.
+# Of shared memory x may take this share where a batch's products keep it, for the ring must have room beside it: more for prefill, where
+# seats are many and reading x again for every tile costs more than weights that come late.
 KEPT_SHARE, KEPT_SHARE_PREFILL = 1 / 3, 3 / 5
 
 

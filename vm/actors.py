@@ -286,9 +286,10 @@ class Sm:
         """A task that the consumers do together: all read, meet, and publish."""
         yield self._begin(step, index)
         key, position, chunks = (step, index), self._position(step, task), []
+        inputs = self.inputs.setdefault(key, {})
         for access in task.reads(self.machine, position):
             yield from self._expect(access, step)
-            self.inputs.setdefault(key, {})[access] = self.launch.arena.load(access)
+            inputs[access] = self.launch.arena.load(access)
         for number in range(len(task.chunk_bytes(self.machine, position))):
             yield Wait(self._landed, (self.taken[warp],), "chunk {0} of the launch to land".format)
             chunks.append(self._take(warp, index, step, number))

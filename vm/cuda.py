@@ -114,8 +114,8 @@ def program_image(program: Program, offsets: Sequence[int]) -> np.ndarray[Any, n
 class DeviceWeights:
     """What a program reads and never writes: packed streams, constants, RoPE table and embedding, in card memory.
 
-    It serves every program with the same context that reads the same bytes or the first of them: of one config those of one token, of a batch
-    and for prefill.
+    It serves every program with the same context that reads the same bytes or the first of them: of one config those of one token,
+    of a batch and for prefill.
     """
 
     def __init__(self, program: Program, source: WeightSource, device: str = "cuda") -> None:

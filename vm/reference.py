@@ -30,8 +30,8 @@ class UnprovenVM:
 
     fp32 arithmetic on values rounded where the device rounds them. Without `order` it runs whole tasks in one legal order, which is
     fast; with one it steps the actors of every SM in that order, adds partial sums as the device does, and finds deadlocks.
-    `first_epoch` is the epoch of the first token, for tests near the wrap of the tags. A machine `beside` another has its weights and KV rows:
-    one for prefill beside the one that decodes (LaunchFailed if theirs are not the same).
+    `first_epoch` is the epoch of the first token, for tests near the wrap of the tags. A machine `beside` another has its weights and KV
+    rows: one for prefill beside the one that decodes (LaunchFailed if theirs are not the same).
     """
 
     def __init__(
