@@ -28,12 +28,13 @@ UNFUSED: dict[str, Any] = {"fusion_grouping": []}
 
 @dataclass(frozen=True)
 class Variant:
-    """A model's dimensions, a config, and how many tokens are computed side by side."""
+    """A model's dimensions, a config, and how many tokens are computed side by side, as rows of their own or for prefill."""
 
     name: str
     spec: ModelSpec
     config: dict[str, Any]
     batch: int = 1
+    prefill: bool = False
 
 
 def variants() -> list[Variant]:
@@ -53,6 +54,12 @@ def variants() -> list[Variant]:
         Variant("llama-3.1-8b, batch 8", describe("llama-3.1-8b-shape"), {}, 8),
         Variant("smollm2-135m, batch 8", describe("smollm2-135m-shape"), {}, 8),
         Variant("small fp16, batch 16", replace(small, dtype="fp16"), {"threads_per_block": 128}, 16),
+        *(Variant(f"llama-3.2-1b, prefill by {batch}", one_b, {}, batch, True) for batch in (8, 16, 32, 64)),
+        Variant("llama-3.1-8b, prefill by 16", describe("llama-3.1-8b-shape"), {}, 16, True),
+        Variant("qwen3-0.6b, prefill by 32", describe("qwen3-0.6b-shape"), {}, 32, True),
+        Variant("smollm2-135m, prefill by 64", describe("smollm2-135m-shape"), {}, 64, True),
+        Variant("small fp16, prefill by 8, heads of 24", replace(small, dtype="fp16", head_dim=24), {"threads_per_block": 128}, 8, True),
+        Variant("small, prefill by 16, heads of 256", replace(small, head_dim=256, heads=4, kv_heads=2), {}, 16, True),
         *(Variant(f"llama-3.2-1b {name}", with_weights(one_b, form), {}) for name, form in FORMATS.items()),
         Variant("llama-3.2-1b int8, head bf16", replace(with_weights(one_b, FORMATS["int8"]), head_weights=None), {}),
         Variant("llama-3.2-1b int4-g64-asym 128 thr.", with_weights(one_b, FORMATS["int4-g64-asym"]), {"threads_per_block": 128}),
@@ -70,7 +77,7 @@ def build(case: tuple[Variant, str]) -> tuple[bool, str]:
     config = parse_config(variant.config)
     if isinstance(config, list):
         return False, f"{variant.name}: {config}"
-    program = compile_program(variant.spec, config, target, context=4096, batch=variant.batch)
+    program = compile_program(variant.spec, config, target, context=4096, batch=variant.batch, prefill=variant.prefill)
     if isinstance(program, list):
         return False, f"{variant.name} for {card}: {program}"
     try:

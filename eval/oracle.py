@@ -19,6 +19,7 @@ import numpy as np
 from amk.eval.kv_rows import ReadRows, Rows, expected_errors, relative_errors, typical_ratios
 from amk.eval.tolerance import FP32_ERROR, LATE, MAX_EXPECTED, NEAR_TIE_SHARE, ROWS, TIE, TYPICAL, WORST
 from amk.isa.attention import TWO_PART_GROUP, Attention
+from amk.isa.attention_prefill import AttentionPrefill
 from amk.isa.matmul import MatMul
 from amk.isa.rmsnorm import RmsNorm
 from amk.models.rounded import RoundingPoints, rounded
@@ -71,7 +72,9 @@ def rounding_points(program: Program) -> RoundingPoints:
     return RoundingPoints(
         dtype=_dtype(program.machine.dtype),
         norms=any(isinstance(task, RmsNorm | MatMul) for task in tasks),  # products of a batch round what they have normalised
-        attention_operands=any(isinstance(task, Attention) and task.nq > TWO_PART_GROUP for task in tasks),
+        attention_operands=any(
+            isinstance(task, AttentionPrefill) or isinstance(task, Attention) and task.nq > TWO_PART_GROUP for task in tasks
+        ),
     )
 
 

@@ -211,6 +211,7 @@ __device__ __forceinline__ void consume_attention_prefill(Consumer& c, const Att
   c.wait_released();
   prepare_stretch(c, task, token, s);
   c.meet();
+  __syncwarp();
   StretchSoftmax softmax(s, c.lane);
 #pragma unroll 1
   for (int i = c.warp; i < blocks; i += CONSUMER_WARPS) {

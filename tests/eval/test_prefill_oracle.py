@@ -1,0 +1,66 @@
+"""The oracle of prefill, on the reference machine: true models pass, wrong stretches are found."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from amk.eval.oracle import Plan, Reference, make_reference, rounding_points
+from amk.eval.prefill_oracle import judge_prefill
+from amk.isa.attention_prefill import AttentionPrefill
+from amk.models.registry import resolve
+from amk.schedule.compile import lower
+from amk.schedule.knobs import Config
+from amk.schedule.targets import small_target
+from amk.schedule.validate import ValidProgram, validate
+from amk.vm.reference import ReferenceVM
+
+MODEL = resolve("toy-2L")
+PLAN = Plan(prompt=44, steps=50, late=(60, 127), late_steps=26)
+
+
+def proof(batch: int) -> ValidProgram:
+    valid = validate(lower(MODEL.spec, Config(), small_target(4), batch=batch, prefill=batch > 1, context=256))
+    assert isinstance(valid, ValidProgram)
+    return valid
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    return make_reference(MODEL.spec, MODEL.eager("fp32"), PLAN, rounding_points(proof(16).program))
+
+
+def machines(kind: type[ReferenceVM] = ReferenceVM) -> tuple[ReferenceVM, ReferenceVM]:
+    decoder = ReferenceVM(proof(1), MODEL.weights)
+    return kind(proof(16), MODEL.weights, beside=decoder), decoder
+
+
+class Shifted(ReferenceVM):
+    """The second stretch and those after it come one position too late."""
+
+    def prefill(self, tokens: Any, position: int) -> None:
+        super().prefill(tokens[:16], position)
+        super().prefill(tokens[16:], position + 17)
+
+
+class Forgetful(ReferenceVM):
+    """Seats do not see rows that are 16 or more positions old."""
+
+    def prefill(self, tokens: Any, position: int) -> None:
+        queues = tuple(tuple(replace(t, window=16) if isinstance(t, AttentionPrefill) else t for t in q) for q in self.program.queues)
+        self.program = replace(self.program, queues=queues)
+        super().prefill(tokens, position)
+
+
+def test_the_true_model_uses_at_most_half_of_the_tolerance(reference: Reference) -> None:
+    finding = judge_prefill(*machines(), reference)
+    assert finding.correct, finding.failures
+    assert finding.tolerance_used <= 0.5
+    assert {43, 49, 82, 149 + 3} <= set(finding.positions)
+
+
+@pytest.mark.parametrize("kind", [Shifted, Forgetful])
+def test_wrong_stretches_are_found(kind: type[ReferenceVM], reference: Reference) -> None:
+    assert not judge_prefill(*machines(kind), reference).correct
