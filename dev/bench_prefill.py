@@ -92,7 +92,7 @@ def measure(name: str, stretches: list[int], count: int, judging: bool) -> dict[
     }
     entrants |= {f"transformers, {attention}": eager_pass(model, tokens, attention) for attention in ATTENTIONS}
     samples = interleaved(list(entrants.values()))
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"model": name, "entrant": entrant, "tokens": count, "prompt_us": quantiles(taken).p50, "samples_us": taken}
         for entrant, taken in zip(entrants, samples, strict=True)
     ]

@@ -134,6 +134,10 @@ class UnprovenCudaVM:
     (vm.source.TEST_MACROS). A machine `beside` another has its weights and KV rows: one for prefill beside the one that decodes.
     """
 
+    program: Program
+    weights: DeviceWeights
+    kv: Any
+
     def __init__(
         self,
         program: Program,

@@ -34,6 +34,10 @@ class UnprovenVM:
     rows: one for prefill beside the one that decodes (LaunchFailed if theirs are not the same).
     """
 
+    program: Program
+    _weights: Weights
+    _kv: KvRows
+
     def __init__(
         self,
         program: Program,
