@@ -53,12 +53,7 @@ def test_an_sm_that_ends_a_phase_late_begins_the_next_one_only_where_there_are_t
     for spec, tiles in ((SMOLLM2, 36), (LLAMA_1B, 128)):
         program = lower(spec, Config(), TARGETS["h200"])
         for layer in range(program.kv.layers):
-            tails = {
-                sm
-                for sm, queue in enumerate(program.queues)
-                for t in queue
-                if isinstance(t, Attention) and (t.layer, t.split) == (layer, 0)
-            }
+            tails = {sm for sm, q in enumerate(program.queues) for t in q if isinstance(t, Attention) and (t.layer, t.split) == (layer, 0)}
             late = sum(shares > 0 for sm, shares in enumerate(counts(program, f"L{layer}.o")) if sm in tails)
             assert late == max(0, tiles - (132 - len(tails)))
 
