@@ -63,7 +63,7 @@ def _assemble(spec: ModelSpec, settings: Settings, graph: Graph, arena: Arena, s
     config = settings.config
     return Program(
         machine=machine,
-        device=DeviceKnobs(config.cache_hint, config.sync, config.poll_sleep_ns, config.release_early),
+        device=DeviceKnobs(config.cache_hint, config.sync, config.poll_sleep_ns, config.release_early, settings.feed),
         buffers=tuple(Buffer(v.name, v.kind, arena.offsets[v.name], v.packets) for v in graph.values),
         arena_packets=arena.packets,
         matrices=graph.matrices,
@@ -84,7 +84,8 @@ def _machine(spec: ModelSpec, settings: Settings, graph: Graph, sync: Sync, queu
     chosen = next((m for least in (2, 1) for m in fitted if m.stages >= least), None)
     if chosen is None:
         return [_no_ring(drafts[-1], settings, graph, queues)]
-    return replace(chosen, inflight=min(settings.config.pipelining_depth, chosen.stages))
+    depth = 1 if settings.feed == "plain" else settings.config.pipelining_depth
+    return replace(chosen, inflight=min(depth, chosen.stages))
 
 
 def _draft(spec: ModelSpec, settings: Settings, sync: Sync, stage_bytes: int) -> Machine:
@@ -161,7 +162,8 @@ def effective_config(config: Config, program: Program) -> dict[str, Any]:
     splits = max((getattr(task, "splits", 1) for queue in program.queues for task in queue), default=1)
     result["pipelining_depth"] = m.inflight
     result["smem_bytes_per_block"] = m.stages * m.stage_bytes
-    result["kernel_knobs"] |= {"stage_bytes": max(size for size in STAGE_CHOICES if size <= m.stage_bytes), "kv_splits": splits}
+    stage_bytes = max(size for size in STAGE_CHOICES if size <= m.stage_bytes)
+    result["kernel_knobs"] |= {"weight_feed": program.device.weight_feed, "stage_bytes": stage_bytes, "kv_splits": splits}
     return result
 
 
@@ -170,7 +172,8 @@ def notes(config: Config, program: Program) -> list[str]:
     found, asked, realised = [], config_dict(config), effective_config(config, program)
     depth, inflight = asked["pipelining_depth"], realised["pipelining_depth"]
     if depth > inflight:
-        found.append(f"pipelining_depth: {depth} stages asked for, {inflight} used: the ring has no more")
+        why = "plain loads fill one after another" if program.device.weight_feed == "plain" else "the ring has no more"
+        found.append(f"pipelining_depth: {depth} stages asked for, {inflight} used: {why}")
     splits, used = asked["kernel_knobs"]["kv_splits"], realised["kernel_knobs"]["kv_splits"]
     if splits > used:
         found.append(f"kv_splits: {splits} asked for, {used} used: the context has no more blocks of {config.kv_block} rows")

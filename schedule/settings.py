@@ -21,7 +21,9 @@ MAX_HEAD_DIM = 256
 
 @dataclass(frozen=True)
 class Settings:
-    """Realised choices: `splits[l]` attention tasks of a KV head in layer l; `stage_sizes` to try, in bytes with scales, best first."""
+    """Realised choices: `splits[l]` attention tasks of a KV head in layer l; `stage_sizes` to try, in bytes with scales, best first;
+    `feed` is how they are filled.
+    """
 
     config: Config
     target: Target
@@ -29,6 +31,7 @@ class Settings:
     consumer_warps: int
     splits: tuple[int, ...]
     stage_sizes: tuple[int, ...]
+    feed: str
 
     @property
     def tiles_per_unit(self) -> int:
@@ -40,7 +43,7 @@ def resolve(spec: ModelSpec, config: Config, target: Target, context: int | None
 
     `context` is the number of KV rows, rounded up to a multiple of 16; None takes what the model allows, up to 16384.
     """
-    problems = [*model_problems(spec), *_dtype_problems(spec, target)]
+    problems = [*model_problems(spec), *_dtype_problems(spec, target), *_feed_problems(config, target)]
     if problems:
         return problems
     rows = min(spec.max_context, DEFAULT_CONTEXT) if context is None else context
@@ -52,8 +55,9 @@ def resolve(spec: ModelSpec, config: Config, target: Target, context: int | None
     problems = list(_memory_problems(spec, target, rows))
     if problems:
         return problems
+    feed = target.feeds[0] if config.weight_feed == "auto" else config.weight_feed
     splits = tuple(_splits(spec, config, target, rows, window or 0) for window in spec.windows)
-    return Settings(config, target, rows, warps, splits, _stage_sizes(spec, config, warps))
+    return Settings(config, target, rows, warps, splits, _stage_sizes(spec, config, warps), feed)
 
 
 def least_stage_bytes(spec: ModelSpec, consumer_warps: int) -> int:
@@ -94,6 +98,12 @@ def _dtype_problems(spec: ModelSpec, target: Target) -> Iterator[Rejection]:
         yield reject("model.dtype", spec.dtype, f"one of {target.dtypes} on {target.name} ({target.arch})")
     if spec.dtype == "fp32" and (spec.layer_weights or spec.head_weights):
         yield reject("model.dtype", spec.dtype, "bf16 or fp16 for quantised weights")
+
+
+def _feed_problems(config: Config, target: Target) -> Iterator[Rejection]:
+    allowed = ("auto", *target.feeds)
+    if config.weight_feed not in allowed:
+        yield reject("kernel_knobs.weight_feed", config.weight_feed, f"one of {allowed} on {target.name} ({target.arch})")
 
 
 def _context_problems(spec: ModelSpec, context: int) -> Iterator[Rejection]:
