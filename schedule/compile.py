@@ -78,10 +78,13 @@ def _assemble(spec: ModelSpec, settings: Settings, graph: Graph, arena: Arena, s
 
 
 def _machine(spec: ModelSpec, settings: Settings, graph: Graph, sync: Sync, queues: Queues) -> Machine | list[Rejection]:
-    """The machine with as many ring stages as fit beside everything else, of the first stage size of which two (or else one) do."""
+    """The machine with as many ring stages as fit beside everything else, of the first stage size of which four (or else two, or one) do.
+
+    Four: the copies under way by default, and a stage that is used up meanwhile.
+    """
     drafts = [_draft(spec, settings, sync, stage_bytes) for stage_bytes in settings.stage_sizes]
     fitted = [replace(draft, stages=_stages(draft, settings, graph, queues)) for draft in drafts]
-    chosen = next((m for least in (2, 1) for m in fitted if m.stages >= least), None)
+    chosen = next((m for least in (4, 2, 1) for m in fitted if m.stages >= least), None)
     if chosen is None:
         return [_no_ring(drafts[-1], settings, graph, queues)]
     depth = 1 if settings.feed == "plain" else settings.config.pipelining_depth

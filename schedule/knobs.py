@@ -169,15 +169,6 @@ class Config:
         unit="bytes",
         choices=(0, 8192, 16384, 32768),
     )
-    weight_feed: str = _knob(
-        "kernel_knobs.weight_feed",
-        "choice",
-        "auto",
-        "how bytes come into the ring: bulk copies (compute capability 9.0 and later), cp_async (8.0) or plain loads; auto is the first of "
-        "these that the card has",
-        "settings, vm feeder",
-        choices=("auto", "bulk", "cp_async", "plain"),
-    )
     cache_hint: str = _knob(
         "kernel_knobs.cache_hint",
         "choice",
@@ -229,6 +220,15 @@ class Config:
         "settings, emit",
         unit="tasks",
         choices=(0, 1, 2, 4, 8, 16),
+    )
+    weight_feed: str = _knob(
+        "kernel_knobs.weight_feed",
+        "choice",
+        "auto",
+        "how bytes come into the ring: bulk copies (compute capability 9.0 and later), cp_async (8.0) or plain loads; auto is the first of "
+        "these that the card has",
+        "settings, vm feeder",
+        choices=("auto", "bulk", "cp_async", "plain"),
     )
 
 

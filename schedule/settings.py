@@ -95,13 +95,21 @@ def model_problems(spec: ModelSpec) -> Iterator[Rejection]:
 
 def _dtype_problems(spec: ModelSpec, target: Target) -> Iterator[Rejection]:
     if spec.dtype not in target.dtypes:
-        yield reject("model.dtype", spec.dtype, f"one of {target.dtypes} on {target.name} ({target.arch})")
+        allowed = (
+            f"one of {target.dtypes} on {target.name} ({target.arch}), whose tensor cores have no other: convert the checkpoint to fp16"
+        )
+        yield reject("model.dtype", spec.dtype, allowed)
     if spec.dtype == "fp32" and (spec.layer_weights or spec.head_weights):
         yield reject("model.dtype", spec.dtype, "bf16 or fp16 for quantised weights")
 
 
+def weight_feeds(target: Target) -> tuple[str, ...]:
+    """The values of the knob weight_feed that the card allows."""
+    return ("auto", *target.feeds)
+
+
 def _feed_problems(config: Config, target: Target) -> Iterator[Rejection]:
-    allowed = ("auto", *target.feeds)
+    allowed = weight_feeds(target)
     if config.weight_feed not in allowed:
         yield reject("kernel_knobs.weight_feed", config.weight_feed, f"one of {allowed} on {target.name} ({target.arch})")
 
