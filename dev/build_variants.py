@@ -1,8 +1,8 @@
 """Builds kernel variants for every architecture without a GPU and reports registers and spills.
 
-A variant is a model shape with a config: together they reach every instruction, element type, head size, warp count and weight feed that the
-device code distinguishes. All are built for sm_90a, and those that need most registers or have code of their own for the others too. Exit code
-1 if one does not compile, or spills registers that it should hold.
+A variant is a model shape with a config: together they reach every instruction, element type, head size, warp count and weight feed that
+the device code distinguishes. All are built for sm_90a, and those that need most registers or have code of their own for the others too.
+Exit code 1 if one does not compile, or spills registers that it should hold.
 """
 
 from __future__ import annotations

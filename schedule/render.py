@@ -44,7 +44,7 @@ def _value_schema(knob: Knob) -> dict[str, Any]:
 
 
 def search_space(spec: ModelSpec, target: Target) -> dict[str, dict[str, Any]]:
-    """Every knob by its dotted name with the values that model and card allow: type, choices or min and max, default, desc, unit, consumer."""
+    """Every knob by its dotted name: type, choices (or min and max) that model and card allow, default, desc, unit, consumer."""
     return {knob.name: _entry(knob, spec, target) for knob in KNOBS}
 
 

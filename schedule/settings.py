@@ -95,9 +95,7 @@ def model_problems(spec: ModelSpec) -> Iterator[Rejection]:
 
 def _dtype_problems(spec: ModelSpec, target: Target) -> Iterator[Rejection]:
     if spec.dtype not in target.dtypes:
-        allowed = (
-            f"one of {target.dtypes} on {target.name} ({target.arch}), whose tensor cores have no other: convert the checkpoint to fp16"
-        )
+        allowed = f"one of {target.dtypes} on {target.name} ({target.arch}), which has no other: convert the checkpoint to fp16"
         yield reject("model.dtype", spec.dtype, allowed)
     if spec.dtype == "fp32" and (spec.layer_weights or spec.head_weights):
         yield reject("model.dtype", spec.dtype, "bf16 or fp16 for quantised weights")
