@@ -95,7 +95,7 @@ def model_problems(spec: ModelSpec) -> Iterator[Rejection]:
 
 def _dtype_problems(spec: ModelSpec, target: Target) -> Iterator[Rejection]:
     if spec.dtype not in target.dtypes:
-        allowed = f"one of {target.dtypes} on {target.name} ({target.arch}), which has no other: convert the checkpoint to fp16"
+        allowed = f"one of {target.dtypes} on {target.name} ({target.arch}); MODEL@{target.dtypes[0]} is the model so converted"
         yield reject("model.dtype", spec.dtype, allowed)
     if spec.dtype == "fp32" and (spec.layer_weights or spec.head_weights):
         yield reject("model.dtype", spec.dtype, "bf16 or fp16 for quantised weights")

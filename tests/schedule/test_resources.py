@@ -65,7 +65,7 @@ def test_default_config_of_every_built_in_model_goes_with_every_card_that_holds_
     if spec.dtype not in target.dtypes:
         refused = compile_program(spec, Config(), target)
         assert isinstance(refused, list)
-        assert [r.key for r in refused] == ["model.dtype"] and "convert the checkpoint to fp16" in refused[0].text
+        assert [r.key for r in refused] == ["model.dtype"] and "MODEL@fp16" in refused[0].text
         spec = replace(spec, dtype="fp16")
     result = compile_program(spec, Config(), target, context=min(4096, spec.max_context))
     if matrices_bytes(spec) > 0.9 * target.memory_bytes:
