@@ -54,7 +54,7 @@ def test_every_element_type_is_correct_at_late_positions(kind: str, feed: str, r
     [
         {},
         {"threads_per_block": 128},
-        {"smem_bytes_per_block": 16384},
+        {"smem_bytes_per_block": 16384, "kernel_knobs": {"stage_bytes": 16384}},
         {"smem_bytes_per_block": 32768, "kernel_knobs": {"stage_bytes": 8192}},
         {"pipelining_depth": 12, "kernel_knobs": {"stage_bytes": 8192, "cache_hint": "none"}},
         {"fusion_grouping": [], "kernel_knobs": {"reduction_slots": 8, "sync": "tags"}},
@@ -119,7 +119,7 @@ def test_products_of_eight_columns_are_correct(kind: str, feed: str, record_prop
     accept(judged(model(kind), by(feed), macros=TURING), record_property)
 
 
-@pytest.mark.parametrize("kind", ["fp16", "fp32", "quantised int8"])
+@pytest.mark.parametrize("kind", ["fp16", "fp32", "small@fp16", "quantised int8"])
 def test_the_program_of_a_t4_is_correct(kind: str, record_property: Any) -> None:
     """40 SMs, 64 KiB of shared memory, stages of 8 KiB, plain loads and Turing's products."""
     chosen = model(kind)
