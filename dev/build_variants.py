@@ -33,7 +33,8 @@ PLAIN_128: dict[str, Any] = {"threads_per_block": 128, "kernel_knobs": {"cache_h
 
 @dataclass(frozen=True)
 class Variant:
-    """A model's dimensions and a config; `others` are the cards besides h200 that it is built for. `spills`: it may spill registers."""
+    """A model's dimensions and a config; `others` are the cards besides h200 that it is built for. `spills`: it may
+    keep in memory what changes once a task, but nothing that its loops touch."""
 
     name: str
     spec: ModelSpec
