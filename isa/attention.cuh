@@ -209,19 +209,16 @@ __device__ __forceinline__ void clear_rows(uint4& v, int to, int lane) {
 struct BlockSoftmax {
   static constexpr int STEPS = HD / 16;
   static constexpr bool V_EARLY = STEPS <= 4;  // V is asked for before the scores where registers allow
-  static constexpr bool Q_KEPT = STEPS <= 8;   // q stays in registers, or is read from scratch for every block
-  uint2 q[Q_KEPT ? STEPS : 1];
-  const uint8_t* q_from;  // this lane's part of q in scratch, null where its column has no head
+  uint2 q[STEPS];
   float m[2], l[2], o[STEPS][4];
   bool any = false;
 
   __device__ __forceinline__ void begin(const AttentionScratch& s, int nq, int lane) {
     const int column = lane >> 2, t = lane & 3, head = TWO_PART ? column & 3 : column;
     const int row = TWO_PART && column >= 4 ? GROUP + head : head;
-    if constexpr (!Q_KEPT) q_from = head < nq ? s.q(row) + t * 8 : nullptr;
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) {
-      if constexpr (Q_KEPT) q[i] = head < nq ? *reinterpret_cast<const uint2*>(s.q(row) + (i * 16 + t * 4) * 2) : make_uint2(0, 0);
+      q[i] = head < nq ? *reinterpret_cast<const uint2*>(s.q(row) + (i * 16 + t * 4) * 2) : make_uint2(0, 0);
 #pragma unroll
       for (int j = 0; j < 4; ++j) o[i][j] = 0.f;
     }
@@ -238,15 +235,8 @@ struct BlockSoftmax {
 #pragma unroll
       for (int i = 0; i < STEPS; ++i) early[i] = fragment(block + KV_HALF_BYTES, i, lane);
     }
-#pragma unroll(Q_KEPT ? STEPS : 2)
-    for (int i = 0; i < STEPS; ++i) {
-      if constexpr (Q_KEPT) {
-        multiply(d, fragment(block, i, lane), q[i].x, q[i].y);
-      } else {
-        const uint2 part = q_from ? *reinterpret_cast<const uint2*>(q_from + i * 32) : make_uint2(0, 0);
-        multiply(d, fragment(block, i, lane), part.x, part.y);
-      }
-    }
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) multiply(d, fragment(block, i, lane), q[i].x, q[i].y);
     if constexpr (TWO_PART) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) d[j] += __shfl_xor_sync(~0u, d[j], 2);  // columns h and h + 4: both lanes have the whole score
