@@ -33,14 +33,18 @@ PLAIN_128: dict[str, Any] = {"threads_per_block": 128, "kernel_knobs": {"cache_h
 
 @dataclass(frozen=True)
 class Variant:
-    """A model's dimensions and a config; `others` are the cards besides h200 that it is built for. `spills`: it may
-    keep in memory what changes once a task, but nothing that its loops touch."""
+    """A model's dimensions, a config, and how many tokens are computed side by side.
+
+    `others` are the cards besides h200 that it is built for. `spills`: it may keep in memory what changes once a task, but nothing
+    that its loops touch.
+    """
 
     name: str
     spec: ModelSpec
     config: dict[str, Any]
     others: tuple[str, ...] = ()
     spills: bool = False
+    batch: int = 1
 
     def spec_on(self, target: Target) -> ModelSpec:
         """The model in 16-bit elements that the card has."""
@@ -65,9 +69,14 @@ def variants() -> list[Variant]:
         Variant("small fp32 unfused", fp32, UNFUSED, OTHERS),
         Variant("small, heads of 80", replace(small, head_dim=80), {}, ("t4",)),
         Variant("small, heads of 256", replace(small, head_dim=256, heads=4, kv_heads=2), {}, OTHERS, spills=True),
+        *(Variant(f"llama-3.2-1b, batch {batch}", one_b, {}, NEW, batch=batch) for batch in (8, 16)),
+        Variant("llama-3.1-8b, batch 8", describe("llama-3.1-8b-shape"), {}, batch=8),
+        Variant("smollm2-135m, batch 8", describe("smollm2-135m-shape"), {}, ("a100",), batch=8),
+        Variant("small fp16, batch 16", fp16, {"threads_per_block": 128}, OTHERS, batch=16),
         *(Variant(f"llama-3.2-1b {name}", with_weights(one_b, form), {}, widest.get(name, ())) for name, form in FORMATS.items()),
         Variant("llama-3.2-1b int8, head bf16", replace(with_weights(one_b, FORMATS["int8"]), head_weights=None), {}, NEW),
         Variant("llama-3.2-1b int4-g64-asym 128 thr.", with_weights(one_b, FORMATS["int4-g64-asym"]), {"threads_per_block": 128}),
+        Variant("llama-3.1-8b int4-g128", with_weights(describe("llama-3.1-8b-shape"), FORMATS["int4-g128"]), {}),
         Variant("smollm2-135m int4-g128", with_weights(describe("smollm2-135m-shape"), FORMATS["int4-g128"]), {}),
         Variant("small fp16 int8-asym", with_weights(fp16, FORMATS["int8-asym"]), UNFUSED, ("t4",)),
         Variant("small fp16 int4-g32-asym", with_weights(fp16, FORMATS["int4-g32-asym"]), {}),
@@ -82,7 +91,7 @@ def build(case: tuple[Variant, str]) -> tuple[bool, str]:
     config = parse_config(variant.config)
     if isinstance(config, list):
         return False, f"{variant.name}: {config}"
-    program = compile_program(variant.spec_on(target), config, target, context=4096)
+    program = compile_program(variant.spec_on(target), config, target, context=4096, batch=variant.batch)
     if isinstance(program, list):
         return False, f"{variant.name} for {card}: {program}"
     try:

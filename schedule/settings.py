@@ -17,12 +17,14 @@ DEFAULT_CONTEXT = 16384
 STAGE_CHOICES = (8192, 16384, 32768)
 SPLIT_CHOICES = (1, 2, 4, 8, 16)
 MAX_HEAD_DIM = 256
+BATCHES = (1, 8, 16)  # tokens that a program may compute side by side
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Realised choices: `splits[l]` attention tasks of a KV head in layer l; `stage_sizes` to try, in bytes with scales, best first;
-    `feed` is how they are filled.
+    """Realised choices: `splits[l]` attention tasks of a KV head in layer l; `stage_sizes` to try, in bytes with scales, best first.
+
+    `feed` is how they are filled; `batch` tokens are computed side by side, each with KV rows of its own.
     """
 
     config: Config
@@ -32,18 +34,24 @@ class Settings:
     splits: tuple[int, ...]
     stage_sizes: tuple[int, ...]
     feed: str
+    batch: int = 1
 
     @property
     def tiles_per_unit(self) -> int:
         return self.config.n_tile // TILE_ROWS
 
 
-def resolve(spec: ModelSpec, config: Config, target: Target, context: int | None) -> Settings | list[Rejection]:
+def resolve(spec: ModelSpec, config: Config, target: Target, context: int | None, batch: int = 1) -> Settings | list[Rejection]:
     """The settings, or every reason against them that can be told before lowering.
 
     `context` is the number of KV rows, rounded up to a multiple of 16; None takes what the model allows, up to 16384.
     """
-    problems = [*model_problems(spec), *_dtype_problems(spec, target), *_feed_problems(config, target)]
+    problems = [
+        *model_problems(spec),
+        *_dtype_problems(spec, target),
+        *_feed_problems(config, target),
+        *_batch_problems(spec, config, batch),
+    ]
     if problems:
         return problems
     rows = min(spec.max_context, DEFAULT_CONTEXT) if context is None else context
@@ -52,12 +60,12 @@ def resolve(spec: ModelSpec, config: Config, target: Target, context: int | None
     if problems:
         return problems
     rows += -rows % KV_BLOCK_ROWS
-    problems = list(_memory_problems(spec, target, rows))
+    problems = list(_memory_problems(spec, target, rows, batch))
     if problems:
         return problems
     feed = target.feeds[0] if config.weight_feed == "auto" else config.weight_feed
-    splits = tuple(_splits(spec, config, target, rows, window or 0) for window in spec.windows)
-    return Settings(config, target, rows, warps, splits, _stage_sizes(spec, config, warps), feed)
+    splits = splits_of(spec, config, target, rows, batch)
+    return Settings(config, target, rows, warps, splits, _stage_sizes(spec, config, warps), feed, batch)
 
 
 def least_stage_bytes(spec: ModelSpec, consumer_warps: int) -> int:
@@ -112,6 +120,20 @@ def _feed_problems(config: Config, target: Target) -> Iterator[Rejection]:
         yield reject("kernel_knobs.weight_feed", config.weight_feed, f"one of {allowed} on {target.name} ({target.arch})")
 
 
+def _batch_problems(spec: ModelSpec, config: Config, batch: int) -> Iterator[Rejection]:
+    """What programs of a batch cannot do yet: fp32, quantised weights, norms and activations that are tasks of their own."""
+    if batch not in BATCHES:
+        yield reject("batch", batch, f"one of {BATCHES}")
+    if batch == 1:
+        return
+    if spec.dtype == "fp32":
+        yield reject("model.dtype", spec.dtype, "bf16 or fp16 for a batch")
+    if spec.quantised:
+        yield reject("batch", batch, "1 for quantised weights")
+    if not {"norm", "gate_up"} <= set(config.fusion):
+        yield reject("fusion_grouping", list(config.fusion), "norm and gate_up among them for a batch")
+
+
 def _context_problems(spec: ModelSpec, context: int) -> Iterator[Rejection]:
     if not 1 <= context <= spec.max_context + -spec.max_context % KV_BLOCK_ROWS:
         yield reject("context", context, f"from 1 to the model's {spec.max_context} tokens")
@@ -124,9 +146,9 @@ def _stage_problems(spec: ModelSpec, config: Config, warps: int) -> Iterator[Rej
         yield reject("kernel_knobs.stage_bytes", config.stage_bytes, allowed)
 
 
-def _memory_problems(spec: ModelSpec, target: Target, context: int) -> Iterator[Rejection]:
+def _memory_problems(spec: ModelSpec, target: Target, context: int, batch: int) -> Iterator[Rejection]:
     weights = matrices_bytes(spec)
-    kv = 2 * ELEMENT_BYTES[spec.dtype] * context * spec.kv_rows * spec.layers
+    kv = 2 * batch * ELEMENT_BYTES[spec.dtype] * context * spec.kv_rows * spec.layers
     if weights + kv > target.memory_bytes:
         have = f"{target.memory_bytes / 1e9:.1f} GB of memory on {target.name}"
         allowed = f"small enough for weights ({weights / 1e9:.1f} GB) and KV rows ({kv / 1e9:.1f} GB) to fit the {have}"
@@ -143,9 +165,14 @@ def _stage_sizes(spec: ModelSpec, config: Config, warps: int) -> tuple[int, ...]
     return tuple(stage_bytes_with_scales(spec, size) for size in (preferred, *(size for size in fitting if size < preferred)))
 
 
-def _splits(spec: ModelSpec, config: Config, target: Target, context: int, window: int) -> int:
+def splits_of(spec: ModelSpec, config: Config, target: Target, context: int, batch: int) -> tuple[int, ...]:
+    """Attention tasks of a KV head of a seat, for each layer."""
+    return tuple(_splits(spec, config, target, context, window or 0, batch) for window in spec.windows)
+
+
+def _splits(spec: ModelSpec, config: Config, target: Target, context: int, window: int, batch: int) -> int:
     """Splits of a KV head: as asked for (or as SMs allow), but no more than ever have rows to stream."""
     most = max(kv_span(p, window, config.kv_block, 1).units for p in range(max(0, context - KV_BLOCK_ROWS), context))
-    fitting = [n for n in SPLIT_CHOICES if n * spec.kv_heads <= target.sms]
+    fitting = [n for n in SPLIT_CHOICES if n * spec.kv_heads * batch <= target.sms]
     wanted = config.kv_splits or max(fitting, default=1)
     return max(1, min(wanted, most))

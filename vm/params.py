@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from amk.isa.abi import PTR, U32, record_dtype, record_fields
+import numpy as np
+
+from amk.isa.abi import PTR, U32, Field, record_dtype, record_fields
 
 
 @dataclass
@@ -37,5 +40,17 @@ class Params:
     by_smid: U32 = 0
 
 
-PARAM_FIELDS = record_fields(Params)
-PARAM_DTYPE = record_dtype("Params", PARAM_FIELDS)
+@dataclass
+class BatchParams(Params):
+    """Those of a machine of a batch: `positions` are u32, one a seat, and `position` is not used."""
+
+    positions: PTR = 0
+
+
+def param_fields(batch: int) -> tuple[Field, ...]:
+    """The launch parameters of a machine that computes `batch` tokens side by side."""
+    return record_fields(Params if batch == 1 else BatchParams)
+
+
+def param_dtype(batch: int) -> np.dtype[Any]:
+    return record_dtype("Params", param_fields(batch))

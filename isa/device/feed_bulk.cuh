@@ -6,6 +6,7 @@ constexpr int FEEDER_LANES = 1, FULL_ARRIVALS = 1;
 
 __device__ __forceinline__ void barrier_init_done() { fence_barrier_init(); }
 __device__ __forceinline__ bool barrier_passed(Barrier* bar, uint32_t parity) { return try_barrier(bar, parity); }
+__device__ __forceinline__ bool barrier_tested(Barrier* bar, uint32_t parity) { return test_barrier_now(bar, parity); }
 
 __device__ __forceinline__ void copy_chunk(Barrier& full, uint8_t* to, const uint8_t* from, uint32_t bytes) {
 #if DRY_FEED

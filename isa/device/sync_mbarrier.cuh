@@ -23,6 +23,16 @@ __device__ __forceinline__ bool try_barrier(Barrier* bar, uint32_t parity) {
       : "memory");
   return ok != 0;
 }
+// The same without waiting a moment for it: for an answer that is needed later.
+__device__ __forceinline__ bool test_barrier_now(Barrier* bar, uint32_t parity) {
+  uint32_t ok;
+  asm volatile(
+      "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+      : "=r"(ok)
+      : "r"(shared_address(bar)), "r"(parity)
+      : "memory");
+  return ok != 0;
+}
 // The copy engine sees the barriers that this thread has initialised.
 __device__ __forceinline__ void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 // Arrives; the phase ends when bulk copies have written `bytes` more.

@@ -17,3 +17,4 @@ __device__ __forceinline__ void barrier_arrive(Barrier* bar) { add_shared_releas
 __device__ __forceinline__ bool barrier_passed(const Barrier* bar, uint32_t parity) {
   return load_shared_acquire(&bar->phase) >> 31 != parity;
 }
+__device__ __forceinline__ bool barrier_tested(const Barrier* bar, uint32_t parity) { return barrier_passed(bar, parity); }

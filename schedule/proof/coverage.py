@@ -7,10 +7,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from amk.isa.attention import PARTIAL_HEAD, Attention
+from amk.isa.gemm_head import GemmHead
 from amk.isa.gemv_head import GemvHead
 from amk.isa.machine import TILE_ROWS
 from amk.isa.matvec import MatVec
 from amk.isa.sample import Sample
+from amk.isa.sample_batch import SampleBatch
 from amk.schedule.proof.packets import Matching
 from amk.schedule.proof.report import Region, Report
 from amk.schedule.proof.subject import Flags, Ints, Subject
@@ -50,8 +52,8 @@ def _uneven(parts: list[tuple[int, int, int]], tiles: int) -> Iterator[tuple[int
 
 def check_outputs(subject: Subject, m: Matching, report: Report) -> None:
     """One task hands out the token, it has seen every candidate, and the candidates are of one head."""
-    samples = _ids(subject, Sample)
-    heads = _ids(subject, GemvHead)
+    samples = _ids(subject, Sample, SampleBatch)
+    heads = _ids(subject, GemvHead, GemmHead)
     if len(samples) > 1:
         report.add("coverage", f"{subject.names(samples)} all hand the token to the host, but one must", subject.ids(samples))
     weights = {subject.tasks[i].weight for i in heads.tolist()}
@@ -70,8 +72,8 @@ def check_outputs(subject: Subject, m: Matching, report: Report) -> None:
         report.add("coverage", f"the candidate of {subject.names([task])} is read by no sample", subject.ids([task]))
 
 
-def _ids(subject: Subject, cls: type) -> Ints:
-    return np.concatenate([np.zeros(0, np.int64), *(w.ids for w in subject.words if w.cls is cls)])
+def _ids(subject: Subject, *classes: type) -> Ints:
+    return np.concatenate([np.zeros(0, np.int64), *(w.ids for w in subject.words if w.cls in classes)])
 
 
 def check_splits(subject: Subject, positions: Ints, report: Report) -> None:
