@@ -13,6 +13,7 @@ from amk.isa.weight_format import FORMATS
 from amk.models.model import Model, quantised_model
 from amk.schedule.targets import TARGETS
 from amk.tests.gpu.machines import card, llama, machine, named, program, proven
+from amk.tests.gpu.test_batch import batch_machine
 from amk.tests.gpu.test_correct import PLAN, accept, judged
 from amk.tests.gpu.test_robust import ACTORS, TOKENS, outputs
 from amk.vm.cuda import CudaVM
@@ -74,6 +75,18 @@ def test_a_feed_changes_no_bit(kind: str, config: dict[str, Any]) -> None:
 def test_a_feed_changes_no_bit_of_a_large_model(feed: str) -> None:
     chosen = named("llama-3.2-1b-shape")
     assert torch.equal(outputs(machine(chosen, by(feed)), 24), outputs(machine(chosen, by("bulk")), 24))
+
+
+@pytest.mark.parametrize("macros", [{}, {"STRESS": 1}], ids=["", "stressed"])
+@pytest.mark.parametrize("batch", [8, 16])
+def test_a_feed_changes_no_bit_of_a_batch(batch: int, macros: dict[str, int]) -> None:
+    rows = [[row + 1, 2 * row + 5] for row in range(batch)]
+    answers = []
+    for feed in FEEDS:
+        vm = batch_machine(named("small"), batch, by(feed), macros=macros)
+        answers.append(vm.decode_batch(rows, [0] * batch, steps=60, logits=True).logits)
+        vm.close()
+    assert torch.equal(answers[1], answers[0]) and torch.equal(answers[2], answers[0])
 
 
 @pytest.mark.parametrize("actor", ACTORS)
