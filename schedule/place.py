@@ -94,7 +94,7 @@ def _by_policy(policy: str, op: Op, tiling: Tiling, loads: list[int], late: set[
 
 
 def _balanced(units: int, loads: list[int], late: set[int]) -> list[int]:
-    """Contiguous shares that differ by at most one unit, for the phase must balance; the larger go to the least loaded SMs, late ones last."""
+    """Contiguous shares that differ by at most one unit, as the phase must balance; the larger go to the least loaded, late SMs last."""
     sms = len(loads)
     share, extra = divmod(units, sms)
     larger = set(sorted(range(sms), key=lambda sm: (sm in late, loads[sm]))[:extra])
