@@ -51,6 +51,11 @@ def compile_program(
     settings = resolve(spec, config, target, context, batch, prefill)
     if isinstance(settings, list):
         return settings
+    if settings.batch > 1:  # its stages are those of one token, for they share the stream
+        one = compile_program(spec, config, target, context=context)
+        if isinstance(one, list):
+            return one
+        settings = replace(settings, stage_sizes=(one.machine.stage_bytes,))
     graph = fuse(spec, settings)
     tilings = tile(spec, graph, settings)
     problems = list(assignment_problems(graph, tilings, config.sm_assignment, target.sms))

@@ -133,6 +133,13 @@ def test_the_stream_is_the_beginning_of_that_of_one_token(knobs: dict[str, Any],
     assert not whole.begins_with(stream_of(program(spec, 8, 4, **knobs)))
 
 
+@pytest.mark.parametrize("hidden", [512, 2048])
+def test_the_stream_is_cut_as_that_of_one_token_where_kept_inputs_leave_a_small_ring(hidden: int, make_spec: Any) -> None:
+    spec = make_spec("bf16", hidden=hidden, vocab=5000, intermediate=4 * hidden)
+    for batch in (8, 16, 32):
+        assert stream_of(program(spec, 1)).begins_with(stream_of(program(spec, batch)))
+
+
 def test_a_program_runs_from_its_packed_bytes(make_spec: Any) -> None:
     made = program(make_spec("bf16", vocab=300), 32)
     assert unpack_program(pack_program(made), made) == made
