@@ -79,7 +79,7 @@ def variants() -> list[Variant]:
         Variant("llama-3.2-1b, prefill by 64", one_b, {}, batch=64, prefill=True, spills=True),
         Variant("llama-3.1-8b, prefill by 16", describe("llama-3.1-8b-shape"), {}, batch=16, prefill=True),
         Variant("qwen3-0.6b, prefill by 32", describe("qwen3-0.6b-shape"), {}, ("b200",), batch=32, prefill=True),
-        Variant("smollm2-135m, prefill by 32", describe("smollm2-135m-shape"), {}, ("a100", "t4"), batch=32, prefill=True),
+        Variant("smollm2-135m, prefill by 32", describe("smollm2-135m-shape"), {}, ("a100",), batch=32, prefill=True),
         Variant(
             "small fp16, prefill by 8, heads of 24", replace(fp16, head_dim=24), {"threads_per_block": 128}, OTHERS, batch=8, prefill=True
         ),
