@@ -18,7 +18,7 @@ from amk.schedule.place import assignment_problems, place, sized_candidates
 from amk.schedule.program import Buffer, DeviceKnobs, KvCache, Program
 from amk.schedule.rejection import Rejection, reject
 from amk.schedule.resources import SharedNeeds, shared_layout
-from amk.schedule.settings import STAGE_CHOICES, Settings, resolve
+from amk.schedule.settings import STAGE_CHOICES, Chooser, Settings, resolve
 from amk.schedule.synchronise import Sync, synchronise
 from amk.schedule.targets import Target
 from amk.schedule.tile import tile
@@ -32,17 +32,19 @@ class ConfigRejected(ValueError):
         self.rejections = rejections
 
 
-def lower(spec: ModelSpec, config: Config, target: Target, *, context: int | None = None) -> Program:
+def lower(spec: ModelSpec, config: Config, target: Target, *, context: int | None = None, chooser: Chooser = "greedy") -> Program:
     """`compile_program` for callers that know the config to be good; ConfigRejected if it is not."""
-    result = compile_program(spec, config, target, context=context)
+    result = compile_program(spec, config, target, context=context, chooser=chooser)
     if isinstance(result, Program):
         return result
     raise ConfigRejected(result)
 
 
-def compile_program(spec: ModelSpec, config: Config, target: Target, *, context: int | None = None) -> Program | list[Rejection]:
+def compile_program(
+    spec: ModelSpec, config: Config, target: Target, *, context: int | None = None, chooser: Chooser = "greedy"
+) -> Program | list[Rejection]:
     """The program, or every reason why there is none. `context` KV rows (rounded up to 16); None: the model's, up to 16384."""
-    settings = resolve(spec, config, target, context)
+    settings = resolve(spec, config, target, context, chooser)
     if isinstance(settings, list):
         return settings
     graph = fuse(spec, settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from amk.isa.abi import NONE
 from amk.isa.attention import MAX_GROUP
@@ -18,6 +19,9 @@ STAGE_CHOICES = (8192, 16384, 32768)
 SPLIT_CHOICES = (1, 2, 4, 8, 16)
 MAX_HEAD_DIM = 256
 
+# How a program chooses tokens: the largest logit; by temperature; by temperature and filters. The last two end at stop tokens.
+Chooser: TypeAlias = Literal["greedy", "draw", "filter"]
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -29,13 +33,14 @@ class Settings:
     consumer_warps: int
     splits: tuple[int, ...]
     stage_sizes: tuple[int, ...]
+    chooser: Chooser = "greedy"
 
     @property
     def tiles_per_unit(self) -> int:
         return self.config.n_tile // TILE_ROWS
 
 
-def resolve(spec: ModelSpec, config: Config, target: Target, context: int | None) -> Settings | list[Rejection]:
+def resolve(spec: ModelSpec, config: Config, target: Target, context: int | None, chooser: Chooser = "greedy") -> Settings | list[Rejection]:
     """The settings, or every reason against them that can be told before lowering.
 
     `context` is the number of KV rows, rounded up to a multiple of 16; None takes what the model allows, up to 16384.
@@ -53,7 +58,7 @@ def resolve(spec: ModelSpec, config: Config, target: Target, context: int | None
     if problems:
         return problems
     splits = tuple(_splits(spec, config, target, rows, window or 0) for window in spec.windows)
-    return Settings(config, target, rows, warps, splits, _stage_sizes(spec, config, warps))
+    return Settings(config, target, rows, warps, splits, _stage_sizes(spec, config, warps), chooser)
 
 
 def least_stage_bytes(spec: ModelSpec, consumer_warps: int) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from amk.isa.instruction import F32
+from amk.isa.sampling import GREEDY, Sampling
 from amk.schedule.model import WeightSource
 from amk.schedule.program import Program
 from amk.vm.kv import KvRows
@@ -31,20 +33,23 @@ class Weights:
 
 @dataclass
 class Results:
-    """What the steps of a launch hand to the host."""
+    """What the steps of a launch hand to the host; `ended` is the number of tokens where a stop token ended it."""
 
     tokens: list[int]
     logits: F32 | None
+    ended: int | None = None
 
 
 @dataclass
 class LaunchInputs:
-    """A launch: the host's tokens, the position of the first step and the number of steps."""
+    """A launch: the host's tokens, the position of the first step, the number of steps, how tokens are chosen and who hears of them."""
 
     tokens: tuple[int, ...]
     position: int
     steps: int
     results: Results = field(repr=False)
+    sampling: Sampling = GREEDY
+    on_token: Callable[[int, int], None] = field(default=lambda step, token: None, repr=False)
 
     def forced(self, step: int) -> int | None:
         return self.tokens[step] if step < len(self.tokens) else None
@@ -55,6 +60,7 @@ class StepMemory:
 
     def __init__(self, program: Program, weights: Weights, kv: KvRows, launch: LaunchInputs, step: int) -> None:
         self.machine = program.machine
+        self.sampling = launch.sampling
         self._weights = weights
         self._kv = kv
         self._launch = launch
@@ -87,8 +93,14 @@ class StepMemory:
         if self._launch.results.logits is not None:
             self._launch.results.logits[self._step, start : start + len(values)] = values
 
-    def emit_token(self, token: int) -> None:
-        self._launch.results.tokens[self._step] = token
+    def emit_token(self, token: int) -> bool:
+        launch, step = self._launch, self._step
+        launch.results.tokens[step] = token
+        launch.on_token(step, token)
+        ends = token in launch.sampling.stop_tokens and launch.forced(step + 1) is None
+        if ends:
+            launch.results.ended = step + 1
+        return ends
 
     def forced_token(self) -> int | None:
         return self._launch.forced(self._step)

@@ -10,12 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from amk.isa.instruction import Access, Instruction, Publishes
+from amk.isa.sampling import GREEDY, Sampling
 from amk.schedule.model import WeightSource
 from amk.schedule.program import Program
 from amk.schedule.proven import ValidProgram
 from amk.vm.actors import Launch
 from amk.vm.arena import Arena
-from amk.vm.interface import Decoded, LaunchFailed
+from amk.vm.interface import Decoded, LaunchFailed, OnStep, check_sampling
 from amk.vm.kv import KvRows
 from amk.vm.memory import LaunchInputs, Results, StepMemory, Weights
 from amk.vm.order import legal_order
@@ -48,8 +49,20 @@ class UnprovenVM:
         keys, values = self._kv.read(layer, stop)
         return _as_tensor(keys), _as_tensor(values)
 
-    def decode(self, tokens: Sequence[int], position: int, *, steps: int | None = None, logits: bool = False) -> Decoded:
+    def decode(
+        self,
+        tokens: Sequence[int],
+        position: int,
+        *,
+        steps: int | None = None,
+        logits: bool = False,
+        sampling: Sampling = GREEDY,
+        on_token: OnStep | None = None,
+    ) -> Decoded:
+        check_sampling(self.program, sampling)
         launch = self._inputs(tokens, position, len(tokens) if steps is None else steps, logits)
+        launch.sampling = sampling
+        launch.on_token = on_token or launch.on_token
         epoch = self._arena.begin(launch.steps)
         try:
             if self.order is None:
@@ -59,7 +72,11 @@ class UnprovenVM:
         except LaunchFailed:
             self._arena.zero()
             raise
-        return Decoded(tuple(launch.results.tokens), _as_tensor(launch.results.logits), None)
+        made = launch.results.ended
+        if made is not None:
+            self._arena.zero()  # as the device does: counters of the token that did not come about are nobody's
+        rows = launch.results.logits
+        return Decoded(tuple(launch.results.tokens[:made]), _as_tensor(None if rows is None else rows[:made]), None)
 
     def close(self) -> None:
         """Gives the weights' memory back; the machine cannot decode afterwards."""
@@ -87,6 +104,8 @@ class UnprovenVM:
             for task in self._tasks:
                 for access, values in _joined(task.run(memory, memory.position)):
                     self._arena.store(access, values, epoch + step)
+            if launch.results.ended is not None:
+                return
 
 
 class SequentialMemory(StepMemory):

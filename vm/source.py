@@ -9,7 +9,7 @@ from amk.isa.abi import TASK_BYTES, record_header, text_hash
 from amk.isa.registry import headers, instructions
 from amk.schedule.program import Program
 from amk.schedule.resources import SharedLayout, shared_layout
-from amk.vm.params import PARAM_DTYPE, PARAM_FIELDS
+from amk.vm.params import param_dtype, param_fields
 
 ROOT = Path(__file__).parent.parent
 INCLUDE = re.compile(r'^#include "([^"]+)"$', re.MULTILINE)
@@ -70,9 +70,10 @@ def _prelude(program: Program, layout: SharedLayout, macros: dict[str, int]) -> 
         f"#define EVICT_FIRST {int(program.device.cache_hint == 'evict_first')}",
         f"#define DRY_FEED {macros['DRY_FEED']}",
         f"#define STRESS {macros['STRESS']}",
+        *(["#define DRAWS"] if program.draws else []),
         f"#define FOR_EACH_SHAPE(X) {shapes}",
         *(_constant_line(n, v) for n, v in constants(program, layout, macros).items()),
-        record_header("Params", PARAM_FIELDS, PARAM_DTYPE),
+        record_header("Params", param_fields(program.draws), param_dtype(program.draws)),
         headers(),
     ]
     return "\n".join(lines)
