@@ -205,7 +205,7 @@ def kept_tokens(scores: F32, sampling: Sampling) -> Mask:
 
     The same set as transformers': top-k by value; top-p by order of (value, token), so of tokens that are equally likely the lowest go
     first. Where masses decide, transformers rounds each probability and their running sum to fp32; a token whose sum comes within such an
-    error of 1 - top_p may fall on the other side.
+    error of 1 - top_p (2^-23) may fall on the other side.
     """
     kept = np.ones(len(scores), dtype=bool)
     if not sampling.filters:
