@@ -77,7 +77,7 @@ def generate(
     stream: bool = False,
     on_token: OnToken | None = None,
 ) -> dict[str, Any]:
-    """Tokens after the prompt, chosen as `sampling` says (its stop tokens are the model's); with `stream`, `on_token` hears of each at once.
+    """Tokens after the prompt, chosen as `sampling` says (with the model's stop tokens); with `stream`, `on_token` hears of each at once.
 
     Rejected for a config that was refused, UsageError for what does not fit the context.
     """
@@ -126,7 +126,11 @@ def _decode(machine: DecodeMachine, prompt: list[int], sampling: Sampling, heare
     while hearer.reason is None:
         before = len(pending) - 1  # steps whose choice the prompt overrules
         steps = before + min(tokens_a_launch, hearer.wanted)
-        out = machine.decode(pending, position, steps=steps, sampling=sampling, on_token=lambda step, token: hearer.hear(token, step < before))
+
+        def hear(step: int, token: int, before: int = before) -> None:
+            hearer.hear(token, overruled=step < before)
+
+        out = machine.decode(pending, position, steps=steps, sampling=sampling, on_token=hear)
         elapsed += out.elapsed_us or 0.0
         position += len(out.tokens)
         pending = [out.tokens[-1]]

@@ -1,11 +1,9 @@
-"""draw_head: rows of the output head with noise; writes logits to the host's buffer and publishes its best perturbed score as (value, row)."""
+"""draw_head: rows of the output head; writes logits to the host's buffer and publishes its best score with noise as (value, row)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
-
-import numpy as np
 
 from amk.isa.gemv_head import GemvHead
 from amk.isa.instruction import Memory, Publishes

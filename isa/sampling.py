@@ -27,8 +27,8 @@ LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-4, 1e4
 FINITE = np.float32(3.4028234663852886e38)
 LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.1219444005469057e-4)  # their sum is ln 2; products of the first are exact
 LOG2_E = np.float32(1.4426950408889634)
-FACULTIES = tuple(np.float32(1 / math.factorial(n)) for n in range(7, 1, -1))
-ARTANH = tuple(np.float32(2 / n) for n in (9, 7, 5, 3))
+FACULTIES: tuple[Any, ...] = tuple(np.float32(1 / math.factorial(n)) for n in range(7, 1, -1))
+ARTANH: tuple[Any, ...] = tuple(np.float32(2 / n) for n in (9, 7, 5, 3))
 LEAST_EXPONENT = np.float32(-60.0)  # e to this is less than half of the least mass
 ROOT_HALF_BITS = 0x3F3504F3
 NEAR_ONE = np.float32(0.29)  # below it log(1 - v) needs no exponent
@@ -39,7 +39,7 @@ class Sampling:
     """`temperature` 0 is greedy: the largest logit, the lowest token on ties, whatever the filters.
 
     Filters act in transformers' order, each on what the ones before it kept: the `top_k` largest (0: all; ties with the last are kept),
-    the least set of the most likely tokens that has more than `top_p` of the probability (1: all), tokens that are at least `min_p` times as
+    the least set of the most likely tokens that has `top_p` of the probability (1: all), tokens that are at least `min_p` times as
     likely as the likeliest (0: all). A launch ends after the first of its own tokens that is among `stop_tokens`.
     """
 
@@ -131,7 +131,8 @@ def _logarithm(f: F32, k: F32) -> F32:
     series = ARTANH[0]
     for term in ARTANH[1:]:
         series = series * z + term
-    return k * LN2_HIGH + (k * LN2_LOW + ((s + s) + s * (z * series)))
+    result: F32 = k * LN2_HIGH + (k * LN2_LOW + ((s + s) + s * (z * series)))
+    return result
 
 
 # ---- masses

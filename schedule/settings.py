@@ -40,7 +40,9 @@ class Settings:
         return self.config.n_tile // TILE_ROWS
 
 
-def resolve(spec: ModelSpec, config: Config, target: Target, context: int | None, chooser: Chooser = "greedy") -> Settings | list[Rejection]:
+def resolve(
+    spec: ModelSpec, config: Config, target: Target, context: int | None, chooser: Chooser = "greedy"
+) -> Settings | list[Rejection]:
     """The settings, or every reason against them that can be told before lowering.
 
     `context` is the number of KV rows, rounded up to a multiple of 16; None takes what the model allows, up to 16384.

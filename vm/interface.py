@@ -64,7 +64,8 @@ class DecodeMachine(Protocol):
         token of the host follows.
 
         Step i runs at `position + i` and needs KV rows before it. `steps` defaults to len(tokens), which must be at least 1.
-        ValueError if the steps leave the context, or the program cannot choose as asked (`check_sampling`); LaunchFailed if the launch does not finish.
+        ValueError if the steps leave the context, or the program cannot choose as asked (`check_sampling`).
+        LaunchFailed if the launch does not finish.
         """
         ...
 

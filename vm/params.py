@@ -71,7 +71,7 @@ def param_dtype(draws: bool) -> np.dtype[Any]:
 def sampling_words(sampling: Sampling) -> dict[str, int]:
     """The parameters that `sampling` gives, `stops` excepted."""
     filters = sampling if sampling.filters else replace(sampling, top_k=0, top_p=1.0, min_p=0.0)
-    numbers = {"temperature": sampling.temperature, "min_p": filters.min_p, "least_score": filters.least_score}
+    numbers = {"temperature": sampling.temperature, "min_p": filters.min_p, "least_score": float(filters.least_score)}
     return {
         **{name: int(np.float32(value).view(np.uint32)) for name, value in numbers.items()},
         "removed_share": filters.removed_share,

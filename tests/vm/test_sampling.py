@@ -140,7 +140,7 @@ def running_probability(scores: Any, sampling: Sampling) -> Any:
 
 @pytest.mark.parametrize("part", range(PARTS))
 def test_the_kept_set_is_transformers(part: int, stable_sort: None) -> None:
-    """Where masses decide, both round to fp32: tokens whose running probability is that close to 1 - top_p may differ, in one case of 100."""
+    """Where masses decide both round to fp32: a token whose running probability is that close to 1 - top_p may differ, in 1 case of 100."""
     at_the_edge = 0
     for number in range(part * CASES // PARTS, (part + 1) * CASES // PARTS):
         logits, sampling = random_case(number)
