@@ -18,6 +18,7 @@ from amk.models.registry import describe
 from amk.schedule.compile import compile_program
 from amk.schedule.config import parse_config
 from amk.schedule.model import ModelSpec
+from amk.schedule.settings import Chooser
 from amk.schedule.targets import TARGETS
 from amk.vm.build import BuildFailed, compile_kernel
 from amk.vm.source import kernel_source
@@ -33,6 +34,7 @@ class Variant:
     name: str
     spec: ModelSpec
     config: dict[str, Any]
+    chooser: Chooser = "greedy"
 
 
 def variants() -> list[Variant]:
@@ -44,6 +46,11 @@ def variants() -> list[Variant]:
         Variant("llama-3.1-8b", describe("llama-3.1-8b-shape"), {}),
         Variant("qwen3-0.6b", describe("qwen3-0.6b-shape"), {}),
         Variant("smollm2-135m", describe("smollm2-135m-shape"), {}),
+        Variant("llama-3.2-1b, draws", one_b, {}, "draw"),
+        Variant("llama-3.2-1b, filters", one_b, {}, "filter"),
+        Variant("llama-3.2-1b 128 threads, filters", one_b, {"threads_per_block": 128}, "filter"),
+        Variant("qwen3-0.6b, filters", describe("qwen3-0.6b-shape"), {}, "filter"),
+        Variant("small fp32, filters", replace(small, dtype="fp32"), {}, "filter"),
         Variant("small fp16", replace(small, dtype="fp16"), {}),
         Variant("small fp32 unfused", replace(small, dtype="fp32"), UNFUSED),
         Variant("small, heads of 80", replace(small, head_dim=80), {}),
@@ -64,7 +71,7 @@ def build(case: tuple[Variant, str]) -> tuple[bool, str]:
     config = parse_config(variant.config)
     if isinstance(config, list):
         return False, f"{variant.name}: {config}"
-    program = compile_program(variant.spec, config, target, context=4096)
+    program = compile_program(variant.spec, config, target, context=4096, chooser=variant.chooser)
     if isinstance(program, list):
         return False, f"{variant.name} for {card}: {program}"
     try:

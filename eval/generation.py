@@ -94,12 +94,11 @@ def generate(
             machine.decode(tokens[:1], 0)  # a first launch loads the kernel: not the prompt's time
         sampling = replace(sampling, stop_tokens=session.model.spec.stop_tokens[:STOP_TOKENS])
         hearer = Hearer(session.model.spec.stop_tokens, stop, max_tokens, tokenizer, on_token if stream else None)
-        elapsed = _decode(machine, tokens, sampling, hearer, launch_tokens(machine_is_quick(session), bool(stop)))
+        per_token = _decode(machine, tokens, sampling, hearer, launch_tokens(machine_is_quick(session), bool(stop)))
     finally:
         machine.close()
     new = hearer.tokens
     text = tokenizer.decode(new) if tokenizer else None
-    per_token = elapsed / (len(tokens) + len(new) - 1) if elapsed else None
     result = {
         "text": text,
         "tokens": [*tokens, *new],
@@ -121,7 +120,7 @@ def generate(
 
 
 def _decode(machine: DecodeMachine, prompt: list[int], sampling: Sampling, hearer: Hearer, tokens_a_launch: int) -> float | None:
-    """The device's microseconds (None on the CPU) for all that the hearer heard. The prompt and as many tokens as fit share a launch."""
+    """The device's microseconds a token (None on the CPU), the prompt's included. The prompt and as many new tokens as fit share a launch."""
     pending, position, elapsed = list(prompt), 0, 0.0
     while hearer.reason is None:
         before = len(pending) - 1  # steps whose choice the prompt overrules
@@ -134,7 +133,7 @@ def _decode(machine: DecodeMachine, prompt: list[int], sampling: Sampling, heare
         elapsed += out.elapsed_us or 0.0
         position += len(out.tokens)
         pending = [out.tokens[-1]]
-    return elapsed or None
+    return elapsed / position if elapsed else None
 
 
 class Hearer:

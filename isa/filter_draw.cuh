@@ -5,7 +5,6 @@
 // is kept if less than the share of the mass lies above it; else the best of those above it is the next candidate, and so on. That ends soon:
 // a candidate is drawn by mass, so each failure leaves about half of the mass.
 #pragma once
-#include "isa/draw.cuh"
 #include "isa/filter_head.cuh"
 
 constexpr int HEAD_TILES = ceil_div(VOCAB, TILE_ROWS);

@@ -20,13 +20,13 @@ HEADER = (Field("op", "u16"),)
 
 @cache
 def instructions() -> dict[str, type[Instruction]]:
-    """Instruction classes by stem, in opcode order (alphabetical)."""
+    """Instruction classes by stem, in opcode order: alphabetical, those that draw last, so that the others' switch has no gaps."""
     found: dict[str, type[Instruction]] = {}
     for path in sorted(FOLDER.glob("*.cuh")):
         module = import_module(f"amk.isa.{path.stem}")
         classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Instruction)]
         found |= {c.stem: c for c in classes if c.stem == path.stem}
-    return found
+    return dict(sorted(found.items(), key=lambda item: item[1].draws))
 
 
 @cache

@@ -26,10 +26,7 @@ from amk.isa.sampling import (
     philox,
     scores_of,
 )
-from amk.schedule.compile import lower
-from amk.schedule.knobs import Config
-from amk.schedule.targets import small_target
-from amk.schedule.validate import ValidProgram, validate
+from amk.schedule.validate import ValidProgram
 from amk.vm.interface import LaunchFailed
 from amk.vm.order import legal_order
 from amk.vm.reference import ReferenceVM, UnprovenVM
@@ -225,9 +222,8 @@ def chooser(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def proven(spec: Any, chooser: Any) -> ValidProgram:
-    result = validate(lower(spec, Config(kv_block=16, kv_splits=2, threads_per_block=128), small_target(3), chooser=chooser))
-    assert isinstance(result, ValidProgram), result
+def proven(spec: Any, chooser: Any, make_proven: Any) -> ValidProgram:
+    result: ValidProgram = make_proven(spec, 3, chooser, kv_block=16, kv_splits=2, threads_per_block=128)
     return result
 
 
@@ -309,21 +305,15 @@ def test_a_program_refuses_what_it_was_not_compiled_for(spec: Any, make_source: 
     for sampling in (Sampling(temperature=1.0), Sampling(stop_tokens=(3,))):
         with pytest.raises(ValueError, match="must be greedy and without stop tokens"):
             greedy.decode([1], 0, sampling=sampling)
-    draws = ReferenceVM(_proven(spec, "draw"), make_source(spec))
+    draws = ReferenceVM(make_proven(spec, chooser="draw"), make_source(spec))
     with pytest.raises(ValueError, match="no filters"):
         draws.decode([1], 0, sampling=FILTERS)
     with pytest.raises(ValueError, match="top_p"):
         draws.decode([1], 0, sampling=Sampling(1.0, top_p=0))
 
 
-def _proven(spec: Any, chooser: Any) -> ValidProgram:
-    result = validate(lower(spec, Config(), small_target(3), chooser=chooser))
-    assert isinstance(result, ValidProgram), result
-    return result
-
-
-def test_merged_slices_of_a_filter_head_publish_what_the_slices_do(spec: Any) -> None:
-    program = _proven(spec, "filter").program
+def test_merged_slices_of_a_filter_head_publish_what_the_slices_do(spec: Any, make_program: Any) -> None:
+    program = make_program(spec, chooser="filter")
     heads = [task for task in legal_order(program) if task.stem == "filter_head"]
     slices = [task for queue in program.queues for task in queue if task.stem == "filter_head"]
     assert len(heads) == 1 < len(slices)
