@@ -4,6 +4,7 @@
 #   make test      the CPU tests, and the card's where there is one
 #   make check     ruff, mypy --strict, generated files, import order, NVRTC builds of every kernel variant
 #   make gpu       the card's tests alone; writes results/
+#   make published  what README shows, measured on the card step by step; writes results/
 #   make timings   how long the commands take; writes results/timings.json
 #
 # On a machine that has its own torch and no package index: make gpu PY=python3
@@ -28,7 +29,7 @@ endif
 RUN := $(PY) amk_bootstrap.py
 PYTEST := $(RUN) pytest
 
-.PHONY: demo test check lint types generated imports variants gpu timings generate clean
+.PHONY: demo test check lint types generated imports variants gpu published timings generate clean
 
 demo: $(READY)
 	$(RUN) amk.amk_cli eval smollm2-135m
@@ -59,6 +60,9 @@ variants: $(READY)
 
 gpu: $(READY_DEV)
 	$(PYTEST) -m cuda --results results
+
+published: $(READY)
+	$(RUN) amk.dev.publish
 
 timings: $(READY)
 	$(RUN) amk.dev.timings

@@ -1,10 +1,13 @@
-"""Measures the published figures on the live card: latency by position, and what each knob does. Writes results/bench-CARD.json.
+"""Measures the published latencies on the live card, by model and position. Writes results/bench-CARD.json.
 
-    python amk_bootstrap.py amk.dev.bench_gpu [--baselines] [--processes N] [--models A,B] [--positions P,Q] [--no-knobs] [--out FILE]
+    python amk_bootstrap.py amk.dev.bench_gpu [--models A,B] [--positions P,Q] [--processes N] [--baselines [NAMES]] [--chain] [--out FILE]
 
-Every program is judged by the oracle before it is timed; a row has what the oracle found, the digests and the raw samples. Measuring
-happens in fresh processes, one after the other, each of which holds the card's lock; with --processes N the latencies are medians over N
-of them. torch.compile takes minutes for each model and position the first time; later runs find what it built in its own cache.
+Every program is judged by the oracle and run again for the same bits before it is timed; a row has what was found, the digests and the raw
+samples. Measuring happens in fresh processes, one after the other, each of which holds the card's lock; with --processes N the latencies
+are medians over N of them, and the file is written after each. Their outputs must be the same bits: for these the first one's judgement
+stands. --chain measures the chain of
+dependent steps alone instead: a build that moves no weights. torch.compile takes minutes for each model and position the first time; later
+runs find what it built in its own cache.
 """
 
 from __future__ import annotations
@@ -14,25 +17,33 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from amk.dev.fresh import combined
+import numpy as np
+
+from amk.dev.fresh import Unlike, combined
+from amk.dev.judged import JudgedMachine, NotCorrect, judged
 from amk.dev.provenance import write_results
-from amk.eval.baselines import Contest, Rival
-from amk.eval.bench import launch_start, measured, read_bandwidth_gbs, take
+from amk.dev.version import code_digest
+from amk.eval.baselines import BUILDERS, Contest, Rival
+from amk.eval.bench import interleaved, launch_start, launch_us, measured, read_bandwidth_gbs, refuse_company, take
 from amk.eval.card import choose, live_card
 from amk.eval.card_lock import live_card_lock
-from amk.eval.errors import EvalError
+from amk.eval.errors import EvalError, RunVoid
 from amk.eval.latency_table import baseline_rows
-from amk.eval.oracle import judge
 from amk.eval.session import Session
-from amk.vm.cuda import UnprovenCudaVM
+from amk.flywheel.origin import commit
+from amk.schedule.proven import ValidProgram
+from amk.vm.build import BuildFailed, compile_kernel
+from amk.vm.cuda import CudaVM
+from amk.vm.interface import LaunchFailed
+from amk.vm.source import kernel_source
 
 ROOT = Path(__file__).resolve().parents[1]
 ONE_B, SMOL = "llama-3.2-1b-shape", "smollm2-135m-shape"
-KNOB_MODELS = (ONE_B, SMOL)
 POSITIONS = {
     ONE_B: (16, 128, 1024, 8000), SMOL: (16, 128, 1024), "llama-3.1-8b-shape": (128,),
     f"{ONE_B}@int8": (128,), f"{ONE_B}@int4-g128": (128,),
@@ -40,77 +51,84 @@ POSITIONS = {
 ALL_POSITIONS = sorted({position for positions in POSITIONS.values() for position in positions})
 CONTEXT = {ONE_B: 9216}
 OTHER_CONTEXT = 4096
-VARIANTS: dict[str, dict[str, Any]] = {
-    "sm_assignment=load_balance": {"sm_assignment": "load_balance"},
-    "sm_assignment=round_robin": {"sm_assignment": "round_robin"},
-    "fusion_grouping=[]": {"fusion_grouping": []},
-    "N_tile=128": {"tiling": {"gemv": {"N_tile": 128}}},
-    "kv_block=16": {"tiling": {"attention": {"kv_block": 16}}},
-    "kv_block=64": {"tiling": {"attention": {"kv_block": 64}}},
-    "kv_block=256": {"tiling": {"attention": {"kv_block": 256}}},
-    "pipelining_depth=2": {"pipelining_depth": 2},
-    "pipelining_depth=4": {"pipelining_depth": 4},
-    "pipelining_depth=8": {"pipelining_depth": 8},
-    "page_allocation=linear": {"page_allocation": "linear"},
-    "threads_per_block=128": {"threads_per_block": 128},
-    "smem_bytes_per_block=98304": {"smem_bytes_per_block": 98304},
-    "stage_bytes=8192, depth 8": {"kernel_knobs": {"stage_bytes": 8192}, "pipelining_depth": 8},
-    "stage_bytes=32768, depth 2": {"kernel_knobs": {"stage_bytes": 32768}, "pipelining_depth": 2},
-    "cache_hint=none": {"kernel_knobs": {"cache_hint": "none"}},
-    "sync=tags": {"kernel_knobs": {"sync": "tags"}},
-    "poll_sleep_ns=100": {"kernel_knobs": {"poll_sleep_ns": 100}},
-    "release_early=0": {"kernel_knobs": {"release_early": 0}},
-    "release_early=8": {"kernel_knobs": {"release_early": 8}},
-    "reduction_slots=8": {"kernel_knobs": {"reduction_slots": 8}},
-    "kv_splits=1": {"kernel_knobs": {"kv_splits": 1}},
-}
+DRY = {"DRY_FEED": 1}
+NO_RESULT = "a build that moves no weights and computes nothing: the time of the chain of dependent steps alone, no latency of the model"
+Row = dict[str, Any]
 
 
-def judged_rows(session: Session, label: str, config: dict[str, Any], positions: tuple[int, ...], baselines: bool) -> list[dict[str, Any]]:
-    """One measured line a position, printed as it is made; AssertionError if the program is refused or wrong."""
-    candidate = session.prepare(config, CONTEXT.get(session.model.spec.name, OTHER_CONTEXT))
-    assert candidate.program is not None, candidate.rejections
-    program = candidate.program.program
-    facts, machine = session.load(candidate)
-    assert isinstance(machine, UnprovenCudaVM) and facts.program_digest and facts.binary_digest
+def context(model: str) -> int:
+    """KV rows of the programs that are measured."""
+    return CONTEXT.get(model, OTHER_CONTEXT)
+
+
+def latency_rows(session: Session, positions: tuple[int, ...], baselines: tuple[str, ...], before: Sequence[Row]) -> list[Row]:
+    """One measured line a position of the default config, printed as it is made. NotCorrect if the program may not be timed.
+
+    `before` are the lines of an earlier process: outputs of the same bits are not judged once more.
+    """
+    name = session.model.spec.name
+    known = next((row for row in before if row["model"] == name), None)
+    entry = judged(session, session.prepare({}, context(name)), "default", known)
     try:
-        finding = judge(machine, session.reference(program))
-        assert finding.correct, finding.failures
-        head: dict[str, Any] = {
-            "model": session.model.spec.name, "config": label, "effective": candidate.effective, "correct": finding.correct,
-            "tolerance_used": finding.tolerance_used, "schedule_id": facts.schedule_id, "program_digest": facts.program_digest,
-            "binary_digest": facts.binary_digest, "arena_bytes": 8 * program.arena_packets, "registers": machine.kernel.binary.registers,
-        }  # fmt: skip
-        spans = [launch_start(position, machine.context) for position in positions]
+        spans = [launch_start(position, entry.machine.context) for position in positions]
         # Baselines would run the weights in 16 bits: what is quantised has none.
         rivals = baselines and not session.model.spec.quantised
-        contest = Contest(session.model, spans, partial(print, flush=True)) if rivals else None
-        digests = (facts.program_digest, facts.binary_digest)
-        return [told(head | timed(session, machine, digests, position, contest)) for position in positions]
+        contest = Contest(session.model, spans, partial(print, flush=True), baselines) if rivals else None
+        return [told(entry.facts | timed(session, entry, position, contest)) for position in positions]
     finally:
-        machine.close()
+        entry.machine.close()
 
 
-def timed(session: Session, machine: UnprovenCudaVM, digests: tuple[str, str], position: int, contest: Contest | None) -> dict[str, Any]:
-    """The measured part of a line. A latency under the floor is an error of the measurement: AssertionError."""
-    span = launch_start(position, machine.context)
+def timed(session: Session, entry: JudgedMachine, position: int, contest: Contest | None) -> Row:
+    """The measured part of a line. A latency under the floor is an error of the measurement: RunVoid."""
+    machine, span = entry.machine, launch_start(position, entry.machine.context)
     entrants = contest.enter(span) if contest else []
     timing = take(machine, position, [partial(rival.sample_us, span) for rival in entrants if isinstance(rival, Rival)])
-    latency = measured(machine, session.place.target, position, session.bandwidth(), digests, timing)
-    assert not latency.under_floor, latency
+    latency = measured(machine, session.place.target, position, session.bandwidth(), entry.digests, timing)
+    if latency.under_floor:
+        raise RunVoid(f"a latency must not be under its floor of {latency.bound_us:.1f} us, but is {latency.latency_us:.1f} us")
     return {
-        "position": position, "latency_us": latency.latency_us, "floor_us": latency.bound_us,
+        "position": position, "context": machine.context, "latency_us": latency.latency_us, "floor_us": latency.bound_us,
         "pct_of_roofline": 100 * latency.bound_us / latency.latency_us, "streamed_bytes": latency.streamed_bytes,
         "samples_us": timing.samples_us, "single_launch_samples_us": timing.single_us,
         "baselines": baseline_rows(entrants, timing.others_us, latency, session.model.spec.dtype),
     }  # fmt: skip
 
 
-def told(row: dict[str, Any]) -> dict[str, Any]:
+def told(row: Row) -> Row:
     """The line, printed."""
     ours = f"{row['latency_us']:7.1f} us, {row['pct_of_roofline']:5.1f} % of the plain read"
     others = (f"{b['name']} {b['status']}" + (f" {b['ratio']:.2f}x" if b["ratio"] else f": {b['reason']}") for b in row["baselines"])
-    print(f"{row['model']:20} {row['config']:28} position {row['position']:5}: {', '.join([ours, *others])}", flush=True)
+    print(f"{row['model']:28} position {row['position']:5}: {', '.join([ours, *others])}", flush=True)
+    return row
+
+
+def chain_rows(session: Session, positions: tuple[int, ...]) -> list[Row]:
+    """One line a position of the build without memory traffic. It is no latency of the model and is not called one."""
+    candidate = session.prepare({}, context(session.model.spec.name))
+    assert candidate.program is not None, candidate.rejections
+    machine = dry_machine(session, candidate.program)
+    try:
+        code = code_digest(candidate.program.program)
+        return [{"code_sha256": code} | chain_row(session, machine, position) for position in positions]
+    finally:
+        machine.close()
+
+
+def dry_machine(session: Session, program: ValidProgram) -> CudaVM:
+    arch = session.place.target.arch
+    return CudaVM(program, session.model.weights, arch=arch, binary=compile_kernel(kernel_source(program.program, **DRY), arch))
+
+
+def chain_row(session: Session, machine: CudaVM, position: int) -> Row:
+    refuse_company()
+    (samples,) = interleaved([partial(launch_us, machine, *launch_start(position, machine.context))])
+    refuse_company()
+    row = {
+        "model": session.model.spec.name, "position": position, "context": machine.context, "chain_us": float(np.median(samples)),
+        "samples_us": samples, "is": NO_RESULT, "macros": DRY, "binary_digest": machine.kernel.binary.digest,
+    }  # fmt: skip
+    print(f"{row['model']:28} position {position:5}: {row['chain_us']:7.1f} us, the chain alone: no result", flush=True)
     return row
 
 
@@ -121,53 +139,86 @@ def wanted(asked: argparse.Namespace) -> dict[str, tuple[int, ...]]:
     return {name: chosen for name, chosen in found.items() if chosen}
 
 
-def measure_part(part: str, positions: dict[str, tuple[int, ...]], baselines: bool) -> dict[str, Any]:
-    """What one process measures: the "latency" lines of the default config, or the "knobs" lines, and its plain reads."""
-    sessions = {name: Session(name, choose(None, "cuda")) for name in positions}
-    if part == "latency":
-        rows = [row for name, session in sessions.items() for row in judged_rows(session, "default", {}, positions[name], baselines)]
-    else:
-        cases = [
-            (session, label, config) for name, session in sessions.items() if name in KNOB_MODELS for label, config in VARIANTS.items()
-        ]
-        rows = [row for session, label, config in cases for row in judged_rows(session, label, config, (128,), False)]
-    target = choose(None, "cuda").target
-    reads = [session.bandwidth() for session in sessions.values()] + [read_bandwidth_gbs(target)]
-    return {"target": target.name, "plain_read_gbs": reads, "rows": rows}
+def measure_part(asked: argparse.Namespace) -> dict[str, Any]:
+    """What one process measures: lines of latency or of the chain, its plain reads, and on what."""
+    place, rows, reads = choose(None, "cuda"), [], []
+    refuse_company(context=False)
+    began, before = commit(), json.loads(asked.before.read_text(encoding="utf-8"))["rows"] if asked.before else []
+    for name, positions in wanted(asked).items():
+        session = Session(name, place)
+        rows += chain_rows(session, positions) if asked.chain else latency_rows(session, positions, asked.baselines, before)
+        reads.append(session.bandwidth())
+    reads.append(read_bandwidth_gbs(place.target))
+    return {"target": place.target.name, "device_name": place.device_name, "commit": began, "plain_read_gbs": reads, "rows": rows}
 
 
-def in_fresh_process(part: str, asked: argparse.Namespace) -> dict[str, Any]:
-    """`measure_part` in a process of its own; if that fails, this one ends with its exit code."""
+def in_fresh_process(asked: argparse.Namespace, first: dict[str, Any] | None) -> dict[str, Any]:
+    """`measure_part` in a process of its own, which is told what the first one found; if that fails, this one ends with its exit code."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "part.json"
-        flags = ["--baselines"] if asked.baselines else []
-        command = [sys.executable, str(ROOT / "amk_bootstrap.py"), "amk.dev.bench_gpu", "--part", part, *flags]
-        choice = ["--models", asked.models, "--positions", asked.positions]
-        code = subprocess.run([*command, *choice, "--out", str(out)]).returncode
+        command = [sys.executable, str(ROOT / "amk_bootstrap.py"), "amk.dev.bench_gpu", "--part", "--out", str(out)]
+        choice = ["--models", asked.models, "--positions", asked.positions, *(["--chain"] if asked.chain else [])]
+        baselines = ["--baselines", ",".join(asked.baselines)] if asked.baselines else []
+        before = Path(folder) / "before.json"
+        before.write_text(json.dumps(first or {"rows": []}), encoding="utf-8")
+        code = subprocess.run([*command, *choice, *baselines, "--before", str(before)]).returncode
         if code:
             sys.exit(code)
         measured_part: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
         return measured_part
 
 
+def results(runs: list[dict[str, Any]], chain: bool) -> dict[str, Any]:
+    """The results file's content from what the processes found. RunVoid where the code or the card was another in one of them."""
+    for what in ("commit", "device_name"):
+        if len({run[what] for run in runs}) != 1:
+            raise RunVoid(f"{what}: must be the same in every process, but is {sorted({run[what] for run in runs})}")
+    rows = [row for run in runs for row in run["rows"]] if chain else combined([run["rows"] for run in runs])
+    return {
+        "device_name": runs[0]["device_name"],
+        "plain_read_gbs": [read for run in runs for read in run["plain_read_gbs"]],
+        "processes": len(runs),
+        "latency": [] if chain else rows,
+        "chain": rows if chain else [],
+    }
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--baselines", action="store_true", help="CUDA-graphed transformers and torch.compile beside every latency")
-    parser.add_argument("--processes", type=int, default=1, help="fresh processes that measure the latencies")
+    every = ",".join(BUILDERS)
     parser.add_argument("--models", default=",".join(POSITIONS), help="some of the models, with commas between them")
     parser.add_argument("--positions", default=",".join(map(str, ALL_POSITIONS)), help="some of the positions, with commas between them")
-    parser.add_argument("--no-knobs", action="store_true", help="leave out what each knob does")
+    parser.add_argument("--processes", type=int, default=1, help="fresh processes that measure the latencies")
+    parser.add_argument("--baselines", nargs="?", const=every, default="", help=f"beside every latency; some of {every}, or all of them")
+    parser.add_argument("--chain", action="store_true", help="the chain of dependent steps alone, without memory traffic; no latencies")
     parser.add_argument("--out", type=Path, help="the results file; results/bench-CARD.json where none is named")
-    parser.add_argument("--part", choices=("latency", "knobs"), help=argparse.SUPPRESS)  # what a fresh process is asked for
+    parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)  # this is a fresh process: its part into --out
+    parser.add_argument("--before", type=Path, help=argparse.SUPPRESS)  # the first process's part
     asked = parser.parse_args()
     if asked.processes < 1:
         parser.error(f"--processes: must be at least 1, but got {asked.processes}")
-    for option, allowed in (("models", list(POSITIONS)), ("positions", list(map(str, ALL_POSITIONS)))):
-        if unknown := sorted(set(getattr(asked, option).split(",")) - set(allowed)):
+    asked.baselines = tuple(filter(None, asked.baselines.split(",")))
+    given = {"models": asked.models.split(","), "positions": asked.positions.split(","), "baselines": list(asked.baselines)}
+    for option, allowed in (("models", list(POSITIONS)), ("positions", list(map(str, ALL_POSITIONS))), ("baselines", list(BUILDERS))):
+        if unknown := sorted(set(given[option]) - set(allowed)):
             parser.error(f"--{option}: must be some of {', '.join(allowed)}, but got {unknown[0]!r}")
     if not wanted(asked):
         parser.error(f"--positions: must be some of {', '.join(map(str, POSITIONS[asked.models]))} for {asked.models}")
+    if asked.chain and (asked.baselines or asked.processes > 1):
+        parser.error("--chain: must stand without --baselines and --processes")
     return asked
+
+
+def run(asked: argparse.Namespace) -> None:
+    """This process's part, or all of them into the results file, which is written after each."""
+    if asked.part:
+        with live_card_lock(partial(print, flush=True)):
+            asked.out.write_text(json.dumps(measure_part(asked)), encoding="utf-8")
+        return
+    runs: list[dict[str, Any]] = []
+    while len(runs) < asked.processes:
+        runs.append(in_fresh_process(asked, runs[0] if runs else None))
+        write_results(asked.out or Path("results") / f"bench-{runs[0]['target']}.json", results(runs, asked.chain))
 
 
 def main() -> None:
@@ -175,24 +226,11 @@ def main() -> None:
     if live_card() is None:
         print("bench_gpu: needs an NVIDIA card and its driver, but none was found", file=sys.stderr)
         sys.exit(3)
-    if asked.part:
-        try:
-            with live_card_lock(partial(print, flush=True)):
-                found = measure_part(asked.part, wanted(asked), asked.baselines)
-        except EvalError as problem:
-            print(f"bench_gpu: {problem}", file=sys.stderr)
-            sys.exit(problem.exit_code)
-        asked.out.write_text(json.dumps(found), encoding="utf-8")
-        return
-    runs = [in_fresh_process("latency", asked) for _ in range(asked.processes)]
-    parts = runs if asked.no_knobs else [*runs, in_fresh_process("knobs", asked)]
-    results = {
-        "plain_read_gbs": [read for part in parts for read in part["plain_read_gbs"]],
-        "processes": asked.processes,
-        "latency": combined([run["rows"] for run in runs]),
-        "knobs": [row for part in parts[len(runs) :] for row in part["rows"]],
-    }
-    write_results(asked.out or Path("results") / f"bench-{runs[0]['target']}.json", results)
+    try:
+        run(asked)
+    except (EvalError, NotCorrect, LaunchFailed, BuildFailed, Unlike) as problem:
+        print(f"bench_gpu: {problem}", file=sys.stderr)
+        sys.exit(getattr(problem, "exit_code", 1))
 
 
 if __name__ == "__main__":

@@ -29,11 +29,12 @@ UNFUSED: dict[str, Any] = {"fusion_grouping": []}
 
 @dataclass(frozen=True)
 class Variant:
-    """A model's dimensions and a config."""
+    """A model's dimensions, a config, and how many tokens are computed side by side."""
 
     name: str
     spec: ModelSpec
     config: dict[str, Any]
+    batch: int = 1
     chooser: Chooser = "greedy"
 
 
@@ -46,18 +47,23 @@ def variants() -> list[Variant]:
         Variant("llama-3.1-8b", describe("llama-3.1-8b-shape"), {}),
         Variant("qwen3-0.6b", describe("qwen3-0.6b-shape"), {}),
         Variant("smollm2-135m", describe("smollm2-135m-shape"), {}),
-        Variant("llama-3.2-1b, draws", one_b, {}, "draw"),
-        Variant("llama-3.2-1b, filters", one_b, {}, "filter"),
-        Variant("llama-3.2-1b 128 threads, filters", one_b, {"threads_per_block": 128}, "filter"),
-        Variant("qwen3-0.6b, filters", describe("qwen3-0.6b-shape"), {}, "filter"),
-        Variant("small fp32, filters", replace(small, dtype="fp32"), {}, "filter"),
+        Variant("llama-3.2-1b, draws", one_b, {}, chooser="draw"),
+        Variant("llama-3.2-1b, filters", one_b, {}, chooser="filter"),
+        Variant("llama-3.2-1b 128 threads, filters", one_b, {"threads_per_block": 128}, chooser="filter"),
+        Variant("qwen3-0.6b, filters", describe("qwen3-0.6b-shape"), {}, chooser="filter"),
+        Variant("small fp32, filters", replace(small, dtype="fp32"), {}, chooser="filter"),
         Variant("small fp16", replace(small, dtype="fp16"), {}),
         Variant("small fp32 unfused", replace(small, dtype="fp32"), UNFUSED),
         Variant("small, heads of 80", replace(small, head_dim=80), {}),
         Variant("small, heads of 256", replace(small, head_dim=256, heads=4, kv_heads=2), {}),
+        *(Variant(f"llama-3.2-1b, batch {batch}", one_b, {}, batch) for batch in (8, 16)),
+        Variant("llama-3.1-8b, batch 8", describe("llama-3.1-8b-shape"), {}, 8),
+        Variant("smollm2-135m, batch 8", describe("smollm2-135m-shape"), {}, 8),
+        Variant("small fp16, batch 16", replace(small, dtype="fp16"), {"threads_per_block": 128}, 16),
         *(Variant(f"llama-3.2-1b {name}", with_weights(one_b, form), {}) for name, form in FORMATS.items()),
         Variant("llama-3.2-1b int8, head bf16", replace(with_weights(one_b, FORMATS["int8"]), head_weights=None), {}),
         Variant("llama-3.2-1b int4-g64-asym 128 thr.", with_weights(one_b, FORMATS["int4-g64-asym"]), {"threads_per_block": 128}),
+        Variant("llama-3.1-8b int4-g128", with_weights(describe("llama-3.1-8b-shape"), FORMATS["int4-g128"]), {}),
         Variant("smollm2-135m int4-g128", with_weights(describe("smollm2-135m-shape"), FORMATS["int4-g128"]), {}),
         Variant("small fp16 int8-asym", with_weights(replace(small, dtype="fp16"), FORMATS["int8-asym"]), UNFUSED),
         Variant("small fp16 int4-g32-asym", with_weights(replace(small, dtype="fp16"), FORMATS["int4-g32-asym"]), {}),
@@ -71,7 +77,7 @@ def build(case: tuple[Variant, str]) -> tuple[bool, str]:
     config = parse_config(variant.config)
     if isinstance(config, list):
         return False, f"{variant.name}: {config}"
-    program = compile_program(variant.spec, config, target, context=4096, chooser=variant.chooser)
+    program = compile_program(variant.spec, config, target, context=4096, chooser=variant.chooser, batch=variant.batch)
     if isinstance(program, list):
         return False, f"{variant.name} for {card}: {program}"
     try:

@@ -1,4 +1,4 @@
-"""How far the cost model is from what was measured: each line of results/bench-*.json beside its prediction, and the error of all.
+"""How far the cost model is from what was measured: each line of bench-*.json and knob-effects-*.json beside its prediction.
 
 python amk_bootstrap.py amk.dev.cost_error [RESULTS...]
 """
@@ -45,13 +45,14 @@ def lines(files: Sequence[Path]) -> Iterator[tuple[Row, float]]:
     """Every line of the files with its prediction."""
     for file in files:
         found = json.loads(file.read_text(encoding="utf-8"))
-        gpu = file.stem.split("-")[1]
-        for row in [*found["latency"], *found["knobs"]]:
-            yield row, predicted(row, gpu, max(found["plain_read_gbs"]))
+        gpu = next(part for part in file.stem.split("-") if part in TARGETS)
+        for row in [*found.get("latency", ()), *found.get("knobs", ()), *found.get("rows", ())]:
+            if row["latency_us"] is not None:
+                yield row, predicted(row, gpu, max(found["plain_read_gbs"]))
 
 
 def main() -> None:
-    files = [Path(name) for name in sys.argv[1:]] or sorted(RESULTS.glob("bench-*.json"))
+    files = [Path(name) for name in sys.argv[1:]] or sorted([*RESULTS.glob("bench-*.json"), *RESULTS.glob("knob-effects-*.json")])
     table = Table("model", "config", "position", "measured us", "predicted us", "error")
     pairs = []
     for row, guess in lines(files):

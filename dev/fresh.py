@@ -7,24 +7,28 @@ from typing import Any
 
 import numpy as np
 
-SAME = ("model", "config", "position", "program_digest", "binary_digest", "streamed_bytes")
+SAME = ("model", "config", "position", "correct", "program_digest", "binary_digest", "outputs_sha256", "streamed_bytes")
 Row = dict[str, Any]
+
+
+class Unlike(ValueError):
+    """Processes that should have measured the same thing did not: other programs, or outputs of other bits."""
 
 
 def combined(runs: Sequence[Sequence[Row]]) -> list[Row]:
     """The lines of several processes as one: medians of their medians, their spread in percent of it, and all raw samples.
 
-    Line i of every process must be about the same program and position: ValueError otherwise.
+    Line i of every process must be about the same program and position, with outputs of the same bits: Unlike otherwise.
     """
     if len({len(run) for run in runs}) != 1:
-        raise ValueError(f"runs: must have equally many lines, but have {[len(run) for run in runs]}")
+        raise Unlike(f"runs: must have equally many lines, but have {[len(run) for run in runs]}")
     return [_combined_row(rows) for rows in zip(*runs, strict=True)]
 
 
 def _combined_row(rows: Sequence[Row]) -> Row:
     for name in SAME:
         if any(row[name] != rows[0][name] for row in rows):
-            raise ValueError(f"{name}: must be the same in every process, but is {[row[name] for row in rows]}")
+            raise Unlike(f"{name}: must be the same in every process, but is {[row[name] for row in rows]}")
     medians, floor = [row["latency_us"] for row in rows], _median([row["floor_us"] for row in rows])
     latency = _median(medians)
     return rows[0] | {

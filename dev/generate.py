@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from amk.dev import draw_machine, readme_table
+from amk.dev import draw_machine, knob_page, readme_table
 from amk.eval.shapes import SHAPES, result_schema
 from amk.schedule.render import config_schema, knob_table_markdown
 
@@ -34,6 +34,7 @@ def _schema_file(schema: Callable[[], dict[str, Any]]) -> Render:
 GENERATED: dict[str, Render] = {
     "README.md": readme_table.render,
     "docs/images/machine.svg": draw_machine.render,
+    "docs/knob-effects.md": knob_page.render,
     "docs/knobs.md": knob_table_markdown,
     "schemas/schedule_config.json": _schema_file(config_schema),
     **{f"schemas/{name}.json": _schema_file(partial(result_schema, name)) for name in SHAPES},

@@ -1,21 +1,63 @@
-"""README's performance table, rendered from the results files that `dev/bench_gpu.py` wrote; every figure in it is in one of them."""
+"""README's performance tables, rendered from the results files that `dev/bench_gpu.py` wrote; every figure in them is in one of them.
+
+A table a card. A line takes its latency from one file and each baseline from a file of its own where they were measured apart; numbers
+say which. Of several files with the same line that of the present code stands, then that of more processes, then the newest.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from amk.dev.results_check import card_name, honest_chains, honest_rows, quality_line
+from amk.dev.version import present_digest
+from amk.models.registry import describe
+from amk.schedule.targets import TARGETS
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- performance: rendered by dev/readme_table.py -->", "<!-- end of performance -->"
 NOTHING = "*Nothing is measured yet: there is no `results/bench-CARD.json`.*"
 BASELINES = {"cuda-graph": "transformers, CUDA graph", "torch-compile": "torch.compile"}
-HEAD = ("model", "position", "us/token", "share of the floor", *(f"{title}: us (ratio)" for title in BASELINES.values()))
+HEAD = ("model", "position", "us/token", "share of the floor", *(f"{title}: us (ratio)" for title in BASELINES.values()), "from")
+EARLIER = "\\* measured at an earlier version of the program or its kernel."
+CHAIN = "Without memory traffic, a build that computes nothing and is no result (the chain of dependent steps alone)"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A results file: its number in the list of files, name and content."""
+
+    number: str
+    name: str
+    data: dict[str, Any]
+
+    @property
+    def card(self) -> str:
+        """The target that its card is, "auto" if it is none of the table."""
+        return card_name(self.data["provenance"]["cards"][0]["name"])
+
+
+@dataclass(frozen=True)
+class Found:
+    """A line of a results file, and whether it is about the present code."""
+
+    row: Row
+    source: Source
+    present: bool
+
+    @property
+    def standing(self) -> tuple[bool, int, str]:
+        """What is shown of several is that with the greatest."""
+        came = self.source.data
+        return self.present, came.get("processes", 1), came["provenance"]["time_utc"]
 
 
 def render() -> str:
-    """The whole of README.md with the table that results/ gives."""
+    """The whole of README.md with the tables that results/ gives."""
     return with_table((ROOT / "README.md").read_text(encoding="utf-8"), table(ROOT / "results"))
 
 
@@ -29,57 +71,118 @@ def with_table(readme: str, text: str) -> str:
 
 
 def table(results: Path) -> str:
-    """One table for each bench-*.json in `results`, under a line that says where its figures come from."""
-    files = sorted(results.glob("bench-*.json"))
-    return "\n\n".join(_file_table(path) for path in files) or NOTHING
+    """The tables of all bench-*.json in `results` and where they come from; ValueError if a file breaks a rule of honesty."""
+    read = [(path.name, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(results.glob("bench-*.json"))]
+    sources = [Source(str(number), name, data) for number, (name, data) in enumerate(read, 1)]
+    if not sources:
+        return NOTHING
+    for source in sources:  # before anything is asked of a file
+        honest_rows(source.name, source.data, "latency")
+    found = [
+        Found(row, source, is_present(row, source.card))
+        for source in sources
+        for row in honest_rows(source.name, source.data, "latency")
+        if row["config"] == "default"
+    ]
+    quality = _read(results / "quality.json")
+    parts = [_card_part(card, sources, found, quality) for card in sorted({source.card for source in sources})]
+    return "\n\n".join([*parts, "\n".join(f"{s.number}. {origin(s.name, s.data, 'results')}" for s in sources)])
 
 
-def _file_table(path: Path) -> str:
-    data = json.loads(path.read_text(encoding="utf-8"))
-    lines = [_line(HEAD), _line(["---"] * len(HEAD)), *(_line(_cells(row)) for row in data["latency"] if row["config"] == "default")]
-    return "\n".join([_origin(path.name, data), "", *lines])
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _line(cells: Any) -> str:
+def is_present(row: Mapping[str, Any], card: str) -> bool:
+    """Whether the line's program and kernel are what the code at hand compiles; what does not say so is not."""
+    if "code_sha256" not in row or card not in TARGETS:
+        return False
+    return bool(row["code_sha256"] == present_digest(row["model"], card, row["context"]))
+
+
+def _card_part(card: str, sources: Sequence[Source], found: Sequence[Found], quality: dict[str, Any] | None) -> str:
+    """One card's table, what must be said below it, and its chains."""
+    mine = [entry for entry in found if entry.source.card == card]
+    keys = dict.fromkeys((entry.row["model"], entry.row["position"]) for entry in mine)
+    groups = {key: [entry for entry in mine if (entry.row["model"], entry.row["position"]) == key] for key in sorted(keys)}
+    lines_of_quality = {model: quality_line(quality, model) for model, _ in groups if describe(model).quantised}
+    shown = {key: entries for key, entries in groups.items() if lines_of_quality.get(key[0], "") is not None}
+    withheld = [f"{model} at {position}" for model, position in groups if (model, position) not in shown]
+    body = [line(HEAD), line(["---"] * len(HEAD)), *(line(_cells(entries)) for entries in shown.values())]
+    notes = [EARLIER] if any(not _best(entries).present for entries in shown.values()) else []
+    notes += [text for text in dict.fromkeys(lines_of_quality.values()) if text]
+    if withheld:
+        notes.append(f"Measured and withheld, as `results/quality.json` does not say what the format costs: {', '.join(withheld)}.")
+    chains = list(_chains(source for source in sources if source.card == card))
+    notes += [f"{CHAIN}: {', '.join(chains)}."] if chains else []
+    return "\n\n".join(["\n".join(body), *notes])
+
+
+def _chains(sources: Iterable[Source]) -> Iterator[str]:
+    for source in sources:
+        for row in honest_chains(source.name, source.data):
+            earlier = "" if is_present(row, source.card) else "\\*"
+            yield f"{row['model']} at {row['position']}: {row['chain_us']:.1f} us{earlier} ({source.number})"
+
+
+def _best(entries: Sequence[Found]) -> Found:
+    return max(entries, key=lambda entry: entry.standing)
+
+
+def _cells(entries: Sequence[Found]) -> Iterator[str]:
+    """The cells of one line: a model at a position."""
+    best = _best(entries)
+    row, spread = best.row, best.row.get("spread_pct", 0)
+    yield row["model"]
+    yield str(row["position"])
+    yield f"{row['latency_us']:.1f}" + ("" if best.present else "\\*") + (f" (spread {spread:.1f} %)" if spread else "")
+    yield f"{row['pct_of_roofline']:.1f} %"
+    numbers = [best.source.number]
+    for name in BASELINES:
+        text, number = _baseline(name, entries, best)
+        numbers += [number] if number else []
+        yield text
+    yield ", ".join(dict.fromkeys(numbers))
+
+
+def _baseline(name: str, entries: Sequence[Found], best: Found) -> tuple[str, str]:
+    """The cell of a baseline and the number of its file: that with a time which stands best, else why there is none."""
+    have = [(entry, b) for entry in entries for b in entry.row.get("baselines", ()) if b["name"] == name]
+    if not have:
+        return "not measured", ""
+    entry, baseline = max(have, key=lambda pair: (pair[1]["latency_us"] is not None, pair[0].standing))
+    if baseline["latency_us"] is None or baseline["ratio"] is None:
+        return str(baseline["status"]), entry.source.number
+    earlier = "\\*" if best.present and not entry.present else ""
+    return f"{baseline['latency_us']:.1f} ({baseline['ratio']:.2f}x{earlier})", entry.source.number
+
+
+def line(cells: Iterable[str]) -> str:
+    """A line of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
-def _origin(name: str, data: dict[str, Any]) -> str:
-    """Results file, card, driver, clocks, plain read, commit and how many processes."""
+def origin(name: str, data: Mapping[str, Any], folder: str) -> str:
+    """Results file, card, driver, clocks, plain read, commit and how many processes; `folder` leads to results/."""
     came = data["provenance"]
     commit, _, changes = came["commit"].partition("+")
     reads, processes = data["plain_read_gbs"], data.get("processes", 1)
     facts = [
-        f"[`results/{name}`](results/{name})",
+        f"[`results/{name}`]({folder}/{name})",
         *(_card(card) for card in came["cards"]),
-        f"plain read {min(reads):.0f} to {max(reads):.0f} GB/s",
+        f"plain read {min(reads):.0f} to {max(reads):.0f} GB/s" + _data_sheet(came["cards"][0]["name"]),
         f"commit `{commit[:12]}`" + (f" with {changes}" if changes else ""),
         came["time_utc"][:10],
         "one process" if processes == 1 else f"medians over {processes} fresh processes",
     ]
-    return "; ".join(facts) + ":"
+    return "; ".join(facts) + "."
 
 
-def _card(card: dict[str, str]) -> str:
+def _data_sheet(device_name: str) -> str:
+    target = TARGETS.get(card_name(device_name))
+    return f" (data sheet: {target.bandwidth_gbs:.0f})" if target else ""
+
+
+def _card(card: Mapping[str, str]) -> str:
     clocks = f"SM clock {card['clocks.sm']} of {card['clocks.max.sm']}, memory clock {card['clocks.mem']} of {card['clocks.max.mem']}"
     return f"{card['name']}, driver {card['driver_version']}, {clocks}"
-
-
-def _cells(row: dict[str, Any]) -> Iterator[str]:
-    """The cells of one line."""
-    found = {baseline["name"]: baseline for baseline in row.get("baselines", ())}
-    spread = row.get("spread_pct", 0)
-    yield row["model"]
-    yield str(row["position"])
-    yield f"{row['latency_us']:.1f}" + (f" (spread {spread:.1f} %)" if spread else "")
-    yield f"{row['pct_of_roofline']:.1f} %"
-    for name in BASELINES:
-        yield _baseline(found.get(name))
-
-
-def _baseline(baseline: dict[str, Any] | None) -> str:
-    if baseline is None:
-        return "not measured"
-    if baseline["latency_us"] is None or baseline["ratio"] is None:
-        return str(baseline["status"])
-    return f"{baseline['latency_us']:.1f} ({baseline['ratio']:.2f}x)"

@@ -116,10 +116,14 @@ BUILDERS: Mapping[str, Builder] = {"cuda-graph": graphed, "torch-compile": compi
 
 
 class Contest:
-    """The baselines of one model over several launches; they share one copy of its weights, in its own dtype, on the card."""
+    """The baselines of one model over several launches (`names`: some of BUILDERS); they share one copy of its weights, in its own
+    dtype, on the card.
+    """
 
-    def __init__(self, model: Model, spans: Sequence[Span], progress: Callable[[str], None]) -> None:
-        self._model, self._progress = model, progress
+    def __init__(
+        self, model: Model, spans: Sequence[Span], progress: Callable[[str], None], names: Sequence[str] = tuple(BUILDERS)
+    ) -> None:
+        self._model, self._progress, self._names = model, progress, names
         self._native: Any = None
         self._tracks: dict[int, Track] = {}
         self._lost: str | None = None
@@ -134,7 +138,7 @@ class Contest:
     def enter(self, span: Span) -> list[Entrant]:
         """The baselines of one launch, each checked and in its quickest form; those of the launch before must no longer be run."""
         forget_compiled()
-        return [self._entrant(name, build, span) for name, build in BUILDERS.items()]
+        return [self._entrant(name, BUILDERS[name], span) for name in self._names]
 
     def _entrant(self, name: str, build: Builder, span: Span) -> Entrant:
         if self._lost is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from amk.eval.card import foreign_processes
+from amk.eval.card import foreign_processes, listed_processes
 from amk.eval.errors import RunVoid
 from amk.eval.verdict import Latency, Samples
 from amk.schedule.cost import streamed_bytes
@@ -101,11 +102,11 @@ class Timing:
 
 def take(machine: UnprovenCudaVM, position: int, others: Sequence[Callable[[], float]] = ()) -> Timing:
     """Samples of the machine at `position`, in turns with `others`. RunVoid if another process is on the card before or after."""
-    _refuse_company()
+    refuse_company()
     start, steps = launch_start(position, machine.context)
     many, *rest = interleaved([lambda: launch_us(machine, start, steps), *others])
     (single,) = interleaved([lambda: launch_us(machine, position, 1)])
-    _refuse_company()
+    refuse_company()
     return Timing(many, single, rest)
 
 
@@ -128,7 +129,8 @@ def measured(
     )
 
 
-def _refuse_company() -> None:
-    others = foreign_processes()
+def refuse_company(context: bool = True) -> None:
+    """RunVoid if another process has a context on the card. `context`: whether this process has one yet, which is listed too."""
+    others = foreign_processes() if context else [pid for pid in listed_processes() if pid != os.getpid()]
     if others:
         raise RunVoid(f"the card must be free of other processes to be measured, but process {others[0]} is on it; measure again later")

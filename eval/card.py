@@ -97,16 +97,21 @@ def _without_card(gpu: str | None, device: str) -> Place:
 
 
 def foreign_processes() -> list[int]:
-    """Process ids of other programs with a context on the card, as nvidia-smi lists them; empty where it cannot tell.
+    """Process ids of other programs with a context on the card; empty where nvidia-smi cannot tell.
 
     To be asked by a process that has a context itself.
     """
+    return others(listed_processes(), os.getpid())
+
+
+def listed_processes() -> list[int]:
+    """Process ids of all programs with a context on the card, as nvidia-smi lists them; empty where it cannot tell."""
     command = ["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split()
     except (OSError, subprocess.TimeoutExpired):
         return []
-    return others([int(line) for line in lines if line.isdigit()], os.getpid())
+    return [int(line) for line in lines if line.isdigit()]
 
 
 def others(listed: list[int], own: int) -> list[int]:

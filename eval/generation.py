@@ -120,7 +120,7 @@ def generate(
 
 
 def _decode(machine: DecodeMachine, prompt: list[int], sampling: Sampling, hearer: Hearer, tokens_a_launch: int) -> float | None:
-    """The device's microseconds a token (None on the CPU), the prompt's included. The prompt and as many new tokens as fit share a launch."""
+    """The device's microseconds a token, of the prompt too (None on the CPU). The prompt and as many new tokens as fit share a launch."""
     pending, position, elapsed = list(prompt), 0, 0.0
     while hearer.reason is None:
         before = len(pending) - 1  # steps whose choice the prompt overrules

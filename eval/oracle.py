@@ -19,6 +19,7 @@ import numpy as np
 from amk.eval.kv_rows import ReadRows, Rows, expected_errors, relative_errors, typical_ratios
 from amk.eval.tolerance import FP32_ERROR, LATE, MAX_EXPECTED, NEAR_TIE_SHARE, ROWS, TIE, TYPICAL, WORST
 from amk.isa.attention import TWO_PART_GROUP, Attention
+from amk.isa.matmul import MatMul
 from amk.isa.rmsnorm import RmsNorm
 from amk.models.rounded import RoundingPoints, rounded
 from amk.models.source import SourceRun
@@ -69,7 +70,7 @@ def rounding_points(program: Program) -> RoundingPoints:
     tasks = [task for queue in program.queues for task in queue]
     return RoundingPoints(
         dtype=_dtype(program.machine.dtype),
-        norms=any(isinstance(task, RmsNorm) for task in tasks),
+        norms=any(isinstance(task, RmsNorm | MatMul) for task in tasks),  # products of a batch round what they have normalised
         attention_operands=any(isinstance(task, Attention) and task.nq > TWO_PART_GROUP for task in tasks),
     )
 

@@ -26,6 +26,7 @@ from amk.schedule.program import Program
 from amk.schedule.settings import Chooser
 from amk.vm.build import Binary, BuildFailed, compile_kernel
 from amk.vm.cuda import CudaVM, UnprovenCudaVM
+from amk.vm.image import same_weights
 from amk.vm.interface import DecodeMachine, LaunchFailed
 from amk.vm.reference import ReferenceVM
 from amk.vm.source import kernel_source
@@ -68,14 +69,19 @@ class Session:
         predicted = (PREDICTION_NOTE,) if latency and latency.kind == "predicted" else ()
         return judged(facts, judgement, latency, [*candidate.notes, *predicted])
 
-    def load(self, candidate: Candidate, max_steps: int = 512) -> tuple[Facts, DecodeMachine]:
-        """The candidate's machine on this session's device, and its facts with the binary's digest."""
+    def load(self, candidate: Candidate, max_steps: int = 512, beside: UnprovenCudaVM | None = None) -> tuple[Facts, DecodeMachine]:
+        """The candidate's machine on this session's device, and its facts with the binary's digest.
+
+        It shares the weights of the machine `beside` where its program reads the same bytes.
+        """
         assert candidate.program is not None
         if self.place.device == "cpu":
             return candidate.facts, ReferenceVM(candidate.program, self.model.weights)
         binary = self.build(candidate)
-        self.progress("loading weights")
-        machine = CudaVM(candidate.program, self.model.weights, arch=self.place.target.arch, binary=binary, max_steps=max_steps)
+        shared = beside.weights if beside and same_weights(candidate.program.program, beside.program) else None
+        self.progress("sharing weights" if shared else "loading weights")
+        arch = self.place.target.arch
+        machine = CudaVM(candidate.program, self.model.weights, arch=arch, binary=binary, max_steps=max_steps, weights=shared)
         return replace(candidate.facts, binary_digest=binary.digest), machine
 
     def build(self, candidate: Candidate) -> Binary:

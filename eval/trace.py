@@ -87,9 +87,21 @@ def nothing() -> dict[str, Any]:
 
 
 def summary(spans: Sequence[Span], program: Program, lost: int) -> dict[str, Any]:
-    """From the first task's beginning to the last one's end, and where that time went."""
+    """How long the token took on the SM that was longest at it, and where that time went."""
     if not spans:
         return nothing()
-    working = [span for span in spans if span.role in ("consumer", "storer")]  # the feeder runs ahead, into the token before
-    traced = max(span.end_us for span in working) - min(span.begin_us for span in working)
+    traced = max(_periods(spans).values())
     return {"traced_us": traced, "lost_events": lost, "by_actor": by_actor(spans), "by_task": by_task(spans, program)}
+
+
+def _periods(spans: Sequence[Span]) -> dict[tuple[int, str, int], float]:
+    """For each consumer and storer, us from its first task of the token to the end of its last.
+
+    Not from the first of all to the last of all: an SM whose tasks are early ones begins to wait for the next token while others are
+    still at this one. The feeder runs ahead, into the token before, and the watcher with it.
+    """
+    extents: dict[tuple[int, str, int], tuple[float, float]] = {}
+    for span in (span for span in spans if span.role in ("consumer", "storer")):
+        begin, end = extents.get((span.sm, span.role, span.warp), (span.begin_us, span.end_us))
+        extents[span.sm, span.role, span.warp] = min(begin, span.begin_us), max(end, span.end_us)
+    return {actor: end - begin for actor, (begin, end) in extents.items()}

@@ -57,6 +57,7 @@ class Attention(Instruction):
 
     stem: ClassVar[str] = "attention"
     streamed: ClassVar[bool] = True
+    polls: ClassVar[bool] = True
 
     def span(self, position: int) -> KvSpan:
         return kv_span(position, self.window, self.unit_rows, self.splits)

@@ -1,7 +1,8 @@
 // draw_head, storer side: logits go to the host's buffer; the task's best score with noise is published as two packets (value, row).
 #pragma once
+#include "isa/device/best.cuh"
+#include "isa/device/matvec.cuh"
 #include "isa/device/sampling.cuh"
-#include "isa/gemv_head.cuh"
 
 __device__ __forceinline__ void store_draw_head(Storer& s, const DrawHeadTask& task, const Token& token) {
   const Block& b = s.b;
@@ -25,11 +26,4 @@ __device__ __forceinline__ void store_draw_head(Storer& s, const DrawHeadTask& t
   warp_best(best, best_row);
   if (s.lane == 0) publish(b.buffer(task.out_buf) + task.out_start, as_bits(best), tag);
   if (s.lane == 1) publish(b.buffer(task.out_buf) + task.out_start + 1, (uint32_t)best_row, tag);
-}
-
-__device__ __forceinline__ void consume_draw_head(Consumer& c, const DrawHeadTask& task, const Token& token) {
-  consume_matvec(c, reinterpret_cast<const MatVecTask&>(task), token);
-}
-__device__ __forceinline__ bool stream_draw_head(Feeder& f, const DrawHeadTask& task, const uint8_t*& at, const Token&) {
-  return stream_matvec(f, reinterpret_cast<const MatVecTask&>(task), at);
 }

@@ -1,7 +1,8 @@
 // filter_head, storer side: logits go to the host's buffer; each tile's scores, with and without noise, and its summary are published.
 #pragma once
+#include "isa/device/best.cuh"
+#include "isa/device/matvec.cuh"
 #include "isa/device/sampling.cuh"
-#include "isa/gemv_head.cuh"
 
 constexpr int ROW_PACKETS = 2;
 constexpr int TILE_PACKETS = ROW_PACKETS * TILE_ROWS + 4;  // of isa/filter_head.py
@@ -38,11 +39,4 @@ __device__ __forceinline__ void store_filter_head(Storer& s, const FilterHeadTas
     const uint32_t low = s.lane & 1 ? as_bits(sum) : as_bits(largest), high = s.lane & 1 ? (uint32_t)best_row : as_bits(best);
     if (s.lane < 4) publish(at + ROW_PACKETS * TILE_ROWS + s.lane, s.lane & 2 ? high : low, tag);
   }
-}
-
-__device__ __forceinline__ void consume_filter_head(Consumer& c, const FilterHeadTask& task, const Token& token) {
-  consume_matvec(c, reinterpret_cast<const MatVecTask&>(task), token);
-}
-__device__ __forceinline__ bool stream_filter_head(Feeder& f, const FilterHeadTask& task, const uint8_t*& at, const Token&) {
-  return stream_matvec(f, reinterpret_cast<const MatVecTask&>(task), at);
 }

@@ -21,10 +21,3 @@ __device__ __forceinline__ void store_gemv(Storer& s, const GemvTask& task, cons
     if (mine) publish(out + r, as_bits(y), tag);
   }
 }
-
-__device__ __forceinline__ void consume_gemv(Consumer& c, const GemvTask& task, const Token& token) {
-  consume_matvec(c, reinterpret_cast<const MatVecTask&>(task), token);
-}
-__device__ __forceinline__ bool stream_gemv(Feeder& f, const GemvTask& task, const uint8_t*& at, const Token&) {
-  return stream_matvec(f, reinterpret_cast<const MatVecTask&>(task), at);
-}

@@ -2,8 +2,6 @@
 #pragma once
 #include "isa/device/matvec.cuh"
 
-__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
-
 __device__ __forceinline__ void store_gemv_glu(Storer& s, const GemvGluTask& task, const Token& token) {
   const Block& b = s.b;
   const int row = s.lane & 15;
@@ -23,11 +21,4 @@ __device__ __forceinline__ void store_gemv_glu(Storer& s, const GemvGluTask& tas
       publish(out + t * 4 + (s.lane >> 1), pack2(h, next), tag);
     }
   }
-}
-
-__device__ __forceinline__ void consume_gemv_glu(Consumer& c, const GemvGluTask& task, const Token& token) {
-  consume_matvec(c, reinterpret_cast<const MatVecTask&>(task), token);
-}
-__device__ __forceinline__ bool stream_gemv_glu(Feeder& f, const GemvGluTask& task, const uint8_t*& at, const Token&) {
-  return stream_matvec(f, reinterpret_cast<const MatVecTask&>(task), at);
 }

@@ -1,18 +1,7 @@
 // gemv_head, storer side: logits go to the host's buffer; the task's best one is published as two packets (value, row).
 #pragma once
+#include "isa/device/best.cuh"
 #include "isa/device/matvec.cuh"
-
-// The better of two candidates: larger value, lower row on ties.
-__device__ __forceinline__ void keep_best(float& value, int& row, float other_value, int other_row) {
-  if (other_value > value || (other_value == value && other_row < row)) {
-    value = other_value;
-    row = other_row;
-  }
-}
-__device__ __forceinline__ void warp_best(float& value, int& row) {
-#pragma unroll
-  for (int d = 16; d; d >>= 1) keep_best(value, row, __shfl_xor_sync(~0u, value, d), __shfl_xor_sync(~0u, row, d));
-}
 
 __device__ __forceinline__ void store_gemv_head(Storer& s, const GemvHeadTask& task, const Token& token) {
   const Block& b = s.b;
@@ -33,11 +22,4 @@ __device__ __forceinline__ void store_gemv_head(Storer& s, const GemvHeadTask& t
   warp_best(best, best_row);
   if (s.lane == 0) publish(b.buffer(task.out_buf) + task.out_start, as_bits(best), tag);
   if (s.lane == 1) publish(b.buffer(task.out_buf) + task.out_start + 1, (uint32_t)best_row, tag);
-}
-
-__device__ __forceinline__ void consume_gemv_head(Consumer& c, const GemvHeadTask& task, const Token& token) {
-  consume_matvec(c, reinterpret_cast<const MatVecTask&>(task), token);
-}
-__device__ __forceinline__ bool stream_gemv_head(Feeder& f, const GemvHeadTask& task, const uint8_t*& at, const Token&) {
-  return stream_matvec(f, reinterpret_cast<const MatVecTask&>(task), at);
 }

@@ -62,8 +62,8 @@ class Memory(Protocol):
         """K and V rows [start, stop) of a head, each [rows, head_dim], as the cache holds them."""
         ...
 
-    def reduced_sums(self) -> tuple[F32, float] | None:
-        """Row sums that the consumer warps have made for the running matrix-vector task, and the sum of squares of its x.
+    def reduced_sums(self) -> tuple[F32, Any] | None:
+        """Row sums that the consumer warps have made for the running matrix-vector task, and the sum of squares of its x (of each seat's).
 
         None where nobody has: the task then makes them in one go.
         """
@@ -71,13 +71,13 @@ class Memory(Protocol):
 
     def write_kv(self, layer: int, head: int, row: int, k: F32, v: F32) -> None: ...
 
-    def write_logits(self, start: int, values: F32) -> None: ...
+    def write_logits(self, start: int, values: F32, seat: int = 0) -> None: ...
 
-    def emit_token(self, token: int) -> bool:
+    def emit_token(self, token: int, seat: int = 0) -> bool:
         """Hands the step's token to the host; True if it is a stop token, which ends the launch."""
         ...
 
-    def forced_token(self) -> int | None:
+    def forced_token(self, seat: int = 0) -> int | None:
         """The host's token for this step, or None where the device's own choice is the input."""
         ...
 
@@ -99,10 +99,13 @@ class Instruction(ABC):
 
     stem: ClassVar[str] = ""
     carried: ClassVar[bool] = False
-    polls: ClassVar[bool] = False  # has so few tasks that they look at the tags themselves, which is quicker than counter and watcher
+    polls: ClassVar[bool] = (
+        False  # has so few tasks, or so few packets to read, that they look at the tags themselves: quicker than counter and watcher
+    )
     streamed: ClassVar[bool] = False  # has chunks in the weight stream
     stored: ClassVar[bool] = False  # publishes through the storer, tile by tile; else the consumers publish
     draws: ClassVar[bool] = False  # takes isa.sampling.Sampling from the launch
+    batched: ClassVar[bool] = False  # belongs to machines that compute a batch of tokens side by side
 
     def arrivals(self, machine: Machine) -> int:
         """Arrivals at the done counter: one by the storer, or one by each consumer warp."""

@@ -22,6 +22,7 @@ class Machine:
     `stage_bytes`; at most `inflight` of them are being copied at any time. `reduction_slots` tiles may be reduced ahead of the
     storer. Before the feeder streams KV rows of token t it waits for the end of token t - `kv_lag` on every SM.
     `head_dim` and the rest describe the model as the attention and the norm see it; `tags` is the number of tags a token uses.
+    `batch` tokens are computed side by side, each in its own seat (isa/batch.py).
     """
 
     sms: int
@@ -41,6 +42,7 @@ class Machine:
     context: int
     tags: int
     qk_norm: bool = False
+    batch: int = 1
 
     @property
     def element_bytes(self) -> int:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 
 from amk.isa.abi import I32, NONE, U16
 from amk.isa.instruction import F32, Access, Instruction, Memory
 from amk.isa.machine import TILE_ROWS, ChunkPlan, Machine, chunk_plan
-from amk.isa.rounding import two_part
+from amk.isa.rounding import fixed_point, two_part
 from amk.isa.weight_format import format_of
 
 X_NARROW = 1  # x comes as narrow packets, not fp32 packets
+DIGITS = 3  # bytes of a fixed-point x, for products in integers
 X_NORM = 2  # x is RMS-normalised: gain applied when read, scale after the product
 
 
@@ -62,35 +64,56 @@ class MatVec(Instruction):
     def reads(self, machine: Machine, position: int) -> list[Access]:
         return [self.x_read(machine)]
 
+    def slice_reads(self, machine: Machine, columns: slice) -> list[Access]:
+        """What of x the consumer warp with these columns reads; `columns` begins at a whole packet."""
+        x = self.x_read(machine)
+        per_packet = machine.narrow if x.kind == "narrow" else 1
+        return [replace(x, start=x.start + columns.start // per_packet, stop=x.start + -(-columns.stop // per_packet))]
+
+    def slice_of(self, loaded: Sequence[F32], columns: slice) -> F32:
+        """`columns` of x from the elements of what `slice_reads` reads."""
+        return loaded[0][: columns.stop - columns.start]
+
     def chunk_bytes(self, machine: Machine, position: int) -> list[int]:
         plan = self.plan(machine)
         return [plan.chunk_bytes(c) for c in range(plan.chunks)] * self.tiles
 
     def shared_bytes(self, machine: Machine) -> int:
-        """x as elements, each consumer warp its own K slice; an fp32 packet takes two 16-bit elements: the value and its rounding error."""
+        """x as elements, each consumer warp its own K slice; an fp32 packet takes two 16-bit elements: the value and its rounding error.
+
+        For quantised weights three planes of 8-bit digits a warp, 32 bytes apart from where their banks would be the same.
+        """
         plan = self.plan(machine)
+        if format_of(self.flags):
+            return DIGITS * plan.warps * (plan.high * plan.piece.columns | 32)
         parts = 1 if self.flags & X_NARROW or machine.dtype == "fp32" else 2
         return parts * plan.warps * plan.high * plan.piece.columns * machine.element_bytes
 
-    def slice_sums(self, memory: Memory, x: F32, columns: slice) -> tuple[F32, float]:
+    def slice_sums(self, memory: Memory, x: F32, columns: slice) -> tuple[F32, Any]:
         """One K slice of the product: W[:, columns] times x (its elements), neither scaled nor biased, and the sum of squares of x."""
         first, squares = self.tile0 * TILE_ROWS, 0.0
         if self.flags & X_NORM:
             squares = float((x * x).sum())
             x = x * memory.constant(self.gain, self.cols)[columns]
         w = memory.matrix(self.weight)[first : min(self.rows, first + self.tiles * TILE_ROWS), columns]
-        return w @ two_part(x, memory.machine.dtype), squares
+        return w @ (fixed_point(x) if format_of(self.flags) else two_part(x, memory.machine.dtype)), squares
 
     def product(self, memory: Memory) -> F32:
         """fp32 rows of the task (padding rows left out): W x, scaled and biased."""
         machine = memory.machine
         reduced = memory.reduced_sums()
         if reduced is None:
-            reduced = self.slice_sums(memory, memory.read(self.x_read(machine))[: self.cols], slice(0, self.cols))
+            every = slice(0, self.cols)
+            x = self.slice_of([memory.read(access) for access in self.slice_reads(machine, every)], every)
+            reduced = self.slice_sums(memory, x, every)
         y, squares = reduced
         if self.flags & X_NORM:
             y = y * np.float32((squares / self.cols + machine.rms_eps) ** -0.5)
-        return y if self.bias < 0 else y + memory.constant(self.bias + self.tile0 * TILE_ROWS, len(y))
+        return y if self.bias < 0 else y + self.bias_rows(memory, len(y))
+
+    def bias_rows(self, memory: Memory, rows: int) -> F32:
+        """The bias of the task's rows, in the shape in which it is added to them."""
+        return memory.constant(self.bias + self.tile0 * TILE_ROWS, rows)
 
     def tile_slices(self) -> list[slice]:
         """Rows of `product` that belong to each tile."""

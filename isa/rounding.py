@@ -27,3 +27,13 @@ def two_part(values: npt.NDArray[Any], dtype: str) -> F32:
     x = np.ascontiguousarray(values, dtype=np.float32)
     rounded = round_to(x, dtype)
     return rounded if dtype == "fp32" else rounded + round_to(x - rounded, dtype)
+
+
+def fixed_point(values: npt.NDArray[Any]) -> F32:
+    """`values` as products in integers take them: multiples of 2^-21 of the power of two below the largest magnitude (at least 2^-63)."""
+    x = np.ascontiguousarray(values, dtype=np.float32)
+    largest = np.abs(x).max(initial=0)
+    if not np.isfinite(largest):
+        return np.full_like(x, np.nan)
+    unit = np.exp2(max(np.frexp(largest)[1] - 1, -63) - 21.0)
+    return np.asarray(np.rint(x / unit) * unit, dtype=np.float32)

@@ -8,17 +8,17 @@ from typing import Any
 from amk.isa.instruction import Instruction
 from amk.isa.machine import KV_STREAM_LAG, Machine
 from amk.schedule.config import config_dict
-from amk.schedule.emit import Queues, emit, matvec_shapes, resolve_names
+from amk.schedule.emit import Queues, buffers_of, emit, matvec_shapes, resolve_names
 from amk.schedule.fuse import fuse
-from amk.schedule.graph import Graph
+from amk.schedule.graph import Graph, MatVecOp
 from amk.schedule.knobs import Config
 from amk.schedule.memory import Arena, allocate
 from amk.schedule.model import ModelSpec
-from amk.schedule.place import assignment_problems, place, sized_candidates
-from amk.schedule.program import Buffer, DeviceKnobs, KvCache, Program
+from amk.schedule.place import Placement, assignment_problems, place, sized_candidates, with_kept_inputs
+from amk.schedule.program import DeviceKnobs, KvCache, Program
 from amk.schedule.rejection import Rejection, reject
 from amk.schedule.resources import SharedNeeds, shared_layout
-from amk.schedule.settings import STAGE_CHOICES, Chooser, Settings, resolve
+from amk.schedule.settings import STAGE_CHOICES, Chooser, Settings, resolve, splits_of
 from amk.schedule.synchronise import Sync, synchronise
 from amk.schedule.targets import Target
 from amk.schedule.tile import tile
@@ -32,19 +32,24 @@ class ConfigRejected(ValueError):
         self.rejections = rejections
 
 
-def lower(spec: ModelSpec, config: Config, target: Target, *, context: int | None = None, chooser: Chooser = "greedy") -> Program:
+def lower(
+    spec: ModelSpec, config: Config, target: Target, *, context: int | None = None, chooser: Chooser = "greedy", batch: int = 1
+) -> Program:
     """`compile_program` for callers that know the config to be good; ConfigRejected if it is not."""
-    result = compile_program(spec, config, target, context=context, chooser=chooser)
+    result = compile_program(spec, config, target, context=context, chooser=chooser, batch=batch)
     if isinstance(result, Program):
         return result
     raise ConfigRejected(result)
 
 
 def compile_program(
-    spec: ModelSpec, config: Config, target: Target, *, context: int | None = None, chooser: Chooser = "greedy"
+    spec: ModelSpec, config: Config, target: Target, *, context: int | None = None, chooser: Chooser = "greedy", batch: int = 1
 ) -> Program | list[Rejection]:
-    """The program, or every reason why there is none. `context` KV rows (rounded up to 16); None: the model's, up to 16384."""
-    settings = resolve(spec, config, target, context, chooser)
+    """The program, or every reason why there is none. `context` KV rows (rounded up to 16); None: the model's, up to 16384.
+
+    A program of a `batch` of tokens streams the very bytes that the program of one token streams (schedule/stream.py).
+    """
+    settings = resolve(spec, config, target, context, batch, chooser)
     if isinstance(settings, list):
         return settings
     graph = fuse(spec, settings)
@@ -52,8 +57,8 @@ def compile_program(
     problems = list(assignment_problems(graph, tilings, config.sm_assignment, target.sms))
     if problems:
         return problems
-    placement = place(graph, tilings, config.sm_assignment, target.sms)
-    graph = sized_candidates(graph, placement)
+    placement = place(graph, tilings, config.sm_assignment, target.sms, _products_of_one(spec, settings))
+    graph = with_kept_inputs(sized_candidates(graph, placement), placement, target.shared_bytes)
     arena = allocate(graph, config.page_allocation)
     sync = synchronise(graph, placement, settings.consumer_warps, config.sync)
     queues = emit(graph, placement, resolve_names(graph, sync, config.kv_block), target.sms)
@@ -61,17 +66,27 @@ def compile_program(
     return machine if isinstance(machine, list) else _assemble(spec, settings, graph, arena, sync, queues, machine)
 
 
+def _products_of_one(spec: ModelSpec, settings: Settings) -> Placement:
+    """Where the products of a batch go: where those of one token are, for they share the stream."""
+    if settings.batch == 1:
+        return {}
+    one = replace(settings, batch=1, splits=splits_of(spec, settings.config, settings.target, settings.context, 1))
+    graph = fuse(spec, one)
+    placement = place(graph, tile(spec, graph, one), one.config.sm_assignment, one.target.sms)
+    return {op.name: placement[op.name] for op in graph.ops if isinstance(op, MatVecOp)}
+
+
 def _assemble(spec: ModelSpec, settings: Settings, graph: Graph, arena: Arena, sync: Sync, queues: Queues, machine: Machine) -> Program:
     config = settings.config
     return Program(
         machine=machine,
         device=DeviceKnobs(config.cache_hint, config.sync, config.poll_sleep_ns, config.release_early),
-        buffers=tuple(Buffer(v.name, v.kind, arena.offsets[v.name], v.packets) for v in graph.values),
+        buffers=buffers_of(graph, arena),
         arena_packets=arena.packets,
         matrices=graph.matrices,
         shapes=matvec_shapes(graph),
         constants=graph.constants,
-        kv=KvCache(spec.layers, spec.kv_heads, settings.context),
+        kv=KvCache(settings.batch * spec.layers, spec.kv_heads, settings.context),
         counters=sync.counters,
         queues=queues.queues,
         streams=_streams(queues.queues),
@@ -109,6 +124,7 @@ def _draft(spec: ModelSpec, settings: Settings, sync: Sync, stage_bytes: int) ->
         context=settings.context,
         tags=len(sync.tags),
         qk_norm=spec.qk_norm,
+        batch=settings.batch,
     )
 
 
@@ -131,7 +147,8 @@ def _ring_room(draft: Machine, settings: Settings, graph: Graph, queues: Queues)
         reduction_slots=draft.reduction_slots,
         tasks=max(map(len, queues.queues)),
         stream_entries=max(map(len, _streams(queues.queues))),
-        buffers=len(graph.values),
+        buffers=sum(1 if value.seats == 1 else 1 + value.seats for value in graph.values),
+        batch=draft.batch,
     )
     return settings.target.shared_bytes - shared_layout(needs).total
 

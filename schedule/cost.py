@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from amk.isa.attention import Attention
+from amk.isa.gemm_glu import GemmGlu
 from amk.isa.gemv_glu import GemvGlu
 from amk.isa.instruction import Instruction
 from amk.isa.machine import Machine, chunk_plan
@@ -23,7 +24,8 @@ from amk.schedule.targets import Target
 # Fitted to the figures of one H200 (132 SMs, 1980 MHz) in results/bench-h200*.json: see `latency_us`.
 READ_SHARE = 0.97  # what a plain read reaches of the data sheet's bandwidth
 BOUNDARY_US = 1.7  # from the last publish of a phase to the first product of the next: publish, counter, poll, read
-CHUNK_CYCLES = 260  # for the consumers of an SM to use up 16 KiB of 16-bit weights; quantised ones cost as much by element
+CHUNK_CYCLES = 260  # for the consumers of an SM to use up 16 KiB of 16-bit weights
+CODE_COST = {8: 1.3, 4: 2.0}  # of as many bytes of codes, over that, by their bits: instructions counted in the listing, not fitted
 CHUNK_BYTES = 16384
 COPY_US = 1.0  # one bulk copy under load, from issue to arrival
 REFERENCE_MHZ = 1980
@@ -55,7 +57,7 @@ def _matrix_bytes(program: Program) -> int:
     """
     tasks = [task for queue in program.queues for task in queue if isinstance(task, MatVec)]
     cols_of_reader = {task.x_tag: task.cols for task in tasks}
-    padded = {task.weight: 2 * cols_of_reader.get(task.out_tag, task.rows // 2) for task in tasks if isinstance(task, GemvGlu)}
+    padded = {task.weight: 2 * cols_of_reader.get(task.out_tag, task.rows // 2) for task in tasks if isinstance(task, GemvGlu | GemmGlu)}
     element = program.machine.element_bytes
     return sum(
         matrix.weights.matrix_bytes(rows, matrix.cols) if matrix.weights else element * rows * matrix.cols
@@ -101,7 +103,7 @@ def _token(phases: F64, used: F64, ahead: F64, rate: float, use: float, boundary
 def _phase_bytes(program: Program, position: int) -> tuple[F64, F64]:
     """[phases, sms] bytes that each SM streams (padding included) in each phase: tasks that are equally deep in the chain of tags.
 
-    And the bytes that the same weights would have as 16-bit elements, which is what using them up costs.
+    And the bytes of 16-bit weights that cost as much to use up.
     """
     tasks = [(sm, task, *_tags(task, program.machine, position)) for sm, queue in enumerate(program.queues) for task in queue]
     depth = _depths([(reads, writes) for _, _, reads, writes in tasks])
@@ -111,14 +113,14 @@ def _phase_bytes(program: Program, position: int) -> tuple[F64, F64]:
         for tag in writes[:1]:
             found = _task_bytes(task, program.machine, position)
             streamed[depth[tag], sm] += found
-            used[depth[tag], sm] += found * _expansion(task)
+            used[depth[tag], sm] += found * _use_cost(task)
     return streamed, used
 
 
-def _expansion(task: Instruction) -> float:
-    """Bytes of a task's weights as 16-bit elements, over their own."""
+def _use_cost(task: Instruction) -> float:
+    """What a byte that a task streams costs its consumers, over a byte of 16-bit weights."""
     weights = format_of(task.flags) if isinstance(task, MatVec) else None
-    return 16 / weights.bits if weights else 1.0
+    return CODE_COST[weights.bits] if weights else 1.0
 
 
 def _tags(task: Instruction, machine: Machine, position: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -66,7 +66,7 @@ def _format(words: tuple[Field, ...], offsets: list[int], size: int) -> str:
 def _facts(program: Program) -> bytes:
     return _json(
         {
-            "machine": asdict(program.machine),
+            "machine": _machine(program),
             "buffers": [(b.kind, b.offset, b.packets, b.space) for b in program.buffers],
             "arena_packets": program.arena_packets,
             "matrices": [(m.sources, m.layout, m.rows, m.cols, m.weights and m.weights.flags) for m in program.matrices],
@@ -78,6 +78,11 @@ def _facts(program: Program) -> bytes:
             "streams": program.streams,
         }
     )
+
+
+def _machine(program: Program) -> dict[str, object]:
+    """The machine's fields; a batch of one is left out, so that programs of one token keep their ids."""
+    return {name: value for name, value in asdict(program.machine).items() if (name, value) != ("batch", 1)}
 
 
 def _queue_bytes(program: Program) -> Iterable[bytes]:

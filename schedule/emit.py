@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import singledispatch
+from functools import partial, singledispatch
 from typing import TypedDict
 
 from amk.isa.abi import NONE
@@ -12,8 +12,12 @@ from amk.isa.attention import Attention
 from amk.isa.draw import Draw
 from amk.isa.draw_head import DrawHead
 from amk.isa.embed import Embed
+from amk.isa.embed_batch import EmbedBatch
 from amk.isa.filter_draw import FilterDraw
 from amk.isa.filter_head import TILE_PACKETS, FilterHead
+from amk.isa.gemm import Gemm
+from amk.isa.gemm_glu import GemmGlu
+from amk.isa.gemm_head import GemmHead
 from amk.isa.gemv import Gemv
 from amk.isa.gemv_glu import GemvGlu
 from amk.isa.gemv_head import GemvHead
@@ -21,14 +25,16 @@ from amk.isa.instruction import Instruction
 from amk.isa.matvec import MatVec
 from amk.isa.rmsnorm import RmsNorm
 from amk.isa.sample import Sample
+from amk.isa.sample_batch import SampleBatch
 from amk.isa.swiglu import SwiGlu
 from amk.schedule.fuse import CANDIDATES
 from amk.schedule.graph import AttentionOp, EmbedOp, Graph, MatVecOp, NormOp, Op, SampleOp, SwiGluOp
+from amk.schedule.memory import Arena
 from amk.schedule.place import Placement, Run
-from amk.schedule.program import MatVecShape
+from amk.schedule.program import Buffer, MatVecShape
 from amk.schedule.synchronise import Sync, Wait, arrives
 
-MATVEC: dict[str, type[MatVec]] = {cls.stem: cls for cls in (Gemv, GemvGlu, GemvHead, DrawHead, FilterHead)}
+MATVEC: dict[str, type[MatVec]] = {cls.stem: cls for cls in (Gemv, GemvGlu, GemvHead, Gemm, GemmGlu, GemmHead, DrawHead, FilterHead)}
 
 
 class Hints(TypedDict):
@@ -48,6 +54,7 @@ class Names:
     sync: Sync
     unit_rows: int
     packets: Mapping[str, int]
+    seats: Mapping[str, tuple[int, ...]]  # the buffer of each seat of a value that lies by seat, and of others the value's own
 
     def constant(self, name: str | None) -> int:
         return -1 if name is None else self.constants[name]
@@ -72,14 +79,21 @@ def matvec_shapes(graph: Graph) -> tuple[MatVecShape, ...]:
 
 
 def resolve_names(graph: Graph, sync: Sync, unit_rows: int) -> Names:
+    buffers = {value.name: i for i, value in enumerate(graph.values)}
+    seats, views = {}, len(graph.values)
+    for value in graph.values:
+        own = value.seats if value.seats > 1 else 0
+        seats[value.name] = tuple(range(views, views + own)) or (buffers[value.name],)
+        views += own
     return Names(
-        buffers={value.name: i for i, value in enumerate(graph.values)},
+        buffers=buffers,
         constants={constant.name: constant.start for constant in graph.constants},
         matrices={matrix.name: i for i, matrix in enumerate(graph.matrices)},
         shapes=matvec_shapes(graph),
         sync=sync,
         unit_rows=unit_rows,
         packets={value.name: value.packets for value in graph.values},
+        seats=seats,
     )
 
 
@@ -98,6 +112,14 @@ def emit(graph: Graph, placement: Placement, names: Names, sms: int) -> Queues:
     return Queues(tuple(map(tuple, queues)), tuple(samples))
 
 
+def buffers_of(graph: Graph, arena: Arena) -> tuple[Buffer, ...]:
+    """A buffer for each value, then one for each seat of those that lie by seat, in the order of `Names`."""
+    values = [Buffer(v.name, v.kind, arena.offsets[v.name], v.packets) for v in graph.values]
+    parts = [(v, seat, v.packets // v.seats) for v in graph.values if v.seats > 1 for seat in range(v.seats)]
+    seats = [Buffer(f"{v.name}@{seat}", v.kind, arena.offsets[v.name] + seat * size, size) for v, seat, size in parts]
+    return (*values, *seats)
+
+
 @singledispatch
 def _tasks(op: Op, runs: tuple[Run, ...], names: Names) -> list[Instruction]:
     raise TypeError(f"{op.name}: no pass turns a {type(op).__name__} into tasks; add one to emit.py")
@@ -106,8 +128,9 @@ def _tasks(op: Op, runs: tuple[Run, ...], names: Names) -> list[Instruction]:
 @_tasks.register
 def _embed(op: EmbedOp, runs: tuple[Run, ...], names: Names) -> list[Instruction]:
     token, out = op.reads[0].value, op.writes[0]
+    make = Embed if op.batch == 1 else partial(EmbedBatch, batch=op.batch)
     return [
-        Embed(
+        make(
             token_buf=names.buffers[token],
             token_tag=names.sync.tags[token],
             out_buf=names.buffers[out],
@@ -147,6 +170,7 @@ def _matvec(op: MatVecOp, runs: tuple[Run, ...], names: Names) -> list[Instructi
     x_buf, x_tag, out_buf, out_tag = names.buffers[x], names.sync.tags[x], names.buffers[out], names.sync.tags[out]
     res_buf, res_tag = (NONE, 0) if residual is None else (names.buffers[residual], names.sync.tags[residual])
     weight, gain, bias = names.matrices[op.name], names.constant(op.gain), names.constant(op.bias)
+    batch = {} if op.batch == 1 else {"batch": op.batch}
     return [
         cls(
             shape=shape,
@@ -160,11 +184,12 @@ def _matvec(op: MatVecOp, runs: tuple[Run, ...], names: Names) -> list[Instructi
             tiles=run.stop - run.start,
             cols=op.cols,
             rows=op.rows,
-            out_start=2 * number if out == CANDIDATES else 0,
+            out_start=2 * op.batch * number if out == CANDIDATES else 0,
             gain=gain,
             bias=bias,
             res_buf=res_buf,
             res_tag=res_tag,
+            **batch,
             **hints,
         )
         for number, run in enumerate(runs)
@@ -175,23 +200,24 @@ def _matvec(op: MatVecOp, runs: tuple[Run, ...], names: Names) -> list[Instructi
 def _attention(op: AttentionOp, runs: tuple[Run, ...], names: Names) -> list[Instruction]:
     q, k, v = (read.value for read in op.reads[:3])
     out, partials = op.writes[-1], op.writes[0] if op.splits > 1 else None
-    tags, buffers = names.sync.tags, names.buffers
-    part_buf, part_tag = (NONE, 0) if partials is None else (buffers[partials], tags[partials])
+    tags, seats = names.sync.tags, names.seats
+    part_tag = 0 if partials is None else tags[partials]
 
     def task(unit: int) -> Attention:
-        head, split = divmod(unit, op.splits)
+        of_seat, split = divmod(unit, op.splits)
+        seat, head = divmod(of_seat, op.kv_heads)
         return Attention(
-            q_buf=buffers[q],
+            q_buf=seats[q][seat],
             q_tag=tags[q],
-            k_buf=buffers[k],
+            k_buf=seats[k][seat],
             k_tag=tags[k],
-            v_buf=buffers[v],
+            v_buf=seats[v][seat],
             v_tag=tags[v],
-            part_buf=part_buf,
+            part_buf=NONE if partials is None else seats[partials][seat],
             part_tag=part_tag,
-            out_buf=buffers[out],
+            out_buf=seats[out][seat],
             out_tag=tags[out],
-            layer=op.layer,
+            layer=seat * op.layers + op.layer,
             q0=head * op.group,
             nq=op.group,
             kv_head=head,
@@ -235,5 +261,5 @@ def _sample(op: SampleOp, runs: tuple[Run, ...], names: Names) -> list[Instructi
     packets, hints = names.packets[scores], names.hints(op, 0)
     if op.stem == FilterDraw.stem:
         return [FilterDraw(in_buf=in_buf, in_tag=in_tag, out_buf=out_buf, out_tag=out_tag, tiles=packets // TILE_PACKETS, **hints)]
-    cls = Draw if op.stem == Draw.stem else Sample
-    return [cls(in_buf=in_buf, in_tag=in_tag, out_buf=out_buf, out_tag=out_tag, count=packets // 2, **hints)]
+    make = partial(SampleBatch, batch=op.batch) if op.batch > 1 else Draw if op.stem == Draw.stem else Sample
+    return [make(in_buf=in_buf, in_tag=in_tag, out_buf=out_buf, out_tag=out_tag, count=packets // (2 * op.batch), **hints)]

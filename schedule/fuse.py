@@ -10,6 +10,7 @@ from amk.isa.filter_head import TILE_PACKETS
 from amk.isa.gemv_glu import HALF
 from amk.isa.instruction import Kind
 from amk.isa.machine import ELEMENT_BYTES, TILE_ROWS
+from amk.isa.matmul import OUT_BY_SEAT, X_BY_SEAT
 from amk.isa.matvec import X_NARROW, X_NORM
 from amk.schedule.graph import AttentionOp, EmbedOp, Graph, MatVecOp, NormOp, Op, Read, SampleOp, SwiGluOp, Value
 from amk.schedule.model import ModelSpec, weight_format
@@ -19,6 +20,7 @@ from amk.schedule.settings import Settings
 CONSTANT_ALIGNMENT = 4  # elements: 16 bytes, one vector load
 TOKEN, CANDIDATES, SCORES = "token", "candidates", "scores"
 CHOOSERS = {"greedy": ("gemv_head", "sample"), "draw": ("draw_head", "draw"), "filter": ("filter_head", "filter_draw")}
+BATCHED = {"gemv": "gemm", "gemv_glu": "gemm_glu", "gemv_head": "gemm_head", "embed": "embed_batch", "sample": "sample_batch"}
 Layout = Literal["stack", "interleave8"]
 
 
@@ -35,16 +37,22 @@ class Activation:
 class _Builder:
     spec: ModelSpec
     fusion: tuple[str, ...]
+    batch: int
     ops: list[Op] = field(default_factory=list)
     values: list[Value] = field(default_factory=list)
     matrices: list[Matrix] = field(default_factory=list)
     constants: list[Constant] = field(default_factory=list)
 
-    def value(self, name: str, kind: Kind, elements: int, *, read: int | None = None) -> str:
-        """A value of `elements`, of which the first `read` (all if None) are read."""
+    def stem(self, one: str) -> str:
+        """The instruction that does for the batch what `one` does for one token."""
+        return one if self.batch == 1 else BATCHED[one]
+
+    def value(self, name: str, kind: Kind, elements: int, *, read: int | None = None, by_seat: bool = False) -> str:
+        """A value of `elements` for each seat, of which the first `read` (all if None, or interleaved) are read."""
         per_packet = 4 // ELEMENT_BYTES[self.spec.dtype] if kind == "narrow" else 1
         packets = -(-elements // per_packet)
-        self.values.append(Value(name, kind, packets, read is not None and -(-read // per_packet) < packets))
+        padded = self.batch == 1 and read is not None and -(-read // per_packet) < packets
+        self.values.append(Value(name, kind, packets * self.batch, padded, self.batch if by_seat else 1))
         return name
 
     def constant(self, name: str, sources: tuple[str, ...], count: int, layout: Layout = "stack") -> str:
@@ -75,25 +83,41 @@ class _Builder:
         layout: Layout = "stack",
         bias: bool = False,
         residual: str | None = None,
+        order: int = 0,
     ) -> str:
-        """The product of the stacked (or interleaved) `sources` with x, published as the value `out`, which must exist."""
+        """The product of the stacked (or interleaved) `sources` with x, published as the value `out`, which must exist.
+
+        `order`: OUT_BY_SEAT or 0.
+        """
         weights = weight_format(self.spec, sources[0])
         self.matrices.append(Matrix(name, sources, layout, rows, cols, weights))
         named = self.constant(f"{name}.bias", tuple(f"{s}.bias" for s in sources), rows, layout) if bias else None
         reads = (Read(x.value, "whole"), *([Read(residual, "own")] if residual else []))
-        flags = x.flags | (weights.flags if weights else 0)
+        flags = x.flags | (weights.flags if weights else 0) | (order if self.batch > 1 else 0)
         self.ops.append(
-            MatVecOp(name=name, stem=stem, reads=reads, writes=(out,), rows=rows, cols=cols, flags=flags, gain=x.gain, bias=named)
+            MatVecOp(
+                name=name,
+                stem=self.stem(stem),
+                reads=reads,
+                writes=(out,),
+                rows=rows,
+                cols=cols,
+                flags=flags,
+                gain=x.gain,
+                bias=named,
+                batch=self.batch,
+            )
         )
         return out
 
 
 def fuse(spec: ModelSpec, settings: Settings) -> Graph:
     """The ops of one token in order, from the embedding of its input to the sample of its output."""
-    b = _Builder(spec, settings.config.fusion)
+    b = _Builder(spec, settings.config.fusion, settings.batch)
     b.value(TOKEN, "u32", 1)
     x = b.value("embed", "f32", spec.hidden)
-    b.ops.append(EmbedOp(name="embed", stem="embed", reads=(Read(TOKEN, "whole", carried=True),), writes=(x,), cols=spec.hidden))
+    reads = (Read(TOKEN, "whole", carried=True),)
+    b.ops.append(EmbedOp(name="embed", stem=b.stem("embed"), reads=reads, writes=(x,), cols=spec.hidden, batch=b.batch))
     for layer in range(spec.layers):
         x = _attention_half(b, layer, x, settings.splits[layer])
         x = _mlp_half(b, layer, x)
@@ -104,7 +128,7 @@ def fuse(spec: ModelSpec, settings: Settings) -> Graph:
     else:
         scores = b.value(CANDIDATES, "u32", 0)  # its size is the number of head tasks, which placement decides
     b.matvec("head", normed, scores, ("head",), spec.vocab, spec.hidden, stem=head)
-    b.ops.append(SampleOp(name="sample", stem=sample, reads=(Read(scores, "whole"),), writes=(TOKEN,)))
+    b.ops.append(SampleOp(name="sample", stem=b.stem(sample), reads=(Read(scores, "whole"),), writes=(TOKEN,), batch=b.batch))
     return Graph(tuple(b.ops), tuple(b.values), tuple(b.matrices), tuple(b.constants))
 
 
@@ -113,17 +137,20 @@ def _attention_half(b: _Builder, layer: int, x: str, splits: int) -> str:
     normed = b.normed(f"{at}.input_norm", x)
     if "qkv" in b.fusion:
         rows = spec.q_rows + 2 * spec.kv_rows
-        out = b.value(f"{at}.qkv", "f32", rows)
-        b.matvec(out, normed, out, (f"{at}.q", f"{at}.k", f"{at}.v"), rows, spec.hidden, bias=spec.qkv_bias)
+        out = b.value(f"{at}.qkv", "f32", rows, by_seat=True)
+        b.matvec(out, normed, out, (f"{at}.q", f"{at}.k", f"{at}.v"), rows, spec.hidden, bias=spec.qkv_bias, order=OUT_BY_SEAT)
         attended = _attention(b, layer, (out, out, out), (spec.q_rows, spec.q_rows + spec.kv_rows), splits)
     else:
         q, k, v = (
-            b.matvec(name, normed, b.value(name, "f32", rows), (name,), rows, spec.hidden, bias=spec.qkv_bias)
+            b.matvec(
+                name, normed, b.value(name, "f32", rows, by_seat=True), (name,), rows, spec.hidden, bias=spec.qkv_bias, order=OUT_BY_SEAT
+            )
             for name, rows in ((f"{at}.q", spec.q_rows), (f"{at}.k", spec.kv_rows), (f"{at}.v", spec.kv_rows))
         )
         attended = _attention(b, layer, (q, k, v), (0, 0), splits)
     out = b.value(f"{at}.o", "f32", spec.hidden)
-    return b.matvec(out, Activation(attended, X_NARROW), out, (out,), spec.hidden, spec.q_rows, bias=spec.o_bias, residual=x)
+    attended_flags = X_NARROW if b.batch == 1 else X_NARROW | X_BY_SEAT
+    return b.matvec(out, Activation(attended, attended_flags), out, (out,), spec.hidden, spec.q_rows, bias=spec.o_bias, residual=x)
 
 
 def _attention(b: _Builder, layer: int, qkv: tuple[str, str, str], offsets: tuple[int, int], splits: int) -> str:
@@ -131,8 +158,8 @@ def _attention(b: _Builder, layer: int, qkv: tuple[str, str, str], offsets: tupl
     gains = [b.constant(f"L{layer}.{n}", (f"L{layer}.{n}",), spec.head_dim) if spec.qk_norm else None for n in ("q_norm", "k_norm")]
     partials = f"L{layer}.partials"
     if splits > 1:
-        b.value(partials, "f32", spec.heads * (splits - 1) * (spec.head_dim + PARTIAL_HEAD))
-    out = b.value(name, "narrow", spec.q_rows)
+        b.value(partials, "f32", spec.heads * (splits - 1) * (spec.head_dim + PARTIAL_HEAD), by_seat=True)
+    out = b.value(name, "narrow", spec.q_rows, by_seat=True)
     reads = tuple(Read(value, "part") for value in (*qkv, *([partials] if splits > 1 else [])))
     b.ops.append(
         AttentionOp(
@@ -150,6 +177,8 @@ def _attention(b: _Builder, layer: int, qkv: tuple[str, str, str], offsets: tupl
             v_offset=offsets[1],
             q_gain=gains[0],
             k_gain=gains[1],
+            seats=b.batch,
+            layers=spec.layers,
         )
     )
     return out

@@ -12,12 +12,16 @@ from amk.schedule.program import Constant, Matrix
 
 @dataclass(frozen=True)
 class Value:
-    """A vector that one op publishes, `packets` long. `padded`: it has packets that nobody reads."""
+    """A vector that one op publishes, `packets` long. `padded`: it has packets that nobody reads.
+
+    One that lies by seat (isa/batch.py) is as many vectors, each a buffer of its own for the tasks of its seat; `seats` is 1 for others.
+    """
 
     name: str
     kind: Kind
     packets: int
     padded: bool = False
+    seats: int = 1
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Op:
 @dataclass(frozen=True, kw_only=True)
 class EmbedOp(Op):
     cols: int
+    batch: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,13 +84,15 @@ class MatVecOp(Op):
     flags: int
     gain: str | None
     bias: str | None
+    batch: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionOp(Op):
     """Reads q, k and v; K rows begin at packet `k_offset` of k, V rows at `v_offset` of v.
 
-    Writes partials (if splits > 1), which its own tails read, and the output.
+    Writes partials (if splits > 1), which its own tails read, and the output. Of a batch, each seat has these tasks for itself, and a plane
+    of the KV cache for each layer: seat s has planes from s times `layers` on.
     """
 
     layer: int
@@ -98,11 +105,17 @@ class AttentionOp(Op):
     v_offset: int
     q_gain: str | None
     k_gain: str | None
+    seats: int = 1
+    layers: int = 0
+
+    @property
+    def units(self) -> int:
+        return self.seats * self.kv_heads * self.splits
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOp(Op):
-    pass
+    batch: int = 1
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from amk.isa.matmul import X_KEPT
 from amk.schedule.fuse import CANDIDATES
-from amk.schedule.graph import AttentionOp, Graph, Op
+from amk.schedule.graph import AttentionOp, Graph, MatVecOp, Op
 from amk.schedule.knobs import Assignment
 from amk.schedule.rejection import Rejection, reject
 from amk.schedule.tile import Tiling
+
+KEPT_SHARE = 3  # of shared memory x may take one in so many, where a batch's products keep it: the ring must have room beside it
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,17 @@ def assignment_problems(graph: Graph, tilings: Mapping[str, Tiling], assignment:
             yield reject(f"sm_assignment.{key}", max(chosen), f"SMs from 0 to {sms - 1}")
 
 
-def place(graph: Graph, tilings: Mapping[str, Tiling], assignment: Assignment, sms: int) -> Placement:
-    """The tasks of every op. An op that an explicit map leaves out is balanced by load."""
+def place(graph: Graph, tilings: Mapping[str, Tiling], assignment: Assignment, sms: int, fixed: Placement | None = None) -> Placement:
+    """The tasks of every op. An op that an explicit map leaves out is balanced by load; those of `fixed` have their tasks already."""
     explicit = {} if isinstance(assignment, str) else dict(assignment)
     policy = assignment if isinstance(assignment, str) else "load_balance"
     loads = [0] * sms  # bytes that each SM streams in the ops placed so far
     placement = {}
     for op in graph.ops:
         tiling = tilings[op.name]
+        if fixed and op.name in fixed:
+            placement[op.name] = fixed[op.name]
+            continue
         chosen = explicit.get(op.name) or explicit.get(op.kind) or _by_policy(policy, op, tiling, loads)
         for sm in chosen:
             loads[sm] += tiling.unit_bytes
@@ -58,8 +64,21 @@ def place(graph: Graph, tilings: Mapping[str, Tiling], assignment: Assignment, s
 
 def sized_candidates(graph: Graph, placement: Placement) -> Graph:
     """The graph with one (value, row) pair for each head task."""
-    packets = 2 * len(placement["head"])
+    heads = [op for op in graph.ops if isinstance(op, MatVecOp) and op.name == "head"]
+    packets = sum(2 * op.batch * len(placement[op.name]) for op in heads)
     return replace(graph, values=tuple(replace(v, packets=packets) if v.name == CANDIDATES else v for v in graph.values))
+
+
+def with_kept_inputs(graph: Graph, placement: Placement, shared_bytes: int) -> Graph:
+    """The graph with products of a batch that keep their inputs: those with a task of several tiles, where they are not too large."""
+    most = shared_bytes // KEPT_SHARE
+    return replace(graph, ops=tuple(_kept(op, placement, most) if isinstance(op, MatVecOp) else op for op in graph.ops))
+
+
+def _kept(op: MatVecOp, placement: Placement, most: int) -> MatVecOp:
+    tiles = max(run.stop - run.start for run in placement[op.name])
+    keeps = op.batch > 1 and tiles > 1 and 2 * op.batch * op.cols <= most
+    return replace(op, flags=op.flags | X_KEPT) if keeps else op
 
 
 def _by_policy(policy: str, op: Op, tiling: Tiling, loads: list[int]) -> list[int]:
@@ -83,7 +102,7 @@ def _balanced(units: int, loads: list[int]) -> list[int]:
 def _spread_attention(op: AttentionOp, loads: list[int]) -> list[int]:
     """Tails, which do more, then the other splits, each on another SM while there are any, the least loaded first."""
     sms = sorted(range(len(loads)), key=loads.__getitem__)
-    order = sorted(range(op.kv_heads * op.splits), key=lambda unit: (unit % op.splits != 0, unit))
+    order = sorted(range(op.units), key=lambda unit: (unit % op.splits != 0, unit))
     rank = {unit: i for i, unit in enumerate(order)}
     return [sms[rank[unit] % len(sms)] for unit in range(len(order))]
 

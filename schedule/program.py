@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from amk.isa.attention import Attention
 from amk.isa.instruction import Instruction, Kind
 from amk.isa.machine import Machine
 from amk.isa.matvec import X_NARROW, X_NORM
@@ -54,7 +55,7 @@ class Constant:
 
 @dataclass(frozen=True)
 class KvCache:
-    """KV rows of every layer and KV head: `rows` (a multiple of 16) each."""
+    """KV rows of every layer and KV head: `rows` (a multiple of 16) each. Of a batch, `layers` counts those of every seat."""
 
     layers: int
     heads: int
@@ -118,6 +119,15 @@ class Program:
     @property
     def task_count(self) -> int:
         return sum(map(len, self.queues))
+
+    @property
+    def layers(self) -> int:
+        """Layers of the model: each seat has a plane of the KV cache for each of them."""
+        return self.kv.layers // self.machine.batch
+
+    def seat_of(self, task: Instruction) -> int:
+        """The seat whose position an attention task is at; 0 for tasks that work for all seats."""
+        return task.layer // max(1, self.layers) if isinstance(task, Attention) else 0
 
     def task(self, task_id: TaskId) -> Instruction:
         return self.queues[task_id[0]][task_id[1]]

@@ -30,14 +30,15 @@ class SharedNeeds:
     tasks: int
     stream_entries: int
     buffers: int
+    batch: int = 1
 
 
 @dataclass(frozen=True)
 class SharedLayout:
     """Byte offsets in dynamic shared memory; `total` is what a block needs.
 
-    The ring begins at 0. Then come scratch, the reduction slots ([slots][consumer warps][20] fp32), the task records, the stream entries
-    (u16 indices into the queue), the buffer table (u32 packet offsets) and `barrier_bytes` for barriers.
+    The ring begins at 0. Then come scratch, the reduction slots ([slots][consumer warps][batch][20] fp32), the task records, the stream
+    entries (u16 indices into the queue), the buffer table (u32 packet offsets) and `barrier_bytes` for barriers.
     """
 
     ring: int
@@ -65,6 +66,7 @@ def shared_needs(program: Program) -> SharedNeeds:
         tasks=max(map(len, program.queues)),
         stream_entries=max(map(len, program.streams)),
         buffers=len(program.buffers),
+        batch=m.batch,
     )
 
 
@@ -73,7 +75,7 @@ def shared_layout(parts: Program | SharedNeeds) -> SharedLayout:
     needs = shared_needs(parts) if isinstance(parts, Program) else parts
     scratch = _aligned(needs.stages * needs.stage_bytes, SCRATCH_ALIGNMENT)
     reduction = _aligned(scratch + needs.scratch_bytes, SCRATCH_ALIGNMENT)
-    tasks = _aligned(reduction + 4 * REDUCTION_FLOATS * needs.consumer_warps * needs.reduction_slots, TASK_BYTES)
+    tasks = _aligned(reduction + 4 * REDUCTION_FLOATS * needs.batch * needs.consumer_warps * needs.reduction_slots, TASK_BYTES)
     streams = tasks + TASK_BYTES * needs.tasks
     buffers = _aligned(streams + STREAM_ENTRY_BYTES * needs.stream_entries, BUFFER_ENTRY_BYTES)
     barriers = _aligned(buffers + BUFFER_ENTRY_BYTES * needs.buffers, SCRATCH_ALIGNMENT)

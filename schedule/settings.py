@@ -18,6 +18,7 @@ DEFAULT_CONTEXT = 16384
 STAGE_CHOICES = (8192, 16384, 32768)
 SPLIT_CHOICES = (1, 2, 4, 8, 16)
 MAX_HEAD_DIM = 256
+BATCHES = (1, 8, 16)  # tokens that a program may compute side by side
 
 # How a program chooses tokens: the largest logit; by temperature; by temperature and filters. The last two end at stop tokens.
 Chooser: TypeAlias = Literal["greedy", "draw", "filter"]
@@ -25,7 +26,10 @@ Chooser: TypeAlias = Literal["greedy", "draw", "filter"]
 
 @dataclass(frozen=True)
 class Settings:
-    """Realised choices: `splits[l]` attention tasks of a KV head in layer l; `stage_sizes` to try, in bytes with scales, best first."""
+    """Realised choices: `splits[l]` attention tasks of a KV head in layer l; `stage_sizes` to try, in bytes with scales, best first.
+
+    `batch` tokens are computed side by side, each with KV rows of its own.
+    """
 
     config: Config
     target: Target
@@ -33,6 +37,7 @@ class Settings:
     consumer_warps: int
     splits: tuple[int, ...]
     stage_sizes: tuple[int, ...]
+    batch: int = 1
     chooser: Chooser = "greedy"
 
     @property
@@ -41,13 +46,13 @@ class Settings:
 
 
 def resolve(
-    spec: ModelSpec, config: Config, target: Target, context: int | None, chooser: Chooser = "greedy"
+    spec: ModelSpec, config: Config, target: Target, context: int | None, batch: int = 1, chooser: Chooser = "greedy"
 ) -> Settings | list[Rejection]:
     """The settings, or every reason against them that can be told before lowering.
 
     `context` is the number of KV rows, rounded up to a multiple of 16; None takes what the model allows, up to 16384.
     """
-    problems = [*model_problems(spec), *_dtype_problems(spec, target)]
+    problems = [*model_problems(spec), *_dtype_problems(spec, target), *_batch_problems(spec, config, batch, chooser)]
     if problems:
         return problems
     rows = min(spec.max_context, DEFAULT_CONTEXT) if context is None else context
@@ -56,11 +61,11 @@ def resolve(
     if problems:
         return problems
     rows += -rows % KV_BLOCK_ROWS
-    problems = list(_memory_problems(spec, target, rows))
+    problems = list(_memory_problems(spec, target, rows, batch))
     if problems:
         return problems
-    splits = tuple(_splits(spec, config, target, rows, window or 0) for window in spec.windows)
-    return Settings(config, target, rows, warps, splits, _stage_sizes(spec, config, warps), chooser)
+    splits = splits_of(spec, config, target, rows, batch)
+    return Settings(config, target, rows, warps, splits, _stage_sizes(spec, config, warps), batch, chooser)
 
 
 def least_stage_bytes(spec: ModelSpec, consumer_warps: int) -> int:
@@ -103,6 +108,22 @@ def _dtype_problems(spec: ModelSpec, target: Target) -> Iterator[Rejection]:
         yield reject("model.dtype", spec.dtype, "bf16 or fp16 for quantised weights")
 
 
+def _batch_problems(spec: ModelSpec, config: Config, batch: int, chooser: Chooser) -> Iterator[Rejection]:
+    """What programs of a batch cannot do yet: draws, fp32, quantised weights, norms and activations that are tasks of their own."""
+    if batch not in BATCHES:
+        yield reject("batch", batch, f"one of {BATCHES}")
+    if batch == 1:
+        return
+    if chooser != "greedy":
+        yield reject("batch", batch, "1 for programs that draw")
+    if spec.dtype == "fp32":
+        yield reject("model.dtype", spec.dtype, "bf16 or fp16 for a batch")
+    if spec.quantised:
+        yield reject("batch", batch, "1 for quantised weights")
+    if not {"norm", "gate_up"} <= set(config.fusion):
+        yield reject("fusion_grouping", list(config.fusion), "norm and gate_up among them for a batch")
+
+
 def _context_problems(spec: ModelSpec, context: int) -> Iterator[Rejection]:
     if not 1 <= context <= spec.max_context + -spec.max_context % KV_BLOCK_ROWS:
         yield reject("context", context, f"from 1 to the model's {spec.max_context} tokens")
@@ -115,9 +136,9 @@ def _stage_problems(spec: ModelSpec, config: Config, warps: int) -> Iterator[Rej
         yield reject("kernel_knobs.stage_bytes", config.stage_bytes, allowed)
 
 
-def _memory_problems(spec: ModelSpec, target: Target, context: int) -> Iterator[Rejection]:
+def _memory_problems(spec: ModelSpec, target: Target, context: int, batch: int) -> Iterator[Rejection]:
     weights = matrices_bytes(spec)
-    kv = 2 * ELEMENT_BYTES[spec.dtype] * context * spec.kv_rows * spec.layers
+    kv = 2 * batch * ELEMENT_BYTES[spec.dtype] * context * spec.kv_rows * spec.layers
     if weights + kv > target.memory_bytes:
         have = f"{target.memory_bytes / 1e9:.1f} GB of memory on {target.name}"
         allowed = f"small enough for weights ({weights / 1e9:.1f} GB) and KV rows ({kv / 1e9:.1f} GB) to fit the {have}"
@@ -134,9 +155,14 @@ def _stage_sizes(spec: ModelSpec, config: Config, warps: int) -> tuple[int, ...]
     return tuple(stage_bytes_with_scales(spec, size) for size in (preferred, *(size for size in fitting if size < preferred)))
 
 
-def _splits(spec: ModelSpec, config: Config, target: Target, context: int, window: int) -> int:
+def splits_of(spec: ModelSpec, config: Config, target: Target, context: int, batch: int) -> tuple[int, ...]:
+    """Attention tasks of a KV head of a seat, for each layer."""
+    return tuple(_splits(spec, config, target, context, window or 0, batch) for window in spec.windows)
+
+
+def _splits(spec: ModelSpec, config: Config, target: Target, context: int, window: int, batch: int) -> int:
     """Splits of a KV head: as asked for (or as SMs allow), but no more than ever have rows to stream."""
     most = max(kv_span(p, window, config.kv_block, 1).units for p in range(max(0, context - KV_BLOCK_ROWS), context))
-    fitting = [n for n in SPLIT_CHOICES if n * spec.kv_heads <= target.sms]
+    fitting = [n for n in SPLIT_CHOICES if n * spec.kv_heads * batch <= target.sms]
     wanted = config.kv_splits or max(fitting, default=1)
     return max(1, min(wanted, most))

@@ -46,7 +46,7 @@ def _tiling(op: Op, spec: ModelSpec, settings: Settings) -> Tiling:
     if isinstance(op, AttentionOp):
         rows = min(PLANNING_POSITION, settings.context, op.window or settings.context)
         unit_bytes = 2 * rows * op.head_dim * element // op.splits
-        return Tiling(op.kv_heads * op.splits, 1, unit_bytes, mergeable=False)
+        return Tiling(op.units, 1, unit_bytes, mergeable=False)
     if isinstance(op, EmbedOp):
         return Tiling(op.cols, EMBED_COLUMNS)
     if isinstance(op, NormOp):

@@ -26,7 +26,7 @@ from amk.vm.memory import LaunchInputs, StepMemory, Weights
 from amk.vm.scheduler import Actor, Scheduler, Steps, Wait
 
 Values = npt.NDArray[Any]
-Sums = tuple[F32, float]
+Sums = tuple[F32, Any]  # row sums of a tile and sums of squares, of one vector or of each seat's
 
 
 class Counters:
@@ -178,8 +178,8 @@ class Sm:
     def _tokens(self) -> range:
         return range(self.launch.inputs.steps)
 
-    def _position(self, step: int) -> int:
-        return self.launch.inputs.position + step
+    def _position(self, step: int, task: Instruction) -> int:
+        return self.launch.inputs.position(self.launch.program, task, step)
 
     # ---- watcher
 
@@ -204,7 +204,7 @@ class Sm:
                 if not task.stored and not rows_waited:
                     yield Wait(self.launch.rows_visible, (step,), "the KV rows that token {0} may stream".format, remote=True)
                     rows_waited = True
-                for number in range(len(task.chunk_bytes(self.machine, self._position(step)))):
+                for number in range(len(task.chunk_bytes(self.machine, self._position(step, task)))):
                     yield Wait(self._may_copy, (), "a free ring slot and fewer copies under way".format)
                     self.under_way.append((self.started, Chunk(step, index, number, self._rows_of(task, step, number))))
                     self.started += 1
@@ -217,7 +217,7 @@ class Sm:
         if not isinstance(task, Attention):
             return {}
         kv, layer, head, size = self.launch.kv, task.layer, task.kv_head, self.machine.kv_blocks_per_chunk
-        ranges = task.streamed_blocks(self._position(step))
+        ranges = task.streamed_blocks(self._position(step, task))
         start, stop = [(at, min(at + size, stop)) for start, stop in ranges for at in range(start, stop, size)][number]
         blocks = {block: kv.rows(layer, head, block * KV_BLOCK_ROWS, (block + 1) * KV_BLOCK_ROWS) for block in range(start, stop)}
         return {block: (k.copy(), v.copy()) for block, (k, v) in blocks.items()}
@@ -258,7 +258,7 @@ class Sm:
             for index, task in enumerate(self.queue):
                 if isinstance(task, MatVec):
                     yield from self._multiply(warp, step, index, task)
-                elif task.writes(self.machine, self._position(step)):
+                elif task.writes(self.machine, self._position(step, task)):
                     yield from self._join(warp, step, index, task)
                 if not task.stored:
                     self.launch.counters.arrive(task.done_counter)
@@ -272,10 +272,11 @@ class Sm:
         yield self._begin(step, index)
         plan = task.plan(self.machine)
         own = plan.columns_of(warp)
-        x = _slice(task.x_read(self.machine), own.start, own.stop, self.machine.narrow)
-        yield from self._expect(x, step)
+        reads = task.slice_reads(self.machine, own)
+        for access in reads:
+            yield from self._expect(access, step)
         memory = TaskMemory(self, step, {}, [])
-        y, squares = task.slice_sums(memory, self.launch.arena.load(x)[: own.stop - own.start], own)
+        y, squares = task.slice_sums(memory, task.slice_of([self.launch.arena.load(access) for access in reads], own), own)
         for tile, rows in enumerate(task.tile_slices()):
             for chunk in range(plan.chunks):
                 yield Wait(self._landed, (self.taken[warp],), "chunk {0} of the launch to land".format)
@@ -290,7 +291,7 @@ class Sm:
     def _join(self, warp: int, step: int, index: int, task: Instruction) -> Steps:
         """A task that the consumers do together: all read, meet, and publish."""
         yield self._begin(step, index)
-        key, position, chunks = (step, index), self._position(step), []
+        key, position, chunks = (step, index), self._position(step, task), []
         for access in task.reads(self.machine, position):
             yield from self._expect(access, step)
             self.inputs.setdefault(key, {})[access] = self.launch.arena.load(access)
@@ -318,7 +319,7 @@ class Sm:
             self.finished[-1] += 1
 
     def _store_tiles(self, step: int, task: MatVec) -> Steps:
-        position, arena = self._position(step), self.launch.arena
+        position, arena = self._position(step, task), self.launch.arena
         reads, writes = task.reads(self.machine, position), task.writes(self.machine, position)
         inputs: dict[Access, Values] = {}
         sums: list[F32] = []  # of the tiles since the last publish
@@ -329,10 +330,12 @@ class Sm:
             yield Wait(self._slot_full, (self.reduced,), "all partial sums of tile {0} of the launch".format)
             tile_sums, squares = self._reduce()
             sums.append(tile_sums)
-            if writes[tile].start < writes[tile].stop:
+            published = [access for access in writes if access.tile == tile and access.start < access.stop]
+            if published:
                 part = replace(task, tile0=task.tile0 + tile + 1 - len(sums), tiles=len(sums))
                 memory = TaskMemory(self, step, inputs, [], (np.concatenate(sums), squares))
-                self._publish(step, writes[tile], part.run(memory, position)[-1][1])
+                for access, (_, values) in zip(published, part.run(memory, position)[-len(published) :], strict=True):
+                    self._publish(step, access, values)
                 sums = []
 
     def _slot_full(self, tile: int) -> bool:
@@ -379,12 +382,6 @@ class Sm:
 
     def _token_done(self, step: int) -> bool:
         return min(self.finished) > step and all(publish.step > step for publish in self.outbox)
-
-
-def _slice(access: Access, start: int, stop: int, narrow: int) -> Access:
-    """The packets that hold elements [start, stop) of an access."""
-    per_packet = narrow if access.kind == "narrow" else 1
-    return replace(access, start=access.start + start // per_packet, stop=access.start + -(-stop // per_packet))
 
 
 def _overlaps(publish: Publish, earlier: list[Publish]) -> bool:

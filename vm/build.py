@@ -49,26 +49,32 @@ def compiler_version() -> str:
     return f"{major}.{minor}"
 
 
-def compile_kernel(source: str, arch: str, name: str = "megakernel") -> Binary:
-    """The cubin of `source` for `arch` ("sm_90a", "sm_100a", ...), from the cache where it was built before. Raises BuildFailed."""
-    key = hashlib.sha256("\x00".join([source, arch, name, compiler_version()]).encode()).hexdigest()
+def compile_kernel(source: str, arch: str, name: str = "megakernel", lines: bool = False) -> Binary:
+    """The cubin of `source` for `arch` ("sm_90a", "sm_100a", ...), from the cache where it was built before. Raises BuildFailed.
+
+    With `lines` it tells tools which line of `source` an instruction comes from; `name` is the file's name then.
+    """
+    parts = [source, arch, name, compiler_version(), *(["lines"] if lines else [])]
+    key = hashlib.sha256("\x00".join(parts).encode()).hexdigest()
     folder = cache_folder()
     cubin_path, log_path = folder / f"{key}.cubin", folder / f"{key}.log"
     try:
         return _binary(cubin_path.read_bytes(), log_path.read_text(), cached=True)
     except OSError:
-        cubin, log = _compile(source, arch, name)
+        cubin, log = _compile(source, arch, name, lines)
     folder.mkdir(parents=True, exist_ok=True)
     _write_whole(log_path, log.encode())
     _write_whole(cubin_path, cubin)
     return _binary(cubin, log, cached=False)
 
 
-def _compile(source: str, arch: str, name: str) -> tuple[bytes, str]:
+def _compile(source: str, arch: str, name: str, lines: bool) -> tuple[bytes, str]:
     from cuda.core import Program, ProgramOptions
 
     log = io.StringIO()
-    options = ProgramOptions(name=name, arch=arch, std="c++17", ptxas_options=["-v"], device_as_default_execution_space=True)
+    options = ProgramOptions(
+        name=name, arch=arch, std="c++17", ptxas_options=["-v"], device_as_default_execution_space=True, lineinfo=lines or None
+    )
     try:
         code = Program(source, "c++", options).compile("cubin", logs=log)
     except Exception as problem:  # cuda-core raises its own NVRTCError with the log in its text

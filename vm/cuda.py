@@ -18,10 +18,11 @@ from amk.schedule.model import WeightSource
 from amk.schedule.program import Program
 from amk.schedule.proven import ValidProgram
 from amk.schedule.resources import block_threads, shared_layout
+from amk.schedule.stream import stream_digest
 from amk.vm.build import Binary, compile_kernel
 from amk.vm.image import pack_stream
-from amk.vm.interface import Decoded, LaunchFailed, OnStep, check_sampling
-from amk.vm.kv import require_rows
+from amk.vm.interface import Decoded, DecodedBatch, LaunchFailed, OnStep, check_sampling, checked_rows
+from amk.vm.kv import plane, require_rows
 from amk.vm.kv_blocks import element_dtype, pack_rows, unpack_rows
 from amk.vm.layout import constants
 from amk.vm.params import param_dtype, sampling_words
@@ -116,9 +117,13 @@ def program_image(program: Program, offsets: Sequence[int]) -> np.ndarray[Any, n
 
 
 class DeviceWeights:
-    """What a program reads and never writes: packed streams, constants, RoPE table and embedding, in card memory."""
+    """What a program reads and never writes: packed streams, constants, RoPE table and embedding, in card memory.
+
+    It serves every program with the same stream, constants and context: those of one token and of a batch of one config.
+    """
 
     def __init__(self, program: Program, source: WeightSource, device: str = "cuda") -> None:
+        self.digest = stream_digest(program)
         self.stream, self.offsets = pack_stream(program, source, device)
         self.constants = constants(program, source, device)
         self.rope = source.rope_table(program.kv.rows, device).float().contiguous()
@@ -136,8 +141,9 @@ def _is_over(end: Any) -> bool:
 class UnprovenCudaVM:
     """A DecodeMachine on the live card for any program, proven or not: what tests of hangs and mutants use.
 
-    `weights` and `binary` may be shared between machines of one program. `spin_limit` is the polls after which a wait gives up,
-    `max_steps` the most tokens of one launch. `macros` select test builds (vm.source.TEST_MACROS).
+    `binary` may be shared between machines of one program, `weights` (DeviceWeights) between those of one stream.
+    `spin_limit` is the polls after which a wait gives up, `max_steps` the most tokens of one launch. `macros` select test builds
+    (vm.source.TEST_MACROS).
     """
 
     def __init__(
@@ -154,9 +160,11 @@ class UnprovenCudaVM:
     ) -> None:
         import torch
 
-        self.program, self.context = program, program.machine.context
+        self.program, self.context, self.batch = program, program.machine.context, program.machine.batch
         torch.zeros(1, device="cuda")  # the primary context that driver calls below use
         self.weights = weights or DeviceWeights(program, source)
+        if self.weights.digest != stream_digest(program):
+            raise LaunchFailed("mismatch", "the program must stream the bytes that its weights were packed as, but they are another's")
         self.kernel = Kernel(binary or compile_kernel(kernel_source(program, **(macros or {})), arch), program)
         m = program.machine
         self.max_steps, self.logit_rows = max_steps, 1
@@ -167,10 +175,11 @@ class UnprovenCudaVM:
         self.claims = torch.zeros(m.sms, dtype=torch.int32, device="cuda")
         self.abort = torch.zeros(8, dtype=torch.int32, device="cuda")
         self.host_abort = torch.zeros(1, dtype=torch.int32).pin_memory()
-        self.tokens_in = torch.zeros(max_steps, dtype=torch.int32, device="cuda")
-        self.tokens_out = torch.full((max_steps,), NO_TOKEN, dtype=torch.int32).pin_memory()  # the host looks while the launch runs
+        self.tokens_in = torch.zeros((max_steps, m.batch), dtype=torch.int32, device="cuda")
+        self.tokens_out = torch.full((max_steps, m.batch), NO_TOKEN, dtype=torch.int32).pin_memory()  # the host looks while the launch runs
         self.stops = torch.zeros(STOP_TOKENS, dtype=torch.int32, device="cuda")
-        self.logits = torch.empty((1, m.vocab), dtype=torch.float32, device="cuda")
+        self.positions = torch.zeros(m.batch, dtype=torch.int32, device="cuda")
+        self.logits = torch.empty((1, m.batch, m.vocab), dtype=torch.float32, device="cuda")
         self.image = torch.from_numpy(program_image(program, self.weights.offsets.tolist())).to("cuda")
         self.buffers = torch.tensor([b.offset for b in program.buffers], dtype=torch.int32, device="cuda")
         self.epoch, self.launches = 0, 0
@@ -178,7 +187,7 @@ class UnprovenCudaVM:
         cards = torch.cuda.get_device_properties("cuda").multi_processor_count
         if m.sms > cards:
             raise LaunchFailed("mismatch", f"the program needs {m.sms} SMs, but the card has {cards}; compile it for this card")
-        self.params = np.zeros(1, dtype=param_dtype(program.draws))
+        self.params = np.zeros(1, dtype=param_dtype(m.batch, program.draws))
         self._fixed_params(spin_limit, m.sms == cards)
 
     def _fixed_params(self, spin_limit: int, by_smid: bool) -> None:
@@ -189,6 +198,8 @@ class UnprovenCudaVM:
             "tokens_in": self.tokens_in, "tokens_out": self.tokens_out, "counters": self.counters, "claims": self.claims,
             "abort": self.abort, "host_abort": self.host_abort,
         }  # fmt: skip
+        if self.batch > 1:
+            tensors["positions"] = self.positions
         for name, tensor in tensors.items():
             self.params[0][name] = tensor.data_ptr()
         if self.program.draws:
@@ -196,16 +207,18 @@ class UnprovenCudaVM:
         for name, value in {"spin_limit": spin_limit, "kv_writers": writers, "by_smid": int(by_smid)}.items():
             self.params[0][name] = value
 
-    def seed_kv(self, layer: int, keys: Any, values: Any) -> None:
-        """Sets KV rows 0..n-1 of a layer: tensors [kv_heads, n, head_dim], K after norm and RoPE."""
-        require_rows(layer, len(self.kv), keys.shape[1], self.context)
+    def seed_kv(self, layer: int, keys: Any, values: Any, row: int = 0) -> None:
+        """Sets KV rows 0..n-1 of a layer: tensors [kv_heads, n, head_dim], K after norm and RoPE. `row` of a batch."""
+        at = plane(self.program, layer, row)
+        require_rows(layer, self.program.layers, keys.shape[1], self.context)
         blocks = pack_rows(self.program.machine, keys.to("cuda"), values.to("cuda"))
-        self.kv[layer, :, : blocks.shape[1]] = blocks
+        self.kv[at, :, : blocks.shape[1]] = blocks
 
-    def read_kv(self, layer: int, stop: int) -> tuple[Any, Any]:
+    def read_kv(self, layer: int, stop: int, row: int = 0) -> tuple[Any, Any]:
         """KV rows 0..stop-1 of a layer, in the form of `seed_kv`: fp32 tensors on the CPU."""
-        require_rows(layer, len(self.kv), stop, self.context)
-        blocks = self.kv[layer, :, : -(-stop // KV_BLOCK_ROWS)]
+        at = plane(self.program, layer, row)
+        require_rows(layer, self.program.layers, stop, self.context)
+        blocks = self.kv[at, :, : -(-stop // KV_BLOCK_ROWS)]
         keys, values = unpack_rows(self.program.machine, blocks, stop)
         return keys.float().cpu(), values.float().cpu()
 
@@ -226,18 +239,11 @@ class UnprovenCudaVM:
         self._check_range(tokens, position, steps)
         self.choose_by(sampling)
         self._logit_rows(steps if logits else 1)
-        self.tokens_in[: len(tokens)] = torch.tensor(list(tokens), dtype=torch.int32)
-        self.tokens_out[:steps] = NO_TOKEN
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        begin.record()
-        self.launch(len(tokens), position, steps)
-        end.record()
-        if on_token is not None:
-            self._listen(steps, end, on_token)
-        self.finish()
+        self.tokens_in[: len(tokens), 0] = torch.tensor(list(tokens), dtype=torch.int32)
+        elapsed_us = self._timed(len(tokens), position, steps, on_token)
         made = self.ended or steps
-        chosen = tuple(self.tokens_out[:made].tolist())
-        return Decoded(chosen, self.logits[:made].cpu() if logits else None, begin.elapsed_time(end) * 1e3)
+        chosen = tuple(self.tokens_out[:made, 0].tolist())
+        return Decoded(chosen, self.logits[:made, 0].cpu() if logits else None, elapsed_us)
 
     def choose_by(self, sampling: Sampling) -> None:
         """How the launches from now on choose tokens; ValueError where the program cannot."""
@@ -249,9 +255,41 @@ class UnprovenCudaVM:
             for name, value in sampling_words(sampling).items():
                 self.params[0][name] = value
 
+    def decode_batch(
+        self, tokens: Sequence[Sequence[int]], positions: Sequence[int], *, steps: int | None = None, logits: bool = False
+    ) -> DecodedBatch:
+        """One launch of a machine of a batch (vm.interface.BatchMachine.decode_batch)."""
+        import torch
+
+        every, places, steps = checked_rows(self.program.machine, tokens, positions, steps)
+        if steps > self.max_steps:
+            raise ValueError(f"decode_batch: one launch takes at most {self.max_steps} steps, but got {steps}")
+        self._logit_rows(steps if logits else 1)
+        forced, rows = max(map(len, every)), len(tokens)
+        padded = [[*given, *[-1] * (forced - len(given))] for given in every]  # -1: the row's own choice
+        self.tokens_in[:forced] = torch.tensor(padded, dtype=torch.int32).T
+        self.positions[:] = torch.tensor(places, dtype=torch.int32)
+        elapsed_us = self._timed(forced, places[0], steps)
+        chosen = tuple(map(tuple, self.tokens_out[:steps, :rows].T.tolist()))
+        return DecodedBatch(chosen, self.logits[:steps, :rows].cpu() if logits else None, elapsed_us)
+
+    def _timed(self, forced: int, position: int, steps: int, on_token: OnStep | None = None) -> float:
+        """Microseconds of one launch between CUDA events; its tokens are in `tokens_out`."""
+        import torch
+
+        self.tokens_out[:steps] = NO_TOKEN
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        begin.record()
+        self.launch(forced, position, steps)
+        end.record()
+        if on_token is not None:
+            self._listen(steps, end, on_token)
+        self.finish()
+        return float(begin.elapsed_time(end) * 1e3)
+
     def _listen(self, steps: int, end: Any, on_token: OnStep) -> None:
         """Tells of tokens as the running launch writes them, until it has written all or has ended."""
-        tokens, told, over = self.tokens_out.numpy(), 0, False
+        tokens, told, over = self.tokens_out.numpy()[:, 0], 0, False
         while told < steps and not over:
             over = _is_over(end)  # asked first: what is not there after the end never comes
             while told < steps and tokens[told] != NO_TOKEN:
@@ -312,7 +350,7 @@ class UnprovenCudaVM:
         import torch
 
         if rows > len(self.logits):
-            self.logits = torch.empty((rows, self.program.machine.vocab), dtype=torch.float32, device="cuda")
+            self.logits = torch.empty((rows, self.batch, self.program.machine.vocab), dtype=torch.float32, device="cuda")
         self.logit_rows = rows
         self.logits.fill_(float("nan"))
 

@@ -118,6 +118,20 @@ def pack_stream(program: Program, source: WeightSource, device: str = "cpu") -> 
     return stream, torch.tensor(starts, dtype=torch.int64)
 
 
+def same_weights(one: Program, other: Program) -> bool:
+    """Whether the two programs of one model read the same bytes: equal streams, constants and rows of the rotation's table."""
+
+    def read(program: Program) -> tuple[object, ...]:
+        starts, places, _ = _places(program)
+        tiles = {
+            number: [(at, task.tile0, task.tiles, task.plan(program.machine)) for at, task in at_tasks]
+            for number, at_tasks in places.items()
+        }
+        return starts, tiles, program.matrices, program.constants, program.kv.rows, program.machine.dtype
+
+    return read(one) == read(other)
+
+
 def _packer(program: Program, matrix: Matrix, source: WeightSource, device: str) -> Callable[[MatVec], torch.Tensor]:
     """What packs the tiles of a task of this matrix."""
     if matrix.weights:

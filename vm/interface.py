@@ -35,6 +35,63 @@ class Decoded:
     elapsed_us: float | None
 
 
+@dataclass(frozen=True)
+class DecodedBatch:
+    """What a launch gives for each row of a batch: `tokens` [rows][steps], and where asked for fp32 logits [steps, rows, vocab]."""
+
+    tokens: tuple[tuple[int, ...], ...]
+    logits: Any | None
+    elapsed_us: float | None
+
+
+class BatchMachine(Protocol):
+    """A program of a batch loaded with weights: up to `batch` rows, each a sequence with a position and KV rows of its own."""
+
+    context: int
+    batch: int
+
+    def seed_kv(self, layer: int, keys: Any, values: Any, row: int = 0) -> None: ...
+
+    def read_kv(self, layer: int, stop: int, row: int = 0) -> tuple[Any, Any]: ...
+
+    def decode_batch(
+        self, tokens: Sequence[Sequence[int]], positions: Sequence[int], *, steps: int | None = None, logits: bool = False
+    ) -> DecodedBatch:
+        """One launch: step i of row r takes tokens[r][i] where it exists, later steps take the row's own choice (greedy).
+
+        Row r runs at positions[r] + i. Rows of the batch that are not given run idle from position 0: their KV rows are lost. `steps`
+        defaults to the most tokens of a row. ValueError for no row or too many, a row without a token, and steps that leave the
+        context; LaunchFailed if the launch does not finish.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+def checked_rows(
+    machine: Any, tokens: Sequence[Sequence[int]], positions: Sequence[int], steps: int | None
+) -> tuple[list[tuple[int, ...]], list[int], int]:
+    """Tokens and positions of every row of the batch, idle ones included, and the number of steps. ValueError as `decode_batch` says.
+
+    `machine` is the program's isa.machine.Machine.
+    """
+    if not 1 <= len(tokens) <= machine.batch or len(positions) != len(tokens):
+        got = f"{len(tokens)} rows of tokens and {len(positions)} positions"
+        raise ValueError(f"decode_batch: must have 1 to {machine.batch} rows, each with a position, but got {got}")
+    count = max(map(len, tokens)) if steps is None else steps
+    for row, (given, position) in enumerate(zip(tokens, positions, strict=True)):
+        if not 1 <= len(given) <= count:
+            raise ValueError(f"decode_batch: row {row} must have 1 to {count} tokens for {count} steps, but has {len(given)}")
+        if position < 0 or position + count > machine.context:
+            last = position + count - 1
+            raise ValueError(f"decode_batch: row {row} must stay in positions 0..{machine.context - 1}, but goes from {position} to {last}")
+        bad = [token for token in given if not 0 <= token < machine.vocab]
+        if bad:
+            raise ValueError(f"decode_batch: row {row}: tokens must lie in 0..{machine.vocab - 1}, but one is {bad[0]}")
+    idle = machine.batch - len(tokens)
+    return [*map(tuple, tokens), *[(0,)] * idle], [*positions, *[0] * idle], count
+
+
 class DecodeMachine(Protocol):
     """A program loaded with weights. Positions are 0-based rows of the KV cache."""
 

@@ -50,6 +50,14 @@ class KvRows:
         self.values[row, layer, head] = v
 
 
+def plane(program: Program, layer: int, row: int) -> int:
+    """Where a layer of one row of a batch lies in the cache; ValueError for a layer or row that is not there."""
+    if not 0 <= row < program.machine.batch:
+        raise ValueError(f"row: must be from 0 to {program.machine.batch - 1}, but got {row}")
+    require_rows(layer, program.layers, 0, program.machine.context)
+    return row * program.layers + layer
+
+
 def require_rows(layer: int, layers: int, stop: int, context: int) -> None:
     """ValueError unless `layer` and rows 0..stop-1 are in the cache."""
     if not 0 <= layer < layers:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from amk.isa.instruction import F32
+from amk.isa.instruction import F32, Instruction
 from amk.isa.sampling import GREEDY, Sampling
 from amk.schedule.model import WeightSource
 from amk.schedule.program import Program
@@ -33,26 +34,36 @@ class Weights:
 
 @dataclass
 class Results:
-    """What the steps of a launch hand to the host; `ended` is the number of tokens where a stop token ended it."""
+    """What the steps of a launch hand to the host: of each step a token, and of a machine of a batch one for each seat; so with logits.
 
-    tokens: list[int]
-    logits: F32 | None
+    `ended` is the number of tokens where a stop token ended the launch.
+    """
+
+    tokens: list[list[int]]  # [steps][seats]
+    logits: F32 | None  # [steps, seats, vocab]
     ended: int | None = None
 
 
 @dataclass
 class LaunchInputs:
-    """A launch: the host's tokens, the position of the first step, the number of steps, how tokens are chosen and who hears of them."""
+    """A launch: the host's tokens of each seat, the position of each seat's first step, the number of steps, how tokens are chosen and who
+    hears of them.
+    """
 
-    tokens: tuple[int, ...]
-    position: int
+    tokens: tuple[tuple[int, ...], ...]  # [seats][steps that the host decides]
+    positions: tuple[int, ...]
     steps: int
     results: Results = field(repr=False)
     sampling: Sampling = GREEDY
     on_token: Callable[[int, int], None] = field(default=lambda step, token: None, repr=False)
 
-    def forced(self, step: int) -> int | None:
-        return self.tokens[step] if step < len(self.tokens) else None
+    def forced(self, step: int, seat: int) -> int | None:
+        tokens = self.tokens[seat]
+        return tokens[step] if step < len(tokens) else None
+
+    def position(self, program: Program, task: Instruction, step: int) -> int:
+        """Where a task is at a step: attention at its seat's position; other tasks' work does not depend on it."""
+        return self.positions[program.seat_of(task)] + step
 
 
 class StepMemory:
@@ -65,10 +76,6 @@ class StepMemory:
         self._kv = kv
         self._launch = launch
         self._step = step
-
-    @property
-    def position(self) -> int:
-        return self._launch.position + self._step
 
     def matrix(self, weight: int) -> F32:
         return self._weights.matrices[weight]
@@ -89,21 +96,21 @@ class StepMemory:
     def write_kv(self, layer: int, head: int, row: int, k: F32, v: F32) -> None:
         self._kv.write(layer, head, row, k, v)
 
-    def write_logits(self, start: int, values: F32) -> None:
+    def write_logits(self, start: int, values: F32, seat: int = 0) -> None:
         if self._launch.results.logits is not None:
-            self._launch.results.logits[self._step, start : start + len(values)] = values
+            self._launch.results.logits[self._step, seat, start : start + len(values)] = values
 
-    def emit_token(self, token: int) -> bool:
+    def emit_token(self, token: int, seat: int = 0) -> bool:
         launch, step = self._launch, self._step
-        launch.results.tokens[step] = token
+        launch.results.tokens[step][seat] = token
         launch.on_token(step, token)
-        ends = token in launch.sampling.stop_tokens and launch.forced(step + 1) is None
+        ends = token in launch.sampling.stop_tokens and launch.forced(step + 1, seat) is None
         if ends:
             launch.results.ended = step + 1
         return ends
 
-    def forced_token(self) -> int | None:
-        return self._launch.forced(self._step)
+    def forced_token(self, seat: int = 0) -> int | None:
+        return self._launch.forced(self._step, seat)
 
-    def reduced_sums(self) -> tuple[F32, float] | None:
+    def reduced_sums(self) -> tuple[F32, Any] | None:
         return None

@@ -42,6 +42,13 @@ class Params:
 
 
 @dataclass
+class BatchParams(Params):
+    """Those of a machine of a batch: `positions` are u32, one a seat, and `position` is not used."""
+
+    positions: PTR = 0
+
+
+@dataclass
 class DrawingParams(Params):
     """Those of a program that draws (isa.sampling.Sampling): fp32 numbers as their bits; filters that keep all tokens are 0.
 
@@ -59,13 +66,13 @@ class DrawingParams(Params):
     stop_count: U32 = 0
 
 
-def param_fields(draws: bool) -> tuple[Field, ...]:
-    """The launch parameters of a program, in order."""
-    return record_fields(DrawingParams if draws else Params)
+def param_fields(batch: int, draws: bool) -> tuple[Field, ...]:
+    """The launch parameters of a program that computes `batch` tokens side by side, or draws."""
+    return record_fields(DrawingParams if draws else Params if batch == 1 else BatchParams)
 
 
-def param_dtype(draws: bool) -> np.dtype[Any]:
-    return record_dtype("Params", param_fields(draws))
+def param_dtype(batch: int, draws: bool) -> np.dtype[Any]:
+    return record_dtype("Params", param_fields(batch, draws))
 
 
 def sampling_words(sampling: Sampling) -> dict[str, int]:

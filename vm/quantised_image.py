@@ -20,11 +20,11 @@ def part_of(matrix: QuantisedMatrix, rows: slice) -> QuantisedMatrix:
 def pack_quantised(matrix: QuantisedMatrix, plan: ChunkPlan) -> torch.Tensor:
     """uint8 [tiles, tile_bytes] of a matrix on its device, in the order in which the ring streams a tile.
 
-    Pieces and their scales lie as isa.machine.Piece says. A fragment is 512 bytes, four words for each lane; with g = lane >> 2 and
-    t = lane & 3 the words hold, of 16 rows by 32 columns (int8), row g, columns 8t to 8t + 3; row g + 8, the same; row g, columns
-    8t + 4 to 8t + 7; row g + 8, the same. The bytes of a word are columns 0, 2, 1, 3 of its four. Of 16 rows by 64 columns (int4)
-    they hold row g, columns 8t to 8t + 7; row g + 8, the same; both again 32 columns on. The nibbles of a word, from the lowest, are
-    columns 0, 2, 4, 6, 1, 3, 5, 7 of its eight. So a shift and a mask give two columns that are neighbours, in the halves of a word.
+    Pieces and their scales lie as isa.machine.Piece says. Codes are signed: each less half of their range, as a zero beside a scale is.
+    A fragment is 512 bytes, four words for each lane; with g = lane >> 2 and t = lane & 3 the words hold, of 16 rows by 32 columns
+    (int8), row g, columns 8t to 8t + 3; row g + 8, the same; row g, columns 8t + 4 to 8t + 7; row g + 8, the same. The bytes of a word
+    are its columns in order. Of 16 rows by 64 columns (int4) they hold row g, columns 8t to 8t + 7; row g + 8, the same; both again 32
+    columns on. The lower nibbles of a word are the first four of its columns, the upper ones the last four; a zero is an upper nibble.
     Rows and columns beyond the matrix have codes and scales of zero.
     """
     import torch
@@ -73,32 +73,40 @@ def _padded(rows: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 def _int8_fragments(codes: torch.Tensor, tiles: int) -> torch.Tensor:
-    """Axes [tile, row half, g, fragment, t, word pair, pair, half of a pair] to [tile, fragment, g, t, word pair, row half, half, pair]."""
-    return codes.view(tiles, 2, 8, -1, 4, 2, 2, 2).permute(0, 3, 2, 4, 5, 1, 7, 6)
+    """Axes [tile, row half, g, fragment, t, word pair, byte] to [tile, fragment, g, t, word pair, row half, byte]."""
+    return codes.view(tiles, 2, 8, -1, 4, 2, 4).permute(0, 3, 2, 4, 5, 1, 6) ^ 0x80
 
 
 def _int8_codes(fragments: torch.Tensor, tiles: int) -> torch.Tensor:
-    return fragments.reshape(tiles, -1, 8, 4, 2, 2, 2, 2).permute(0, 5, 2, 1, 3, 4, 7, 6).reshape(tiles * TILE_ROWS, -1)
+    return fragments.reshape(tiles, -1, 8, 4, 2, 2, 4).permute(0, 5, 2, 1, 3, 4, 6).reshape(tiles * TILE_ROWS, -1) ^ 0x80
 
 
 def _int4_fragments(codes: torch.Tensor, tiles: int) -> torch.Tensor:
-    """Axes [tile, row half, g, fragment, word pair, t, byte, nibble, half of a pair] to [..., half, byte] of two nibbles each."""
-    nibbles = codes.view(tiles, 2, 8, -1, 2, 4, 2, 2, 2).permute(0, 3, 2, 5, 4, 1, 8, 6, 7)
-    return nibbles[..., 0] | nibbles[..., 1] << 4
+    """Axes [tile, row half, g, fragment, word pair, t, nibble, byte] to [tile, fragment, g, t, word pair, row half, two nibbles]."""
+    nibbles = codes.view(tiles, 2, 8, -1, 2, 4, 2, 4).permute(0, 3, 2, 5, 4, 1, 7, 6)
+    return (nibbles[..., 0] | nibbles[..., 1] << 4) ^ 0x88
 
 
 def _int4_codes(fragments: torch.Tensor, tiles: int) -> torch.Tensor:
     import torch
 
-    pairs = fragments.reshape(tiles, -1, 8, 4, 2, 2, 2, 2)
+    pairs = fragments.reshape(tiles, -1, 8, 4, 2, 2, 4) ^ 0x88
     nibbles = torch.stack([pairs & 15, pairs >> 4], dim=-1)
-    return nibbles.permute(0, 5, 2, 1, 4, 3, 7, 8, 6).reshape(tiles * TILE_ROWS, -1)
+    return nibbles.permute(0, 5, 2, 1, 4, 3, 7, 6).reshape(tiles * TILE_ROWS, -1)
+
+
+def _zero_bytes(zeros: torch.Tensor, weights: WeightFormat) -> torch.Tensor:
+    return (zeros ^ weights.zero) << (8 - weights.bits)
+
+
+def _zero_codes(zeros: torch.Tensor, weights: WeightFormat) -> torch.Tensor:
+    return zeros >> (8 - weights.bits) ^ weights.zero
 
 
 def _beside(matrix: QuantisedMatrix, plan: ChunkPlan, tiles: int) -> list[torch.Tensor]:
     """Bytes [tiles, pieces, n] of the scales, and of the zeros if the format has them; one piece where a scale serves a row."""
     pieces = plan.tile_pieces if matrix.weights.group else 1
-    parts = [matrix.scales, matrix.zeros] if matrix.weights.asymmetric else [matrix.scales]
+    parts = [matrix.scales, *([_zero_bytes(matrix.zeros, matrix.weights)] if matrix.weights.asymmetric else [])]
     return [_by_piece(part, pieces, matrix.weights, plan, tiles) for part in parts]
 
 
@@ -122,4 +130,4 @@ def _apart(beside: torch.Tensor, weights: WeightFormat) -> tuple[torch.Tensor, t
     for values in (scales, beside[:, :, scale_bytes:]):
         rows = values.reshape(tiles, pieces, -1, 8, 2).permute(0, 4, 3, 1, 2)
         found.append(rows.reshape(tiles * TILE_ROWS, -1))
-    return found[0], found[1]
+    return found[0], _zero_codes(found[1], weights)

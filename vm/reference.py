@@ -10,14 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from amk.isa.instruction import Access, Instruction, Publishes
+from amk.isa.machine import Machine
 from amk.isa.sampling import GREEDY, Sampling
 from amk.schedule.model import WeightSource
 from amk.schedule.program import Program
 from amk.schedule.proven import ValidProgram
 from amk.vm.actors import Launch
 from amk.vm.arena import Arena
-from amk.vm.interface import Decoded, LaunchFailed, OnStep, check_sampling
-from amk.vm.kv import KvRows
+from amk.vm.interface import Decoded, DecodedBatch, LaunchFailed, OnStep, check_sampling, checked_rows
+from amk.vm.kv import KvRows, plane
 from amk.vm.memory import LaunchInputs, Results, StepMemory, Weights
 from amk.vm.order import legal_order
 from amk.vm.scheduler import Order, Scheduler
@@ -36,17 +37,17 @@ class UnprovenVM:
     def __init__(self, program: Program, source: WeightSource, *, order: Order | None = None, first_epoch: int = 1) -> None:
         self.program = program
         self.order = order
-        self.context = program.machine.context
+        self.context, self.batch = program.machine.context, program.machine.batch
         self._weights = Weights(program, source)
         self._kv = KvRows(program)
         self._arena = Arena(program, first_epoch)
         self._tasks: list[Instruction] | None = None
 
-    def seed_kv(self, layer: int, keys: Any, values: Any) -> None:
-        self._kv.seed(layer, keys, values)
+    def seed_kv(self, layer: int, keys: Any, values: Any, row: int = 0) -> None:
+        self._kv.seed(plane(self.program, layer, row), keys, values)
 
-    def read_kv(self, layer: int, stop: int) -> tuple[Any, Any]:
-        keys, values = self._kv.read(layer, stop)
+    def read_kv(self, layer: int, stop: int, row: int = 0) -> tuple[Any, Any]:
+        keys, values = self._kv.read(plane(self.program, layer, row), stop)
         return _as_tensor(keys), _as_tensor(values)
 
     def decode(
@@ -63,6 +64,22 @@ class UnprovenVM:
         launch = self._inputs(tokens, position, len(tokens) if steps is None else steps, logits)
         launch.sampling = sampling
         launch.on_token = on_token or launch.on_token
+        results = self._launch(launch)
+        made = results.ended
+        rows = None if results.logits is None else results.logits[:made, 0]
+        return Decoded(tuple(tokens[0] for tokens in results.tokens[:made]), _as_tensor(rows), None)
+
+    def decode_batch(
+        self, tokens: Sequence[Sequence[int]], positions: Sequence[int], *, steps: int | None = None, logits: bool = False
+    ) -> DecodedBatch:
+        machine = self.program.machine
+        every, places, count = checked_rows(machine, tokens, positions, steps)
+        results = self._launch(launch_inputs(machine, every, places, count, logits))
+        rows = None if results.logits is None else results.logits[:, : len(tokens)]
+        chosen = tuple(zip(*results.tokens, strict=True))[: len(tokens)]
+        return DecodedBatch(chosen, _as_tensor(rows), None)
+
+    def _launch(self, launch: LaunchInputs) -> Results:
         epoch = self._arena.begin(launch.steps)
         try:
             if self.order is None:
@@ -72,11 +89,9 @@ class UnprovenVM:
         except LaunchFailed:
             self._arena.zero()
             raise
-        made = launch.results.ended
-        if made is not None:
+        if launch.results.ended is not None:
             self._arena.zero()  # as the device does: counters of the token that did not come about are nobody's
-        rows = launch.results.logits
-        return Decoded(tuple(launch.results.tokens[:made]), _as_tensor(None if rows is None else rows[:made]), None)
+        return launch.results
 
     def close(self) -> None:
         """Gives the weights' memory back; the machine cannot decode afterwards."""
@@ -93,8 +108,7 @@ class UnprovenVM:
         for token in tokens:
             if not 0 <= token < machine.vocab:
                 raise ValueError(f"tokens: must be from 0 to {machine.vocab - 1}, but got {token}")
-        rows = np.zeros((steps, machine.vocab), dtype=np.float32) if logits else None
-        return LaunchInputs(tuple(tokens), position, steps, Results([-1] * steps, rows))
+        return launch_inputs(machine, [tokens], [position], steps, logits)
 
     def _run_tasks(self, launch: LaunchInputs, epoch: int) -> None:
         if self._tasks is None:
@@ -102,10 +116,17 @@ class UnprovenVM:
         for step in range(launch.steps):
             memory = SequentialMemory(self.program, self._weights, self._kv, launch, step, self._arena, epoch + step)
             for task in self._tasks:
-                for access, values in _joined(task.run(memory, memory.position)):
+                for access, values in _joined(task.run(memory, launch.position(self.program, task, step))):
                     self._arena.store(access, values, epoch + step)
             if launch.results.ended is not None:
                 return
+
+
+def launch_inputs(machine: Machine, tokens: Sequence[Sequence[int]], positions: Sequence[int], steps: int, logits: bool) -> LaunchInputs:
+    """A launch of checked arguments: tokens and a position for each seat."""
+    rows = np.zeros((steps, len(tokens), machine.vocab), dtype=np.float32) if logits else None
+    results = Results([[-1] * len(tokens) for _ in range(steps)], rows)
+    return LaunchInputs(tuple(map(tuple, tokens)), tuple(positions), steps, results)
 
 
 class SequentialMemory(StepMemory):

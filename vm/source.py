@@ -6,6 +6,9 @@ import re
 from pathlib import Path
 
 from amk.isa.abi import TASK_BYTES, record_header, text_hash
+from amk.isa.attention import Attention
+from amk.isa.instruction import Instruction
+from amk.isa.matvec import MatVec
 from amk.isa.registry import headers, instructions
 from amk.schedule.program import Program
 from amk.schedule.resources import SharedLayout, shared_layout
@@ -55,6 +58,12 @@ def constants(program: Program, layout: SharedLayout, macros: dict[str, int]) ->
     }  # fmt: skip
 
 
+def batch_constants(program: Program) -> dict[str, int]:
+    """What only the device code of a batch reads."""
+    batch = program.machine.batch
+    return {} if batch == 1 else {"BATCH": batch, "LAYERS": program.layers}
+
+
 def _constant_line(name: str, value: int | float | bool) -> str:
     if isinstance(value, bool):
         return f"constexpr bool {name} = {str(value).lower()};"
@@ -64,6 +73,7 @@ def _constant_line(name: str, value: int | float | bool) -> str:
 
 
 def _prelude(program: Program, layout: SharedLayout, macros: dict[str, int]) -> str:
+    batch = program.machine.batch
     shapes = " ".join(f"X({i}, {s.cols}, {s.flags})" for i, s in enumerate(program.shapes))
     lines = [
         f"#define ELEMENT {ELEMENT[program.machine.dtype]}",
@@ -72,9 +82,9 @@ def _prelude(program: Program, layout: SharedLayout, macros: dict[str, int]) -> 
         f"#define STRESS {macros['STRESS']}",
         *(["#define DRAWS"] if program.draws else []),
         f"#define FOR_EACH_SHAPE(X) {shapes}",
-        *(_constant_line(n, v) for n, v in constants(program, layout, macros).items()),
-        record_header("Params", param_fields(program.draws), param_dtype(program.draws)),
-        headers(),
+        *(_constant_line(n, v) for n, v in (constants(program, layout, macros) | batch_constants(program)).items()),
+        record_header("Params", param_fields(batch, program.draws), param_dtype(batch, program.draws)),
+        headers(batched=batch > 1, draws=program.draws),
     ]
     return "\n".join(lines)
 
@@ -84,17 +94,34 @@ def _used(program: Program) -> list[str]:
     return [stem for stem in instructions() if stem in used]
 
 
+def _token(program: Program, cls: type, actor: str) -> str:
+    """The token as a handler is given it: of a batch, attention is at the position of its own seat."""
+    seated = program.machine.batch > 1 and cls is Attention
+    return f"seat_token({actor}.b.p, t.layer, token)" if seated else "token"
+
+
 def _dispatch(program: Program) -> str:
     """The switch from opcodes to handlers, for the instructions that the program uses."""
     used = [(stem, instructions()[stem]) for stem in _used(program)]
     includes = [f'#include "isa/{stem}.cuh"' for stem, _ in used]
 
-    def cases(call: str, which: list[tuple[str, type]]) -> str:
-        template = "    case OP_{op}: {{ const {cls}Task& t = *reinterpret_cast<const {cls}Task*>(task); {call}; }}"
-        return "\n".join(template.format(op=stem.upper(), cls=cls.__name__, call=call.format(stem=stem)) for stem, cls in which)
+    def case(ops: list[str], record: str, call: str) -> str:
+        labels = "".join(f"case OP_{op.upper()}: " for op in ops)
+        return f"    {labels}{{ const {record}Task& t = *reinterpret_cast<const {record}Task*>(task); {call}; }}"
+
+    def cases(call: str, actor: str, which: list[tuple[str, type[Instruction]]]) -> str:
+        calls = [(stem, cls.__name__, call.format(stem=stem, token=_token(program, cls, actor))) for stem, cls in which]
+        return "\n".join(case([stem], record, text) for stem, record, text in calls)
 
     streamed = [(s, c) for s, c in used if c.streamed]
     stored = [(s, c) for s, c in used if c.stored]
+
+    def shared_cases(call: str, actor: str, which: list[tuple[str, type[Instruction]]]) -> str:
+        """All stored instructions are products, which differ to the storer alone: consumers and feeder have one code for them."""
+        product = call.format(stem="matmul" if program.machine.batch > 1 else "matvec", token="token")
+        products = [case([s for s, _ in stored], MatVec.__name__, product)] if stored else []
+        return "\n".join([*products, cases(call, actor, [(s, c) for s, c in which if not c.stored])])
+
     carried = " || ".join(f"op == OP_{s.upper()}" for s, c in used if c.carried) or "false"
     is_stored = " || ".join(f"op == OP_{s.upper()}" for s, _ in stored) or "false"
     rows = " || ".join(f"op == OP_{s.upper()}" for s, c in streamed if not c.stored) or "false"
@@ -107,15 +134,15 @@ def _dispatch(program: Program) -> str:
             "__device__ __forceinline__ bool streams_rows(const uint8_t* task) { " + op + " return " + rows + "; }",
             "__device__ __forceinline__ void consume(Consumer& c, const uint8_t* task, const Token& token) {",
             "  switch (*reinterpret_cast<const uint16_t*>(task)) {",
-            cases("consume_{stem}(c, t, token); return", used),
+            shared_cases("consume_{stem}(c, t, {token}); return", "c", used),
             "  }\n}",
             "__device__ __forceinline__ bool stream(Feeder& f, const uint8_t* task, const uint8_t*& at, const Token& token) {",
             "  switch (*reinterpret_cast<const uint16_t*>(task)) {",
-            cases("return stream_{stem}(f, t, at, token)", streamed),
+            shared_cases("return stream_{stem}(f, t, at, {token})", "f", streamed),
             "  }\n  return true;\n}",
             "__device__ __forceinline__ void store(Storer& s, const uint8_t* task, const Token& token) {",
             "  switch (*reinterpret_cast<const uint16_t*>(task)) {",
-            cases("store_{stem}(s, t, token); return", stored),
+            cases("store_{stem}(s, t, {token}); return", "s", stored),
             "  }\n}",
         ]
     )

@@ -62,7 +62,7 @@ struct Consumer {
   const Block& b;
   Abort abort;
   int warp, lane;
-  uint32_t slot = 0, slot_parity = 0;
+  uint32_t slot = 0, slot_parity = 0, taken = 0;
   uint32_t red = 0, red_parity = 1;
   uint32_t meet_parity = 0;
   uint32_t sequence = 0;
@@ -76,22 +76,38 @@ struct Consumer {
     const uint32_t mine = sequence;
     wait_until(abort, WAIT_TASK, [=] { return reached(load_shared_acquire(released), mine); });
   }
-  __device__ __forceinline__ const uint8_t* wait_chunk() {
+  // Whether the next COUNT chunks have landed, and the next reduction slot is free: no need to wait for them then.
+  template <int COUNT>
+  __device__ __forceinline__ bool chunks_landed() const {
+    if (!chunk_landed(COUNT - 1)) return false;  // the last is the last to land, as a rule: while memory is waited for, one look is all
+    bool all = true;
+#pragma unroll
+    for (int i = 0; i + 1 < COUNT; ++i) all &= chunk_landed(i);
+    return all;
+  }
+  __device__ __forceinline__ bool chunk_landed(int ahead) const {
+    const bool wraps = slot + ahead >= STAGES;
+    return barrier_tested(&b.barriers().full[wraps ? slot + ahead - STAGES : slot + ahead], slot_parity ^ wraps);
+  }
+  __device__ __forceinline__ bool reduction_slot_free() const { return barrier_tested(&b.barriers().slot_free[red], red_parity); }
+  // The next chunk of the ring, taken: `landed` if that is known.
+  __device__ __forceinline__ const uint8_t* wait_chunk(bool landed = false) {
     uint64_t* bar = &b.barriers().full[slot];
     const uint32_t parity = slot_parity;
-    wait_until(abort, WAIT_FULL, [=] { return barrier_passed(bar, parity); });
-    return b.stage(slot);
+    if (!landed) wait_until(abort, WAIT_FULL, [=] { return barrier_passed(bar, parity); });
+    taken = slot;
+    if (++slot == STAGES) { slot = 0; slot_parity ^= 1; }
+    return b.stage(taken);
   }
-  // Every lane has read what it needs of the chunk.
+  // Every lane has read what it needs of the chunk that was taken last.
   __device__ __forceinline__ void release_chunk() {
     __syncwarp();
-    if (lane == 0) barrier_arrive(&b.barriers().empty[slot]);
-    if (++slot == STAGES) { slot = 0; slot_parity ^= 1; }
+    if (lane == 0) barrier_arrive(&b.barriers().empty[taken]);
   }
-  __device__ __forceinline__ float* wait_reduction_slot() {
+  __device__ __forceinline__ float* wait_reduction_slot(bool is_free = false) {
     uint64_t* bar = &b.barriers().slot_free[red];
     const uint32_t parity = red_parity;
-    wait_until(abort, WAIT_SLOT, [=] { return barrier_passed(bar, parity); });
+    if (!is_free) wait_until(abort, WAIT_SLOT, [=] { return barrier_passed(bar, parity); });
     return b.partial(red, warp);
   }
   __device__ __forceinline__ void fill_reduction_slot() {

@@ -4,25 +4,9 @@
 // every chunk. Nothing here is block-wide. Shapes are template arguments, so the loops have no run-time choice in them.
 #pragma once
 #include "isa/device/matvec_quantised.cuh"
+#include "isa/device/plan.cuh"
 
-constexpr int X_NARROW = 1, X_NORM = 2;
 constexpr int KEPT_WORDS = 40;  // registers a lane may spend on its slice of x
-
-// How a tile of 16 rows by COLUMNS is cut into chunks and shared among the warps: isa.machine.chunk_plan, at compile time.
-template <int COLUMNS, int FLAGS>
-struct Plan {
-  using W = Weights<FLAGS>;
-  static constexpr int PIECES = ceil_div(COLUMNS, W::COLUMNS);
-  static constexpr int LOW = PIECES / CONSUMER_WARPS, HIGH_WARPS = PIECES % CONSUMER_WARPS, HIGH = LOW + (HIGH_WARPS > 0);
-  static constexpr int FIT = (STAGE_BYTES - W::TAIL_BYTES) / (W::PIECE_BYTES * CONSUMER_WARPS);
-  static constexpr int PER_CHUNK = ceil_div(HIGH, ceil_div(HIGH, FIT));
-  static constexpr int CHUNKS = ceil_div(HIGH, PER_CHUNK);
-  static constexpr int LAST_HIGH = HIGH - (CHUNKS - 1) * PER_CHUNK, LAST_LOW = LOW - (CHUNKS - 1) * PER_CHUNK;
-  static constexpr int FULL_BYTES = PER_CHUNK * CONSUMER_WARPS * W::PIECE_BYTES + W::TAIL_BYTES;
-  static constexpr int LAST_BYTES = (LAST_LOW * CONSUMER_WARPS + HIGH_WARPS) * W::PIECE_BYTES + W::TAIL_BYTES;
-  static constexpr int SLICE = HIGH * W::COLUMNS;  // elements of x a warp keeps, at most
-  static constexpr int SLICE_BYTES = SLICE * ELEMENT_BYTES;
-};
 
 // fp32 activations keep their precision: column 0 of the product takes x rounded to the element type, column 1 the rounding error. The
 // tensor core multiplies 8 columns whether they are used or not.
@@ -44,19 +28,6 @@ struct Operand {
     }
   }
 };
-
-template <int COLUMNS, int FLAGS>
-__device__ __forceinline__ bool stream_tiles(Feeder& f, const uint8_t*& at, int tiles) {
-  using P = Plan<COLUMNS, FLAGS>;
-  for (int tile = 0; tile < tiles; ++tile)
-#pragma unroll 1
-    for (int c = 0; c < P::CHUNKS; ++c) {
-      const uint32_t bytes = c + 1 < P::CHUNKS ? P::FULL_BYTES : P::LAST_BYTES;
-      if (!f.stream(at, bytes)) return false;
-      at += bytes;
-    }
-  return true;
-}
 
 // One warp's slice of x, read from packets, as elements in shared memory; returns this lane's sum of squares of what it read.
 template <int COLUMNS, int FLAGS>
@@ -87,6 +58,10 @@ struct Slice {
       for (int i = 0; i < LOADS; ++i)
         gain[i] = column(i, lane) < count ? __ldg(reinterpret_cast<const float2*>(g + first + column(i, lane))) : make_float2(0.f, 0.f);
     }
+  }
+  __device__ __forceinline__ float2 gain_at(const float* g, int load, int at) const {
+    if constexpr (GAIN_EARLY) return gain[load];
+    return at < count ? __ldg(reinterpret_cast<const float2*>(g + first + at)) : make_float2(0.f, 0.f);
   }
   // Where a load reads. A lane without columns reads the last ones of the slice (of x, where the slice is empty): loads under no condition
   // are all in flight before the first is looked at.
@@ -121,9 +96,7 @@ struct Slice {
     float a = as_float(v.x), b = as_float(v.z), squares = 0.f;
     if constexpr (FLAGS & X_NORM) {
       squares = a * a + b * b;
-      float2 gains = make_float2(0.f, 0.f);
-      if constexpr (GAIN_EARLY) gains = gain[load];
-      else if (at < count) gains = __ldg(reinterpret_cast<const float2*>(g + first + at));
+      const float2 gains = gain_at(g, load, at);
       a *= gains.x;
       b *= gains.y;
     }
@@ -191,9 +164,9 @@ struct Fetched {
         last_at((warp * P::LAST_LOW + min_of(warp, P::HIGH_WARPS)) * FRAGMENT_BYTES) {}
   __device__ __forceinline__ bool has(int j, bool is_last) const { return UNIFORM || !is_last || j < last; }
   // Waits for the next chunk in the ring, reads it and frees its slot.
-  __device__ __forceinline__ void fetch(Consumer& c, int slot, bool is_last) {
+  __device__ __forceinline__ void fetch(Consumer& c, int slot, bool is_last, bool landed = false) {
     const int at = !UNIFORM && is_last ? last_at : c.warp * P::PER_CHUNK * FRAGMENT_BYTES;
-    const uint8_t* from = c.wait_chunk() + at + c.lane * 16;
+    const uint8_t* from = c.wait_chunk(landed) + at + c.lane * 16;
 #pragma unroll
     for (int j = 0; j < P::PER_CHUNK; ++j)
       a[slot][j] = has(j, is_last) ? *reinterpret_cast<const uint4*>(from + j * FRAGMENT_BYTES) : uint4{};
@@ -230,6 +203,18 @@ struct Operands {
   }
 };
 
+// Multiplies the fetched chunks of a tile, from number `first` on, and fetches as many of those that follow; the last ones of a task have
+// none that follow (`MORE`). Without looking at the ring for each, where all are known to have `LANDED`.
+template <bool MORE, bool LANDED, class P, class F, class O>
+__device__ __forceinline__ void multiply_fetched(Consumer& c, F& chunks, const O& operands, Sums& sums, int first) {
+#pragma unroll
+  for (int d = 0; d < F::DEPTH; ++d) {
+    const int k = first + d, next = k + F::DEPTH;
+    chunks.multiply_into(sums, d, k + 1 == P::CHUNKS, [&](int j) { return operands.at(k * P::PER_CHUNK + j); });
+    if constexpr (MORE) chunks.fetch(c, d, next + 1 == P::CHUNKS || next + 1 == 2 * P::CHUNKS, LANDED);
+  }
+}
+
 template <int COLUMNS, int FLAGS>
 __device__ __forceinline__ void multiply_tiles(Consumer& c, const MatVecTask& task, const Token& token) {
   using P = Plan<COLUMNS, FLAGS>;
@@ -239,17 +224,18 @@ __device__ __forceinline__ void multiply_tiles(Consumer& c, const MatVecTask& ta
   constexpr bool TWO = TWO_COLUMNS<FLAGS>;
   // The same place for every shape: another consumer may still be at an earlier task of another shape.
   constexpr int OWN_BYTES = SCRATCH_BYTES / CONSUMER_WARPS / 16 * 16;
-  static_assert(P::SLICE_BYTES * (TWO ? 2 : 1) <= OWN_BYTES, "a consumer's share of scratch must hold its slice of x");
+  constexpr int X_BYTES = P::W::QUANTISED ? DIGITS * plane_bytes(P::SLICE) : P::SLICE_BYTES * (TWO ? 2 : 1);
+  static_assert(X_BYTES <= OWN_BYTES, "a consumer's share of scratch must hold its slice of x");
   uint8_t* slice_bytes = reinterpret_cast<uint8_t*>(b.scratch()) + c.warp * OWN_BYTES;
+  using F = Fetched<P, Slice<COLUMNS, FLAGS>::LOADS <= 4 ? 4 : 2>;
   if constexpr (P::W::QUANTISED) {
-    multiply_quantised_tiles<P, Slice<COLUMNS, FLAGS>, TWO>(c, task, x, token.expect(task.x_tag), gain, slice_bytes);
+    multiply_quantised_tiles<P, Slice<COLUMNS, FLAGS>, F::DEPTH>(c, task, x, token.expect(task.x_tag), gain, slice_bytes);
     return;
   }
   const int tiles = task.tiles;
 
   Slice<COLUMNS, FLAGS> slice(c.warp);
   if constexpr (FLAGS & X_NORM) slice.prefetch_gain(gain, c.lane);
-  using F = Fetched<P, Slice<COLUMNS, FLAGS>::LOADS <= 4 ? 4 : 2>;
   F chunks(c.warp);
 #pragma unroll
   for (int d = 0; d < F::DEPTH; ++d) chunks.fetch(c, d, d + 1 == P::CHUNKS);
@@ -264,15 +250,15 @@ __device__ __forceinline__ void multiply_tiles(Consumer& c, const MatVecTask& ta
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
     Sums sums;
+    const bool slot_free = c.reduction_slot_free();
 #pragma unroll(O::KEPT ? P::CHUNKS : 1)
-    for (int group = 0; group < P::CHUNKS; group += F::DEPTH)
-#pragma unroll
-      for (int d = 0; d < F::DEPTH; ++d) {
-        const int k = group + d, next = k + F::DEPTH;
-        chunks.multiply_into(sums, d, k + 1 == P::CHUNKS, [&](int j) { return operands.at(k * P::PER_CHUNK + j); });
-        if (next < P::CHUNKS || tile + 1 < tiles) chunks.fetch(c, d, next + 1 == P::CHUNKS || next + 1 == 2 * P::CHUNKS);
-      }
-    float* part = c.wait_reduction_slot();
+    for (int first = 0; first < P::CHUNKS; first += F::DEPTH) {
+      const bool more = first + F::DEPTH < P::CHUNKS || tile + 1 < tiles;
+      if (!more) multiply_fetched<false, false, P>(c, chunks, operands, sums, first);
+      else if (c.chunks_landed<F::DEPTH>()) multiply_fetched<true, true, P>(c, chunks, operands, sums, first);
+      else multiply_fetched<true, false, P>(c, chunks, operands, sums, first);
+    }
+    float* part = c.wait_reduction_slot(slot_free);
     sums.store(part, c.lane, TWO);
     if ((FLAGS & X_NORM) && c.lane == 1) part[TILE_ROWS] = squares;
     c.fill_reduction_slot();
@@ -305,7 +291,7 @@ __device__ __forceinline__ void consume_matvec(Consumer& c, const MatVecTask& ta
 #undef SHAPE_CASE
   }
 }
-__device__ __forceinline__ bool stream_matvec(Feeder& f, const MatVecTask& task, const uint8_t*& at) {
+__device__ __forceinline__ bool stream_matvec(Feeder& f, const MatVecTask& task, const uint8_t*& at, const Token&) {
   switch (task.shape) {
 #define SHAPE_CASE(index, columns, flags) \
   case index: return stream_tiles<columns, flags>(f, at, task.tiles);

@@ -131,6 +131,17 @@ __device__ __forceinline__ bool barrier_passed(uint64_t* bar, uint32_t parity) {
   return ok != 0;
 }
 
+// The same without waiting a moment for it: for an answer that is needed later.
+__device__ __forceinline__ bool barrier_tested(uint64_t* bar, uint32_t parity) {
+  uint32_t ok;
+  asm volatile(
+      "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+      : "=r"(ok)
+      : "r"(shared_address(bar)), "r"(parity)
+      : "memory");
+  return ok != 0;
+}
+
 // ---- words in shared memory that only grow -----------------------------------------------------------------------------------------
 
 __device__ __forceinline__ uint32_t load_shared_acquire(const uint32_t* p) {

@@ -11,16 +11,23 @@ from amk.isa.draw import Draw
 from amk.isa.draw_head import DrawHead
 from amk.isa.filter_draw import FilterDraw
 from amk.isa.filter_head import FilterHead
+from amk.isa.gemm_head import GemmHead
 from amk.isa.gemv_head import GemvHead
 from amk.isa.instruction import Instruction
 from amk.isa.machine import TILE_ROWS
 from amk.isa.matvec import MatVec
 from amk.isa.sample import Sample
+from amk.isa.sample_batch import SampleBatch
 from amk.schedule.proof.packets import Matching
 from amk.schedule.proof.report import Region, Report
 from amk.schedule.proof.subject import Flags, Ints, Subject
 
-HEAD_OF: dict[type[Instruction], type[Instruction]] = {Sample: GemvHead, Draw: DrawHead, FilterDraw: FilterHead}
+HEAD_OF: dict[type[Instruction], type[Instruction]] = {
+    Sample: GemvHead,
+    Draw: DrawHead,
+    FilterDraw: FilterHead,
+    SampleBatch: GemmHead,
+}
 ALIKE = ("q0", "nq", "window", "unit_rows", "splits", "part_buf", "part_tag", "q_buf", "q_tag")
 
 

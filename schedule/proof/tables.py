@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from math import isfinite
 from typing import Any
 
+from amk.isa.batch import SEAT_BLOCK
 from amk.isa.machine import ELEMENT_BYTES, KV_BLOCK_ROWS, TILE_ROWS, Machine
+from amk.isa.matmul import BATCH_FLAGS
 from amk.isa.matvec import X_NARROW, X_NORM
 from amk.isa.weight_format import FORMAT_FLAGS, WeightFormat, format_known, known_formats
 from amk.schedule.program import Buffer, Constant, KvCache, Matrix, MatVecShape, Program
@@ -99,9 +101,19 @@ def _machine(machine: Machine, limits: Limits, report: Report) -> None:
         report.add("resources", f"machine.tags must be from 1 to {limits.tags}, but is {_shown(machine.tags)}")
     if _integers(report, "machine", machine, ("head_dim",), 2, 0xFFFF) and machine.head_dim % 2:
         report.add("kind", f"machine.head_dim must be even, because RoPE rotates its halves, but is {machine.head_dim}")
+    if _integers(report, "machine", machine, ("batch",), 1, 0xFFFF) and machine.batch > 1:
+        _batch(machine, report)
     heads = (machine.heads, machine.kv_heads)
     if all(_integer(n, 1, MOST) for n in heads) and heads[0] % heads[1]:
         report.add("kind", f"machine.heads must be a multiple of kv_heads, but they are {heads[0]} and {heads[1]}")
+
+
+def _batch(machine: Machine, report: Report) -> None:
+    """What the products of a batch are made for: whole blocks of seats, elements of 16 bits."""
+    if machine.batch % SEAT_BLOCK:
+        report.add("kind", f"machine.batch must be 1 or a multiple of {SEAT_BLOCK}, but is {machine.batch}")
+    if machine.dtype == "fp32":
+        report.add("kind", "machine.dtype must be bf16 or fp16 for a batch, but is fp32")
 
 
 def _buffers(program: Program, report: Report) -> None:
@@ -129,7 +141,8 @@ def _matrices(program: Program, limits: Limits, report: Report) -> None:
         report.add("resources", f"the matrices must have at most {limits.tiles} tiles of {TILE_ROWS} rows, but have {tiles}")
     for number, shape in enumerate(program.shapes):
         _integers(report, f"shape {number}", shape, ("cols",), 1)
-        if _integers(report, f"shape {number}", shape, ("flags",), 0, X_NARROW | X_NORM | FORMAT_FLAGS) and not format_known(shape.flags):
+        allowed = X_NARROW | X_NORM | FORMAT_FLAGS | (BATCH_FLAGS if program.machine.batch != 1 else 0)
+        if _integers(report, f"shape {number}", shape, ("flags",), 0, allowed) and not format_known(shape.flags):
             report.add("kind", f"shape {number}.flags must name a weight format, but are {shape.flags}")
 
 

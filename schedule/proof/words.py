@@ -8,15 +8,22 @@ import numpy as np
 
 from amk.isa.abi import NONE
 from amk.isa.attention import MAX_GROUP, Attention
+from amk.isa.batch import NARROW_RUN, WIDE_RUN
 from amk.isa.embed import Embed
+from amk.isa.embed_batch import EmbedBatch
 from amk.isa.filter_draw import FilterDraw
 from amk.isa.filter_head import FilterHead
+from amk.isa.gemm import Gemm
+from amk.isa.gemm_glu import GemmGlu
+from amk.isa.gemm_head import GemmHead
 from amk.isa.gemv_glu import GemvGlu
 from amk.isa.gemv_head import GemvHead
 from amk.isa.machine import KV_BLOCK_ROWS, TILE_ROWS
-from amk.isa.matvec import X_NORM, MatVec
+from amk.isa.matmul import OUT_BY_SEAT, X_BY_SEAT
+from amk.isa.matvec import X_NARROW, X_NORM, MatVec
 from amk.isa.rmsnorm import RmsNorm
 from amk.isa.sample import Sample
+from amk.isa.sample_batch import SampleBatch
 from amk.isa.swiglu import SwiGlu
 from amk.isa.weight_format import FORMAT_FLAGS
 from amk.schedule.proof.report import Kind, Report
@@ -52,17 +59,18 @@ def check_words(subject: Subject, report: Report) -> Flags:
     checker = Checker(subject, report, np.zeros(len(subject.tasks), dtype=bool))
     for words in subject.words:
         _counters(checker, words)
+        _batch(checker, words)
         if issubclass(words.cls, MatVec):
             _matvec(checker, words)
         elif words.cls is Attention:
             _attention(checker, words)
-        elif words.cls is Embed:
+        elif words.cls in (Embed, EmbedBatch):
             _embed(checker, words)
         elif words.cls is RmsNorm:
             _rmsnorm(checker, words)
         elif words.cls is SwiGlu:
             _swiglu(checker, words)
-        elif issubclass(words.cls, Sample):
+        elif issubclass(words.cls, Sample | SampleBatch):
             checker.must(words, words.column["count"] >= 1, "bounds", "must read at least one candidate, but reads none")
         elif words.cls is FilterDraw:
             _filter_draw(checker, words)
@@ -77,6 +85,33 @@ def _counters(checker: Checker, words: Words) -> None:
         checker.must(words, (at == NONE) | (at < has), "bounds", said, at=at, has=has)
 
 
+def _batch(checker: Checker, words: Words) -> None:
+    """A machine of one token runs instructions of one token; that of a batch those of its batch, and attention, which has one seat."""
+    batch = checker.subject.program.machine.batch
+    tasks = np.ones(len(words.ids), dtype=bool)
+    found = words.column["batch"] if words.cls.batched else np.where(tasks, batch if words.cls is Attention else 1, 0)
+    checker.must(words, found == batch, "kind", "computes {found} tokens at once, but the machine {batch}", found=found, batch=batch)
+
+
+def _matmul(checker: Checker, words: Words) -> None:
+    """Interleaved values are whole runs, and what a product writes by seat has no residual."""
+    flags, cols = words.column["flags"], words.column["cols"]
+    narrow, by_seat = (flags & X_NARROW) > 0, (flags & X_BY_SEAT) > 0
+    checker.must(words, narrow | ~by_seat, "kind", "reads fp32 packets by seat, but they must be interleaved")
+    whole = narrow | (cols % WIDE_RUN == 0)
+    checker.must(words, whole, "kind", "reads {cols} interleaved columns, but they must be a multiple of {run}", cols=cols, run=WIDE_RUN)
+    even = ~by_seat | (cols % NARROW_RUN == 0)
+    checker.must(words, even, "kind", "reads {cols} columns by seat, but they must be a multiple of {run}", cols=cols, run=NARROW_RUN)
+    checker.need(words, (flags & FORMAT_FLAGS) == 0, "kind", "decodes quantised weights, but products of a batch take elements")
+    if words.cls is Gemm:
+        apart, residual, rows = (flags & OUT_BY_SEAT) > 0, words.column["res_buf"] != NONE, words.column["rows"]
+        checker.need(words, ~(apart & residual), "kind", "writes by seat, but has a residual, which is interleaved")
+        said = "writes {rows} interleaved rows, but they must be a multiple of {run}"
+        checker.must(words, apart | (rows % WIDE_RUN == 0), "kind", said, rows=rows, run=WIDE_RUN)
+    else:
+        checker.need(words, (flags & OUT_BY_SEAT) == 0, "kind", "writes by seat, but must not")
+
+
 def _matvec(checker: Checker, words: Words) -> None:
     matrices, column = checker.subject.program.matrices, words.column
     weight, rows, cols = column["weight"], column["rows"], column["cols"]
@@ -87,15 +122,17 @@ def _matvec(checker: Checker, words: Words) -> None:
     agreed = known & (rows == has_rows) & (cols == has_cols)
     said = "takes a matrix of {rows} by {cols}, but matrix {at} is {has_rows} by {has_cols}"
     checker.must(words, ~known | agreed, "kind", said, rows=rows, cols=cols, at=at, has_rows=has_rows, has_cols=has_cols)
+    if words.cls.batched:
+        _matmul(checker, words)
     _tiles(checker, words, agreed)
     _weights(checker, words, known, at)
     _shape(checker, words)
     _inside_constant(checker, words, "gain", cols, needed=(column["flags"] & X_NORM) > 0)
     _inside_constant(checker, words, "bias", rows, needed=column["bias"] >= 0)
-    if words.cls is GemvGlu:
+    if words.cls in (GemvGlu, GemmGlu):
         interleaved = np.array([m.layout == "interleave8" and m.rows % TILE_ROWS == 0 for m in matrices] or [False])[at]
         checker.need(words, ~agreed | interleaved, "kind", "needs gate and up rows interleaved by 8 in whole tiles, but its matrix is not")
-    if issubclass(words.cls, GemvHead | FilterHead):
+    if issubclass(words.cls, GemvHead | GemmHead | FilterHead):
         vocab = checker.subject.program.machine.vocab
         said = "takes a head of {rows} rows, but the vocabulary has {vocab}"
         checker.need(words, rows == vocab, "kind", said, rows=rows, vocab=vocab)
@@ -179,6 +216,10 @@ def _embed(checker: Checker, words: Words) -> None:
     inside = (start >= 0) & (cols >= 1) & (start + cols <= hidden)
     said = "gathers columns {start}:{stop}, but an embedding row has {hidden}"
     checker.must(words, inside, "bounds", said, start=start, stop=start + cols, hidden=hidden)
+    if words.cls is EmbedBatch:
+        whole = (start % WIDE_RUN == 0) & (cols % WIDE_RUN == 0)
+        said = "must begin and end at multiples of {run} columns, but takes {cols} from {start}"
+        checker.must(words, whole, "kind", said, start=start, cols=cols, run=WIDE_RUN)
 
 
 def _rmsnorm(checker: Checker, words: Words) -> None:

@@ -1,4 +1,4 @@
-"""The command that measures the published figures refuses what it cannot do in one sentence."""
+"""The commands that measure what is published refuse what they cannot do in one sentence."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
     ("arguments", "code", "words"),
     [
         ((), 3, "card"),
-        (("--part", "latency"), 3, "card"),
+        (("--part",), 3, "card"),
+        (("--chain",), 3, "card"),
+        (("--baselines", "eager"), 2, "'eager'"),
+        (("--chain", "--processes", "2"), 2, "without --baselines"),
         (("--processes", "0"), 2, "at least 1"),
         (("--models", "llama"), 2, "'llama'"),
         (("--positions", "16,17"), 2, "'17'"),
@@ -26,7 +29,29 @@ ROOT = Path(__file__).resolve().parents[2]
     ],
 )
 def test_what_cannot_be_measured_is_one_sentence(arguments: tuple[str, ...], code: int, words: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "amk_bootstrap.py"), "amk.dev.bench_gpu", *arguments]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert (ran.returncode, words in ran.stderr.splitlines()[-1], "Traceback" in ran.stderr) == (code, True, False)
-    assert list(tmp_path.iterdir()) == []
+    refuses("bench_gpu", arguments, code, words, tmp_path)
+
+
+@pytest.mark.skipif(card_count() > 0, reason="says what happens where there is no card")
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"), [((), 3, "card"), (("--models", "toy"), 2, "'toy'"), (("--knobs", "unroll"), 2, "'unroll'")]
+)
+def test_effects_that_cannot_be_measured_are_one_sentence(arguments: tuple[str, ...], code: int, words: str, tmp_path: Path) -> None:
+    refuses("knob_effects", arguments, code, words, tmp_path)
+
+
+@pytest.mark.skipif(card_count() > 0, reason="says what happens where there is no card")
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [((), 3, "card"), (("--tools", "leakcheck"), 2, "'leakcheck'"), (("--cases", "toy"), 2, "'toy'"), (("--sms", "0"), 2, "at least 1")],
+)
+def test_a_sanitizer_that_cannot_run_is_one_sentence(arguments: tuple[str, ...], code: int, words: str, tmp_path: Path) -> None:
+    refuses("sanitize", arguments, code, words, tmp_path)
+
+
+def refuses(module: str, arguments: tuple[str, ...], code: int, words: str, folder: Path) -> None:
+    """The command ends with `code` and a last line with `words`, writes nothing and shows no traceback."""
+    command = [sys.executable, str(ROOT / "amk_bootstrap.py"), f"amk.dev.{module}", *arguments]
+    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert (ran.returncode, words in ran.stderr.splitlines()[-1], "Traceback" in ran.stderr) == (code, True, False), ran.stderr
+    assert list(folder.iterdir()) == []

@@ -82,6 +82,14 @@ def test_nothing_written_down_is_an_empty_timeline() -> None:
     assert summary([], program(), 0) == nothing()
 
 
+def test_a_token_takes_as_long_as_on_its_longest_sm_not_from_the_first_of_all_to_the_last() -> None:
+    # An SM that is done with the token before long ago begins to wait for this one at once; another is still at that token.
+    early, late = Span(0, "consumer", 0, 0, 0.0, 40.0, ()), Span(1, "consumer", 0, 0, 38.0, 80.0, ())
+    assert summary([early, late], program(), 0)["traced_us"] == 42.0
+    parts = [Span(1, "storer", 0, 0, 0.0, 10.0, ()), Span(1, "storer", 0, 0, 10.0, 45.0, ())]
+    assert summary([early, late, *parts], program(), 0)["traced_us"] == 45.0
+
+
 def test_the_file_has_every_sm_and_its_slices_nest(tmp_path: Path) -> None:
     spans, _ = spans_of(2)
     write_chrome_trace(tmp_path / "trace.json", spans, program())

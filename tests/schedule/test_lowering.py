@@ -191,7 +191,7 @@ def test_context_is_rounded_up_to_blocks_and_limited_to_the_models() -> None:
 
 def test_instructions_that_poll_have_no_counter_and_the_others_do() -> None:
     tasks = [task for queue in lower(TOY, Config(), small_target()).queues for task in queue]
-    assert {type(task).stem for task in tasks if type(task).polls} == {"embed", "sample"}
+    assert {type(task).stem for task in tasks if type(task).polls} == {"attention", "embed", "sample"}
     assert all((task.wait_counter == NONE) == type(task).polls for task in tasks)
 
 

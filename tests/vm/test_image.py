@@ -11,8 +11,11 @@ import torch
 from amk.isa.machine import TILE_ROWS, Machine, chunk_plan
 from amk.isa.matvec import MatVec
 from amk.isa.registry import instructions
-from amk.vm.image import pack_matrix, pack_program, pack_stream, unpack_matrix, unpack_program
-from amk.vm.layout import matrix_rows
+from amk.schedule.compile import lower
+from amk.schedule.knobs import Config
+from amk.schedule.targets import small_target
+from amk.vm.image import pack_matrix, pack_program, pack_stream, same_weights, unpack_matrix, unpack_program
+from amk.vm.layout import constants, matrix_rows
 from amk.vm.reference import UnprovenVM
 
 FUSIONS: list[tuple[str, ...]] = [(), ("norm", "qkv", "gate_up")]
@@ -29,6 +32,9 @@ def test_unpacking_is_the_inverse_of_packing_for_every_instruction(make_spec: An
         frame = replace(program, queues=(), streams=(), buffers=tuple(replace(b, offset=0) for b in program.buffers))
         assert unpack_program(pack_program(program), frame) == program
         seen |= {type(task) for queue in program.queues for task in queue}
+    batch = lower(make_spec("bf16"), Config(), small_target(4), batch=8)
+    assert unpack_program(pack_program(batch), batch) == batch
+    seen |= {type(task) for queue in batch.queues for task in queue}
     assert seen == set(instructions().values())
 
 
@@ -102,3 +108,23 @@ def test_the_stream_holds_each_sms_tiles_in_the_order_in_which_it_eats_them(
                 assert torch.equal(unpack_matrix(packed, plan, program.machine, len(expected)), expected)
                 at += packed.numel()
     assert at == len(stream)
+
+
+def test_programs_that_read_the_same_weights_read_the_same_bytes(make_spec: Any, make_program: Any, make_source: Any) -> None:
+    """What may be shared is equal, and what is not equal may not be shared."""
+    spec = make_spec("bf16")
+    source, program = make_source(spec), make_program(spec)
+    changes = [
+        {field: value} for field, value in (("kv_block", 16), ("sync", "tags"), ("pipelining_depth", 1), ("page_allocation", "linear"))
+    ]
+    moved = [{"n_tile": 32}, {"fusion": ()}, {"fusion": ("norm",)}, {"sm_assignment": "round_robin"}, {"threads_per_block": 128}]
+    shared = 0
+    for change in [*changes, *moved]:
+        other = make_program(spec, **change)
+        bytes_equal = all(map(torch.equal, pack_stream(program, source), pack_stream(other, source))) and torch.equal(
+            constants(program, source), constants(other, source)
+        )
+        assert bytes_equal or not same_weights(program, other)
+        shared += same_weights(program, other)
+    assert len(changes) <= shared < len(changes) + len(moved)
+    assert not same_weights(program, replace(program, kv=replace(program.kv, rows=program.kv.rows + 16)))

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from amk.isa.machine import FRAGMENT_BYTES, TILE_ROWS, ChunkPlan, Machine, chunk_plan
+from amk.isa.machine import FRAGMENT_BYTES, TILE_ROWS, ChunkPlan, Machine, chunk_plan, quantised_piece
 from amk.isa.matvec import MatVec
+from amk.isa.rounding import fixed_point, round_to
 from amk.isa.weight_format import FORMATS, WeightFormat
 from amk.models.quantise import dequantise, quantise
 from amk.models.quantised_weights import QuantisedWeights, with_weights
@@ -20,6 +21,7 @@ from amk.vm.layout import quantised_rows
 from amk.vm.quantised_image import pack_quantised, part_of, unpack_quantised
 
 LANES = [(lane >> 2, lane & 3) for lane in range(32)]
+MINUS_ONES = np.full((32, 4), 0xFFFFFFFF, dtype=np.uint32)  # codes of -1
 
 
 def some_machine(make_program: Any, make_spec: Any, **fields: Any) -> Machine:
@@ -52,113 +54,202 @@ def test_unpacking_is_the_inverse_of_packing(
     assert same(unpack_quantised(packed, plan, form, rows), matrix)
 
 
+def permuted(a: np.ndarray, b: np.ndarray, selector: int) -> np.ndarray:
+    """__byte_perm: byte i of a result is the byte of b:a that digit i of the selector names."""
+    source = np.stack([a >> 8 * i & 0xFF for i in range(4)] + [b >> 8 * i & 0xFF for i in range(4)]).astype(np.uint32)
+    return sum((source[selector >> 4 * i & 7] << 8 * i for i in range(4)), np.zeros_like(a))
+
+
+def fixed_integers(x: np.ndarray) -> tuple[np.ndarray, float]:
+    """FixedPointScale of fixed_point.cuh, in its arithmetic: `integer` of each x, and `down`."""
+    x = x.astype(np.float32)
+    exponent = max(int(np.abs(x).max(initial=0).astype(np.float32).view(np.uint32)) >> 23, 64)
+    up, down = (np.uint32(e << 23).view(np.float32) for e in (275 - exponent, exponent - 21))
+    shifted = (x.astype(np.float64) * np.float64(up) + 12582912.0).astype(np.float32)
+    return shifted.view(np.uint32) - np.uint32(0x4B400000 - 0x8080), float(down)
+
+
+def digit_planes(x: np.ndarray, pairs: bool) -> tuple[np.ndarray, float]:
+    """int8 [3, columns] as FixedPointSlice::write leaves them in scratch, four columns at a time or two; and what the lowest is worth."""
+    v, down = fixed_integers(x)
+    if pairs:
+        a, b, c, d = v.reshape(-1, 4).T
+        ab, cd = permuted(a, b, 0x5140), permuted(c, d, 0x5140)
+        upper = permuted(permuted(a, b, 0x0062), permuted(c, d, 0x0062), 0x5410)
+        words = [upper, permuted(ab, cd, 0x7632) ^ np.uint32(0x80808080), permuted(ab, cd, 0x5410) ^ np.uint32(0x80808080)]
+        return np.stack([np.ascontiguousarray(w).view(np.int8) for w in words]), down
+    a, b = v.reshape(-1, 2).T
+    ab = permuted(a, b, 0x5140) ^ np.uint32(0x80808080)
+    halves_of = [permuted(a, b, 0x0062), ab >> 16, ab]
+    return np.stack([h.astype(np.uint16).view(np.int8) for h in halves_of]), down
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("magnitude", [0.0, 1e-30, 1e-3, 1.0, 300.0, 3e38])
+def test_three_digits_hold_x_to_2_22_of_the_largest(magnitude: float, pairs: bool) -> None:
+    rng = np.random.default_rng(3)
+    x = (rng.standard_normal(4096) * rng.choice([1, 1e-3, 1e-8], 4096)).clip(-1, 1).astype(np.float32)
+    x[:4] = 1, -1, np.nextafter(np.float32(2), np.float32(0)) / 2, 0
+    x *= np.float32(magnitude)
+    digits, down = digit_planes(x, pairs)
+    value = (digits[0].astype(np.float64) * 65536 + digits[1] * 256.0 + digits[2]) * down
+    largest = float(np.abs(x).max())
+    assert np.abs(digits[0].astype(int)).max() <= 64  # so that sums of both columns do not overflow
+    assert np.abs(value - x).max() <= max(largest * 2**-22, 2.0**-84)
+    np.testing.assert_array_equal(value.astype(np.float32), fixed_point(x))
+
+
+def test_a_16_bit_x_keeps_every_bit_down_to_a_share_of_the_largest() -> None:
+    rng = np.random.default_rng(4)
+    x = round_to(rng.standard_normal(4096) * np.exp2(rng.integers(-13, 1, 4096)), "bf16")
+    near = np.abs(x) >= np.abs(x).max() * 2**-14
+    np.testing.assert_array_equal(fixed_point(x)[near], x[near])
+    assert near.sum() > 2000
+
+
+def signed_bytes(words: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(words.astype(np.uint32)).view(np.int8).reshape(*words.shape, 4).astype(np.int64)
+
+
+def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """mma.m16n8k32 of signed bytes by its definition: registers [32, 4] and [32, 2] of A and B, accumulators [32, 4]."""
+    a_bytes, b_bytes = signed_bytes(a), signed_bytes(b)
+    rows, columns = np.zeros((16, 32), dtype=np.int64), np.zeros((32, 8), dtype=np.int64)
+    for lane, (g, t) in enumerate(LANES):
+        for register in range(4):
+            k = 4 * t + 16 * (register >> 1)
+            rows[g + 8 * (register & 1), k : k + 4] = a_bytes[lane, register]
+        for register in range(2):
+            columns[4 * t + 16 * register : 4 * t + 16 * register + 4, g] = b_bytes[lane, register]
+    d = rows @ columns
+    return np.array([[d[g, 2 * t], d[g, 2 * t + 1], d[g + 8, 2 * t], d[g + 8, 2 * t + 1]] for g, t in LANES])
+
+
+def quarter(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """mma.m8n8k16 of signed bytes by its definition: a register [32] of A and of B, accumulators [32, 2]."""
+    rows, columns = signed_bytes(a).reshape(8, 16), signed_bytes(b).reshape(8, 16).T
+    d = rows @ columns
+    return np.array([d[g, 2 * t : 2 * t + 2] for g, t in LANES])
+
+
+def test_four_quarters_are_the_product() -> None:
+    a, b = (np.random.default_rng(n).integers(0, 1 << 32, (32, n), dtype=np.uint32) for n in (4, 2))
+    quarters = [quarter(a[:, half], b[:, 0]) + quarter(a[:, half + 2], b[:, 1]) for half in (0, 1)]
+    np.testing.assert_array_equal(np.concatenate(quarters, axis=1), product(a, b))
+
+
+def bytes_of(form: WeightFormat, fragments: np.ndarray, step: int) -> np.ndarray:
+    """[32, 4] registers of A, 32 columns of fragments [n, 32, 4]."""
+    if form.bits == 8:
+        return fragments[step]
+    low, high = fragments[step // 2][:, 2 * (step % 2)], fragments[step // 2][:, 2 * (step % 2) + 1]
+    upper = np.uint32(0xF0F0F0F0)
+    return np.stack([low << 4 & upper, high << 4 & upper, low & upper, high & upper], axis=1)
+
+
 class Warp:
-    """One consumer warp over one tile, lane by lane, by the definition of mma.m16n8k16: what isa/device/matvec_quantised.cuh computes.
+    """One consumer warp over one tile, lane by lane: what isa/device/matvec_quantised.cuh computes."""
 
-    A lane (g, t) holds A rows g and g + 8 in k = 2t, 2t + 1 (registers 0 and 1) and k = 2t + 8, 2t + 9 (registers 2 and 3). Those rows
-    of B come from the lanes with the same t. So a lane's registers meet the x that lanes with its t have loaded.
-    """
+    def __init__(self, form: WeightFormat, plan: ChunkPlan, x: np.ndarray, narrow: bool) -> None:
+        """`x`: the warp's slice."""
+        self.form, self.plan = form, plan
+        self.digits, self.down = digit_planes(x, narrow)
+        self.low, self.high = np.zeros(32), np.zeros(32)
+        self.row = np.zeros((32, 4), dtype=np.int64)
 
-    def __init__(self, form: WeightFormat, plan: ChunkPlan, x: np.ndarray) -> None:
-        self.form, self.plan, self.x = form, plan, x
-        self.rows = np.zeros(TILE_ROWS)
+    def operand(self, step: int) -> np.ndarray:
+        """[32, 2] words: eight columns of the plane of the lane's digit."""
+        at = [(min(g, 2), 32 * step + 8 * t) for g, t in LANES]
+        return np.array([self.digits[plane, c : c + 8].copy().view(np.uint32) for plane, c in at])
 
     def chunk(self, chunk: bytes, first: int, pieces: int, at: int) -> None:
-        """Takes `pieces` pieces at byte `at` of a chunk; the first covers columns from `first`."""
+        """Takes `pieces` pieces at byte `at` of a chunk; the first is number `first` of the slice."""
         form, piece = self.form, self.plan.piece
+        steps, group_steps = piece.columns // 32, (form.group or piece.columns) // 32
         for number in range(pieces):
             own = chunk[at + number * piece.bytes : at + (number + 1) * piece.bytes]
             codes_bytes = piece.bytes // FRAGMENT_BYTES * FRAGMENT_BYTES
-            beside = own[codes_bytes:] if form.group else chunk[-piece.tail :]
-            for step in range(piece.columns // 32):
-                column = first + number * piece.columns + 32 * step
-                group = 32 * step // form.group if form.group else 0
-                self._step(own, step, column, *self._group(beside, group, piece.columns // form.group if form.group else 1))
+            fragments = np.frombuffer(own[:codes_bytes], dtype="<u4").reshape(-1, 32, 4)
+            for group in range(steps // group_steps):
+                sums, less_x = np.zeros((32, 4), dtype=np.int64), np.zeros((32, 4), dtype=np.int64)
+                for step in range(group * group_steps, (group + 1) * group_steps):
+                    b = self.operand((first + number) * steps + step)
+                    sums += product(bytes_of(self.form, fragments, step), b)
+                    less_x += product(MINUS_ONES, b)
+                if form.group:
+                    assert np.abs(sums[:, [0, 2]]).max() * 256 + np.abs(sums[:, [1, 3]]).max() < 2**31
+                    self._scale(sums, less_x, own[codes_bytes:], group, steps // group_steps)
+                else:
+                    self.row += sums
 
-    def _group(self, beside: bytes, group: int, groups: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scales and zeros [8, 2] of rows g and g + 8."""
+    def end(self, last_chunk: bytes) -> np.ndarray:
+        """The tile's 16 rows, after its last chunk."""
+        if not self.form.group:
+            total = np.zeros((32, 4), dtype=np.int64)
+            for step in range(self.digits.shape[1] // 32):
+                total += product(MINUS_ONES, self.operand(step))
+            self._scale(self.row, total, last_chunk[-self.plan.piece.tail :], 0, 1)
+        code_unit = 1 / 16 if self.form.bits == 4 else 1
+        unit = np.array([self.down * code_unit * (256 if t == 0 else 1 / 257) for _, t in LANES])
+        low, high = self.low * unit, self.high * unit
+        return np.concatenate([low[0::4] + low[1::4], high[0::4] + high[1::4]])
+
+    def _scale(self, sums: np.ndarray, less_x: np.ndarray, beside: bytes, group: int, groups: int) -> None:
         raw = np.frombuffer(beside[32 * group : 32 * group + 32], dtype="<u2").reshape(8, 2)
         scales = raw.view(np.float16).astype(np.float64) if self.form.scale == "fp16" else (raw.astype(np.uint32) << 16).view(np.float32)
-        if not self.form.asymmetric:
-            return scales, np.full((8, 2), self.form.zero)
-        start = 32 * groups + 16 * group
-        return scales, np.frombuffer(beside[start : start + 16], dtype=np.uint8).reshape(8, 2)
-
-    def _step(self, piece: bytes, step: int, column: int, scales: np.ndarray, zeros: np.ndarray) -> None:
-        """32 columns: two products."""
-        a_fragment = 256 // self.form.bits // 32  # steps of a fragment
-        fragment = np.frombuffer(piece, dtype="<u4", count=128, offset=step // a_fragment * FRAGMENT_BYTES).reshape(32, 4)
-        for lane, (g, t) in enumerate(LANES):
-            x = self.x[column + 8 * t : column + 8 * t + 8]
-            for half in (0, 1):
-                for product in (0, 1):
-                    for register in (0, 1):
-                        pair = self._pair(fragment[lane], step % a_fragment, half, product, register)
-                        columns = 4 * product + 2 * register
-                        elements = (np.array(pair) - int(zeros[g, half])) * float(scales[g, half])
-                        self.rows[g + 8 * half] += elements @ x[columns : columns + 2]
-
-    def _pair(self, words: np.ndarray, part: int, half: int, product: int, register: int) -> tuple[int, int]:
-        if self.form.bits == 8:
-            word, shift, mask = int(words[2 * product + half]), 8 * register, 0xFF
-        else:
-            word, shift, mask = int(words[2 * part + half]), 8 * product + 4 * register, 0xF
-        return word >> shift & mask, word >> (shift + 16) & mask
+        zeros = np.zeros((8, 2))
+        if self.form.asymmetric:
+            start = 32 * groups + 16 * group
+            zeros = np.frombuffer(beside[start : start + 16], dtype=np.int8).reshape(8, 2)
+        for lane, (g, _) in enumerate(LANES):
+            s, minus_x = sums[lane], 256 * less_x[lane, 0] + less_x[lane, 1]
+            self.low[lane] += float(scales[g, 0]) * (256 * s[0] + s[1] + int(zeros[g, 0]) * minus_x)
+            self.high[lane] += float(scales[g, 1]) * (256 * s[2] + s[3] + int(zeros[g, 1]) * minus_x)
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize(("columns", "warps"), [(200, 8), (1152, 4)])
+@pytest.mark.parametrize(("columns", "warps", "narrow"), [(200, 8, True), (1152, 4, False)])
 def test_warps_that_read_as_the_device_does_find_the_product(
-    name: str, columns: int, warps: int, make_spec: Any, make_program: Any
+    name: str, columns: int, warps: int, narrow: bool, make_spec: Any, make_program: Any
 ) -> None:
     machine, form = some_machine(make_program, make_spec, consumer_warps=warps, stage_bytes=2432 * warps), FORMATS[name]
     plan, matrix = chunk_plan(machine, columns, form), random_matrix(form, 16, columns)
-    rng = np.random.default_rng(columns)
-    x = rng.standard_normal(columns)
-    padded = np.concatenate([x, np.zeros(plan.tile_pieces * plan.piece.columns - columns)])
+    x = np.random.default_rng(columns).standard_normal(columns).astype(np.float32)
+    padded = np.concatenate([x, np.zeros(plan.tile_pieces * plan.piece.columns - columns, dtype=np.float32)])
     stream, at = pack_quantised(matrix, plan)[0].numpy().tobytes(), 0
-    sums = Warp(form, plan, padded)
+    own = [slice(plan.first(w) * plan.piece.columns, (plan.first(w) + plan.pieces(w)) * plan.piece.columns) for w in range(warps)]
+    consumers = [Warp(form, plan, padded[s], narrow) for s in own]
+    chunk = b""
     for c in range(plan.chunks):
         chunk = stream[at : at + plan.chunk_bytes(c)]
         at += len(chunk)
         offset = 0
-        for w in range(warps):
+        for w, consumer in enumerate(consumers):
             pieces = plan.pieces_in_chunk(c, w)
-            sums.chunk(chunk, (plan.first(w) + c * plan.per_chunk) * plan.piece.columns, pieces, offset)
+            consumer.chunk(chunk, c * plan.per_chunk, pieces, offset)
             offset += pieces * plan.piece.bytes
-    np.testing.assert_allclose(sums.rows, dequantise(matrix).double().numpy() @ x, rtol=1e-9)
+    found = sum(consumer.end(chunk) for consumer in consumers)
+    weights, taken = dequantise(matrix).double().numpy(), np.concatenate([fixed_point(padded[s]) for s in own])[:columns]
+    np.testing.assert_allclose(found, weights @ taken, rtol=1e-9, atol=1e-9 * np.abs(weights @ x).max())
 
 
-def halves(word: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """The two elements in 32-bit words."""
-    low, high = (word & 0xFFFF).astype(np.uint32), (word >> 16).astype(np.uint32)
-    if dtype == "fp16":
-        return low.astype(np.uint16).view(np.float16).astype(np.float64), high.astype(np.uint16).view(np.float16).astype(np.float64)
-    return (low << 16).view(np.float32).astype(np.float64), (high << 16).view(np.float32).astype(np.float64)
-
-
-def holds(values: np.ndarray, dtype: str) -> bool:
-    kind = torch.float16 if dtype == "fp16" else torch.bfloat16
-    return bool((torch.from_numpy(values).to(kind).double().numpy() == values).all())
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_bits_beside_an_exponent_are_every_code_exactly_and_so_is_each_difference(bits: int, dtype: str) -> None:
-    codes = np.arange(1 << bits, dtype=np.uint32)
-    words = codes | codes[::-1] << 16 | 0xFFFFFFFF & ~np.uint32(((1 << bits) - 1) * 0x10001)  # whatever else is in the word
-    bias = 0x64006400 if dtype == "fp16" else 0x43004300
-    if bits == 8 and dtype == "bf16":
-        lower, upper = halves((words & 0x007F007F) | bias, dtype), halves((words & 0x00800080) ^ np.uint32(0xC380C380), dtype)
-        biased = [a + b for a, b in zip(lower, upper, strict=True)]
-        middle = -128
-    else:
-        biased = list(halves((words & (0x000F000F if bits == 4 else 0x00FF00FF)) | bias, dtype))
-        middle = 1024 if dtype == "fp16" else 128
-    np.testing.assert_array_equal(biased[0], codes + np.float64(middle))
-    np.testing.assert_array_equal(biased[1], codes[::-1] + np.float64(middle))
-    assert holds(biased[0], dtype)
-    assert holds((biased[0][:, None] - biased[0][None, :]).ravel(), dtype)
+def test_every_code_less_its_zero_is_the_difference_of_their_bytes(bits: int) -> None:
+    """A fragment of every code, beside every zero: what `bytes_of` and the zero's byte are of, in the stream's own order."""
+    form, lanes = FORMATS[f"int{bits}-asym"], np.arange(1 << bits)
+    codes = torch.arange(1 << bits, dtype=torch.uint8).repeat(512 // bits)[: 16 * 256 // bits].view(16, -1)
+    plan = ChunkPlan(codes.shape[1], 1, 1, 1, 0, 1, 1, quantised_piece(form))
+    zeros = torch.from_numpy(lanes[:16].astype(np.uint8))[:, None]
+    packed = pack_quantised(QuantisedMatrix(form, codes, torch.ones(16, 1, dtype=torch.bfloat16), zeros), plan)[0].numpy()
+    words = packed[:FRAGMENT_BYTES].view("<u4").reshape(1, 32, 4)
+    a = np.concatenate([signed_bytes(bytes_of(form, words, step)) for step in range(8 // bits)], axis=2)
+    scale = 16 if bits == 4 else 1
+    for lane, (g, t) in enumerate(LANES):
+        for half in (0, 1):
+            expected = [codes[g + 8 * half, 32 * step + 8 * t + i] for step in range(8 // bits) for i in range(8)]
+            taken = [a[lane, half + 2 * (i // 4), 4 * step + i % 4] for step in range(8 // bits) for i in range(8)]
+            zero = int(packed[-16:].view(np.int8).reshape(8, 2)[g, half])
+            assert [v - zero for v in taken] == [scale * (int(c) - int(zeros[g + 8 * half, 0])) for c in expected]
 
 
 @pytest.mark.parametrize("name", ["int8", "int8-g32-asym", "int4-g64", "int4-asym"])

@@ -1,0 +1,72 @@
+"""The oracle for a batch: every row against the source model, with rows at different positions in the same launch.
+
+Each row decodes the reference's first tokens, by its own choice while it agrees with the source; then rows begin from the source's
+KV rows at late positions, each at another. Statistics and limits are those of one token (eval/oracle.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from amk.eval.kv_rows import relative_errors, typical_ratios
+from amk.eval.oracle import Finding, Reference, Segment, Step, compare, find
+from amk.vm.interface import BatchMachine, DecodedBatch
+
+APART = 4  # rows of one late position begin up to this many tokens apart
+
+
+def judge_batch(machine: BatchMachine, reference: Reference) -> Finding:
+    """The finding on a machine of a batch loaded with the reference's model. LaunchFailed if a launch does not finish."""
+    early = _early(machine, reference)
+    shares: dict[str, float] = {}
+    for row in range(machine.batch):
+        errors = relative_errors(
+            lambda layer, stop, row=row: machine.read_kv(layer, stop, row),  # type: ignore[misc]
+            reference.kv, reference.layers, reference.early.rows,
+        )  # fmt: skip
+        for name, ratio in typical_ratios(errors, reference.early.rows_expected).items():
+            shares[name] = max(shares.get(name, 0.0), ratio)
+    late = [step for turn in range(len(reference.late)) for step in _late(machine, reference, turn)]
+    return find(early, late, shares, reference.dtype)
+
+
+def _early(machine: BatchMachine, reference: Reference) -> list[Step]:
+    """Every row over the early segment: alone from the prompt as far as it agrees, and once more on the source's track for the rest."""
+    segment, prompt = reference.early, reference.plan.prompt
+    rows, start = range(machine.batch), [segment.start] * machine.batch
+    free = machine.decode_batch([segment.tokens[:prompt]] * len(rows), start, steps=len(segment.tokens), logits=True)
+    judged = [_judged(free, row, segment, 0, _agreed(free.tokens[row], segment.tokens, prompt)) for row in rows]
+    if any(len(steps) < len(segment.tokens) for steps in judged):
+        forced = machine.decode_batch([segment.tokens] * len(rows), start, logits=True)
+        judged = [
+            [*steps, *_judged(forced, row, segment, len(steps), len(segment.tokens))] for row, steps in zip(rows, judged, strict=True)
+        ]
+    return [step for steps in judged for step in steps]
+
+
+def _agreed(chosen: Sequence[int], track: Sequence[int], prompt: int) -> int:
+    """Steps whose inputs were the track's."""
+    return next((i + 1 for i in range(prompt - 1, len(track) - 1) if chosen[i] != track[i + 1]), len(track))
+
+
+def _late(machine: BatchMachine, reference: Reference, turn: int) -> list[Step]:
+    """Row r at late position r + turn (in turn), and those that come to the same one some tokens apart."""
+    segments = reference.late
+    apart = min(APART, reference.plan.late_steps)
+    places = [(segments[(row + turn) % len(segments)], row // len(segments) % apart) for row in range(machine.batch)]
+    for row, (segment, skip) in enumerate(places):
+        for layer in range(reference.layers):
+            machine.seed_kv(layer, *reference.kv(layer, segment.start + skip), row)
+    steps = reference.plan.late_steps - apart + 1
+    tokens = [segment.tokens[skip : skip + steps] for segment, skip in places]
+    decoded = machine.decode_batch(tokens, [segment.start + skip for segment, skip in places], logits=True)
+    return [step for row, (segment, skip) in enumerate(places) for step in _judged(decoded, row, segment, skip, skip + steps, skip)]
+
+
+def _judged(decoded: DecodedBatch, row: int, segment: Segment, first: int, stop: int, begin: int = 0) -> list[Step]:
+    """Steps [first, stop) of a segment by one row of a launch that began with step `begin`."""
+    assert decoded.logits is not None
+    return [
+        compare(segment.start + i, decoded.tokens[row][i - begin], decoded.logits[i - begin, row], segment.logits[i], segment.expected[i])
+        for i in range(first, stop)
+    ]

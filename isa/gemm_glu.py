@@ -1,0 +1,33 @@
+"""gemm_glu: gemv_glu for a batch: silu(gate) * up of every seat, published narrow and interleaved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from amk.isa.batch import NARROW_RUN, interleave
+from amk.isa.gemv_glu import HALF, silu
+from amk.isa.instruction import Access, Memory, Publishes
+from amk.isa.machine import Machine
+from amk.isa.matmul import MatMul
+from amk.isa.rounding import round_to
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemmGlu(MatMul):
+    """Tile t gives 8 elements of each seat: the run of `4 batch` packets at that many times t."""
+
+    stem: ClassVar[str] = "gemm_glu"
+
+    def writes(self, machine: Machine, position: int) -> list[Access]:
+        packets = NARROW_RUN // machine.narrow * self.batch
+        first = self.out_start + self.tile0 * packets
+        return [
+            Access(self.out_buf, first + t * packets, first + (t + 1) * packets, self.out_tag, "narrow", "storer", tile=t)
+            for t in range(self.tiles)
+        ]
+
+    def run(self, memory: Memory, position: int) -> Publishes:
+        pairs = self.product(memory).reshape(self.tiles, 2, HALF, self.batch)
+        y = round_to(silu(pairs[:, 0]) * pairs[:, 1], memory.machine.dtype)
+        return list(zip(self.writes(memory.machine, position), (interleave(tile, narrow=True) for tile in y), strict=True))

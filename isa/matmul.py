@@ -1,0 +1,75 @@
+"""What the three streamed products of a batch share: the same matrix, tiles and stream as a matrix-vector product, x for every seat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from amk.isa.abi import U16
+from amk.isa.batch import NARROW_RUN, SEAT_BLOCK, WIDE_RUN, deinterleave
+from amk.isa.instruction import F32, Access, Memory
+from amk.isa.machine import Machine
+from amk.isa.matvec import X_NARROW, X_NORM, MatVec
+from amk.isa.rounding import round_to
+
+# Flags beside those of isa.matvec and isa.weight_format.
+X_BY_SEAT = 256  # x lies by seat, else interleaved
+OUT_BY_SEAT = 512  # so does the output
+X_KEPT = 1024  # a warp keeps its slice of x in scratch, for more tiles than one; else it reads x again for every tile
+BATCH_FLAGS = X_BY_SEAT | OUT_BY_SEAT | X_KEPT
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatMul(MatVec):
+    """MatVec with `batch` vectors x, elements of x rounded to the machine's dtype: there are no idle columns for their rounding errors."""
+
+    batch: U16 = SEAT_BLOCK
+
+    batched: ClassVar[bool] = True
+
+    def x_reads(self, machine: Machine, columns: slice) -> list[Access]:
+        """The packets that hold `columns` of every seat's x; `columns` begins at a whole run."""
+        narrow, by_seat = bool(self.flags & X_NARROW), bool(self.flags & X_BY_SEAT)
+        per, run = (machine.narrow, NARROW_RUN) if narrow else (1, WIDE_RUN)
+        start, stop = columns.start // per, -(-columns.stop // per)
+        if by_seat:
+            stride = -(-self.cols // per)
+            spans = [(seat * stride + start, seat * stride + stop) for seat in range(self.batch)]
+        else:
+            spans = [(start * self.batch, (columns.stop + -columns.stop % run) // per * self.batch)]
+        return [Access(self.x_buf, self.x_start + a, self.x_start + b, self.x_tag, "narrow" if narrow else "f32") for a, b in spans]
+
+    def reads(self, machine: Machine, position: int) -> list[Access]:
+        return self.x_reads(machine, slice(0, self.cols))
+
+    def slice_reads(self, machine: Machine, columns: slice) -> list[Access]:
+        return self.x_reads(machine, columns) if columns.stop > columns.start else []
+
+    def slice_of(self, loaded: Sequence[F32], columns: slice) -> F32:
+        """x [columns, batch] from what `slice_reads` reads."""
+        width = columns.stop - columns.start
+        if not width:
+            return np.zeros((0, self.batch), dtype=np.float32)
+        if self.flags & X_BY_SEAT:
+            return np.stack([part[:width] for part in loaded], axis=1)
+        return deinterleave(loaded[0], self.batch, bool(self.flags & X_NARROW))[:width]
+
+    def shared_bytes(self, machine: Machine) -> int:
+        """x as elements where it is kept, each consumer warp its own K slice."""
+        plan = self.plan(machine)
+        kept = plan.warps * plan.high * plan.piece.columns * machine.element_bytes * self.batch
+        return kept if self.flags & X_KEPT else 0
+
+    def slice_sums(self, memory: Memory, x: F32, columns: slice) -> tuple[F32, Any]:
+        first, squares = self.tile0 * WIDE_RUN, np.zeros(self.batch, dtype=np.float32)
+        if self.flags & X_NORM:
+            squares = (x * x).sum(axis=0)
+            x = x * memory.constant(self.gain, self.cols)[columns][:, None]
+        w = memory.matrix(self.weight)[first : min(self.rows, first + self.tiles * WIDE_RUN), columns]
+        return w @ round_to(x, memory.machine.dtype), squares
+
+    def bias_rows(self, memory: Memory, rows: int) -> F32:
+        return super().bias_rows(memory, rows)[:, None]

@@ -1,0 +1,68 @@
+"""Steps of what is published: each is a command that its module takes, into a file of its own, and is done only at one clean commit."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from amk.dev.bench_gpu import POSITIONS
+from amk.dev.card import card_count
+from amk.dev.publish import STEPS, State, Step, build_all, run
+from amk.eval.card import Place
+from amk.schedule.targets import TARGETS
+from amk.tests.dev.test_bench_gpu import refuses
+
+COMMIT = "0123456789abcdef"
+
+
+def test_every_step_has_a_results_file_of_its_own_with_a_plain_name() -> None:
+    files = [step.file.format(card="h200") for step in STEPS.values()]
+    assert len(set(files)) == len(files)
+    assert [name for name in files if not re.fullmatch(r"[A-Za-z0-9._-]+\.json", name)] == []
+
+
+def test_every_model_of_the_benchmark_is_published() -> None:
+    assert {build.model for step in STEPS.values() for build in step.builds} == set(POSITIONS)
+
+
+@pytest.mark.skipif(card_count() > 0, reason="says what happens where there is no card")
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_is_a_command_that_its_module_takes(name: str, tmp_path: Path) -> None:
+    """Without a card it gets as far as asking for one: its options are known."""
+    command = STEPS[name].command("h200", tmp_path, 2)
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (ran.returncode, "card" in ran.stderr) == (3, True), ran.stderr
+
+
+def test_a_step_is_done_at_the_commit_at_which_it_ended_well(tmp_path: Path) -> None:
+    State(tmp_path).keep("1b", {"commit": COMMIT, "processes": 3, "exit_code": 0})
+    state = State(tmp_path)
+    assert state.done("1b", COMMIT, 3)
+    assert not state.done("1b", COMMIT, 1) and not state.done("1b", "another", 3) and not state.done("8b", COMMIT, 3)
+    state.keep("1b", {"commit": f"{COMMIT}+changes", "processes": 3, "exit_code": 0})
+    assert not state.done("1b", f"{COMMIT}+changes", 3)
+    state.keep("1b", {"commit": COMMIT, "processes": 3, "exit_code": 1})
+    assert not state.done("1b", COMMIT, 3)
+
+
+def test_a_step_that_takes_too_long_is_ended_with_what_it_started() -> None:
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    code, seconds = run(Step("none", (), "", 1), [sys.executable, "-c", child])
+    assert code == 124 and seconds < 30
+    assert run(Step("none", (), "", 30), [sys.executable, "-c", "raise SystemExit(7)"])[0] == 7
+
+
+def test_steps_that_need_no_kernels_start_no_processes() -> None:
+    build_all([STEPS["quality"]], Place(TARGETS["h200"], "cuda", None))
+
+
+@pytest.mark.skipif(card_count() > 0, reason="says what happens where there is no card")
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"), [((), 3, "card"), (("--only", "70b"), 2, "'70b'"), (("--processes", "0"), 2, "at least 1")]
+)
+def test_publish_says_what_it_cannot_do(arguments: tuple[str, ...], code: int, words: str, tmp_path: Path) -> None:
+    refuses("publish", arguments, code, words, tmp_path)
