@@ -17,7 +17,7 @@ from amk.isa.filter_head import FilterHead
 from amk.isa.gemv_head import GemvHead
 from amk.isa.instruction import Instruction
 from amk.isa.sample import Sample
-from amk.schedule.compile import lower
+from amk.schedule.compile import compile_program, lower
 from amk.schedule.digest import program_digest
 from amk.schedule.knobs import Config
 from amk.schedule.program import Program
@@ -93,3 +93,12 @@ def test_a_tile_whose_scores_go_elsewhere_is_missed() -> None:
     built = program("filter", n_tile=16)
     site = find(built, FilterHead)[-1]
     assert "nobody publishes" in rejected(changed(built, site, out_tag=1))
+
+
+@pytest.mark.parametrize("chooser", CHOOSERS)
+def test_a_batch_is_greedy(chooser: Chooser) -> None:
+    made = compile_program(replace(SPEC, dtype="bf16"), Config(), small_target(8), context=64, chooser=chooser, batch=8)
+    if chooser == "greedy":
+        assert isinstance(made, Program)
+    else:
+        assert isinstance(made, list) and "batch: must be 1 for programs that draw, but got 8" in str(made[0])
