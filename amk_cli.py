@@ -37,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-MODEL_HELP = "a built-in name, a checkpoint folder, a GGUF file or a HuggingFace id; with @int8, @int4-g128, ... its weights are quantised"
+MODEL_HELP = "a built-in name, checkpoint folder, GGUF file or HuggingFace id; with @int8, @int4-g128, ... quantised, with @fp16 converted"
 Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
 Gpu = Annotated[str | None, typer.Option(help="the target; the live card, else h200, where none is named", show_default=False)]
 Device = Annotated[str, typer.Option(help="where to judge: auto, cuda or cpu")]

@@ -79,7 +79,7 @@ def propose(
         "schedule_config": config,
         "effective_config": candidate.effective,
         "schedule_id": candidate.facts.schedule_id,
-        "search_space": search_space(subject.spec),
+        "search_space": search_space(subject.spec, subject.place.target),
         "schema": SCHEMA_PATH,
         "edit_surface": EDIT_SURFACE,
     }

@@ -84,6 +84,7 @@ class DeviceKnobs:
     sync: str
     poll_sleep_ns: int
     release_early: int
+    weight_feed: str
 
 
 @dataclass(frozen=True)

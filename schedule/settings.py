@@ -28,7 +28,7 @@ Chooser: TypeAlias = Literal["greedy", "draw", "filter"]
 class Settings:
     """Realised choices: `splits[l]` attention tasks of a KV head in layer l; `stage_sizes` to try, in bytes with scales, best first.
 
-    `batch` tokens are computed side by side, each with KV rows of its own.
+    `feed` is how they are filled; `batch` tokens are computed side by side, each with KV rows of its own.
     """
 
     config: Config
@@ -37,6 +37,7 @@ class Settings:
     consumer_warps: int
     splits: tuple[int, ...]
     stage_sizes: tuple[int, ...]
+    feed: str
     batch: int = 1
     chooser: Chooser = "greedy"
 
@@ -52,7 +53,12 @@ def resolve(
 
     `context` is the number of KV rows, rounded up to a multiple of 16; None takes what the model allows, up to 16384.
     """
-    problems = [*model_problems(spec), *_dtype_problems(spec, target), *_batch_problems(spec, config, batch, chooser)]
+    problems = [
+        *model_problems(spec),
+        *_dtype_problems(spec, target),
+        *_feed_problems(config, target),
+        *_batch_problems(spec, config, batch, chooser),
+    ]
     if problems:
         return problems
     rows = min(spec.max_context, DEFAULT_CONTEXT) if context is None else context
@@ -64,8 +70,9 @@ def resolve(
     problems = list(_memory_problems(spec, target, rows, batch))
     if problems:
         return problems
+    feed = target.feeds[0] if config.weight_feed == "auto" else config.weight_feed
     splits = splits_of(spec, config, target, rows, batch)
-    return Settings(config, target, rows, warps, splits, _stage_sizes(spec, config, warps), batch, chooser)
+    return Settings(config, target, rows, warps, splits, _stage_sizes(spec, config, warps), feed, batch, chooser)
 
 
 def least_stage_bytes(spec: ModelSpec, consumer_warps: int) -> int:
@@ -103,9 +110,21 @@ def model_problems(spec: ModelSpec) -> Iterator[Rejection]:
 
 def _dtype_problems(spec: ModelSpec, target: Target) -> Iterator[Rejection]:
     if spec.dtype not in target.dtypes:
-        yield reject("model.dtype", spec.dtype, f"one of {target.dtypes} on {target.name} ({target.arch})")
+        allowed = f"one of {target.dtypes} on {target.name} ({target.arch}); MODEL@{target.dtypes[0]} is the model so converted"
+        yield reject("model.dtype", spec.dtype, allowed)
     if spec.dtype == "fp32" and (spec.layer_weights or spec.head_weights):
         yield reject("model.dtype", spec.dtype, "bf16 or fp16 for quantised weights")
+
+
+def weight_feeds(target: Target) -> tuple[str, ...]:
+    """The values of the knob weight_feed that the card allows."""
+    return ("auto", *target.feeds)
+
+
+def _feed_problems(config: Config, target: Target) -> Iterator[Rejection]:
+    allowed = weight_feeds(target)
+    if config.weight_feed not in allowed:
+        yield reject("kernel_knobs.weight_feed", config.weight_feed, f"one of {allowed} on {target.name} ({target.arch})")
 
 
 def _batch_problems(spec: ModelSpec, config: Config, batch: int, chooser: Chooser) -> Iterator[Rejection]:

@@ -1,4 +1,5 @@
-// Every fence, atomic and spin of the machine, each with the order it makes.
+// Every fence, atomic and spin of the machine, each with the order it makes; those of a block's barriers are the weight feed's
+// (sync_mbarrier.cuh, sync_words.cuh).
 #pragma once
 #include "isa/device/types.cuh"
 #include "isa/device/trace.cuh"
@@ -109,39 +110,6 @@ __device__ __forceinline__ void wait_until(const Abort& a, uint32_t kind, Ready 
   if (!poll_until(a, kind, ready)) leave();
 }
 
-// ---- mbarriers: order shared memory of one block (release on arrive, acquire on wait, CTA scope) -------------------------------------
-
-__device__ __forceinline__ void barrier_init(uint64_t* bar, uint32_t count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count));
-}
-__device__ __forceinline__ void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-__device__ __forceinline__ void barrier_arrive(uint64_t* bar) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
-}
-__device__ __forceinline__ void barrier_expect(uint64_t* bar, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ bool barrier_passed(uint64_t* bar, uint32_t parity) {
-  uint32_t ok;
-  asm volatile(
-      "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-      : "=r"(ok)
-      : "r"(shared_address(bar)), "r"(parity)
-      : "memory");
-  return ok != 0;
-}
-
-// The same without waiting a moment for it: for an answer that is needed later.
-__device__ __forceinline__ bool barrier_tested(uint64_t* bar, uint32_t parity) {
-  uint32_t ok;
-  asm volatile(
-      "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-      : "=r"(ok)
-      : "r"(shared_address(bar)), "r"(parity)
-      : "memory");
-  return ok != 0;
-}
-
 // ---- words in shared memory that only grow -----------------------------------------------------------------------------------------
 
 __device__ __forceinline__ uint32_t load_shared_acquire(const uint32_t* p) {
@@ -206,5 +174,3 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
-// Ordinary writes acquired by this thread are visible to the bulk copies it starts next.
-__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }
