@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from amk.isa.abi import NONE
 from amk.isa.attention import MAX_GROUP
@@ -18,6 +19,9 @@ STAGE_CHOICES = (8192, 16384, 32768)
 SPLIT_CHOICES = (1, 2, 4, 8, 16)
 MAX_HEAD_DIM = 256
 BATCHES = (1, 8, 16)  # tokens that a program may compute side by side
+
+# How a program chooses tokens: the largest logit; by temperature; by temperature and filters. The last two end at stop tokens.
+Chooser: TypeAlias = Literal["greedy", "draw", "filter"]
 
 
 @dataclass(frozen=True)
@@ -35,13 +39,16 @@ class Settings:
     stage_sizes: tuple[int, ...]
     feed: str
     batch: int = 1
+    chooser: Chooser = "greedy"
 
     @property
     def tiles_per_unit(self) -> int:
         return self.config.n_tile // TILE_ROWS
 
 
-def resolve(spec: ModelSpec, config: Config, target: Target, context: int | None, batch: int = 1) -> Settings | list[Rejection]:
+def resolve(
+    spec: ModelSpec, config: Config, target: Target, context: int | None, batch: int = 1, chooser: Chooser = "greedy"
+) -> Settings | list[Rejection]:
     """The settings, or every reason against them that can be told before lowering.
 
     `context` is the number of KV rows, rounded up to a multiple of 16; None takes what the model allows, up to 16384.
@@ -50,7 +57,7 @@ def resolve(spec: ModelSpec, config: Config, target: Target, context: int | None
         *model_problems(spec),
         *_dtype_problems(spec, target),
         *_feed_problems(config, target),
-        *_batch_problems(spec, config, batch),
+        *_batch_problems(spec, config, batch, chooser),
     ]
     if problems:
         return problems
@@ -65,7 +72,7 @@ def resolve(spec: ModelSpec, config: Config, target: Target, context: int | None
         return problems
     feed = target.feeds[0] if config.weight_feed == "auto" else config.weight_feed
     splits = splits_of(spec, config, target, rows, batch)
-    return Settings(config, target, rows, warps, splits, _stage_sizes(spec, config, warps), feed, batch)
+    return Settings(config, target, rows, warps, splits, _stage_sizes(spec, config, warps), feed, batch, chooser)
 
 
 def least_stage_bytes(spec: ModelSpec, consumer_warps: int) -> int:
@@ -120,12 +127,14 @@ def _feed_problems(config: Config, target: Target) -> Iterator[Rejection]:
         yield reject("kernel_knobs.weight_feed", config.weight_feed, f"one of {allowed} on {target.name} ({target.arch})")
 
 
-def _batch_problems(spec: ModelSpec, config: Config, batch: int) -> Iterator[Rejection]:
-    """What programs of a batch cannot do yet: fp32, quantised weights, norms and activations that are tasks of their own."""
+def _batch_problems(spec: ModelSpec, config: Config, batch: int, chooser: Chooser) -> Iterator[Rejection]:
+    """What programs of a batch cannot do yet: draws, fp32, quantised weights, norms and activations that are tasks of their own."""
     if batch not in BATCHES:
         yield reject("batch", batch, f"one of {BATCHES}")
     if batch == 1:
         return
+    if chooser != "greedy":
+        yield reject("batch", batch, "1 for programs that draw")
     if spec.dtype == "fp32":
         yield reject("model.dtype", spec.dtype, "bf16 or fp16 for a batch")
     if spec.quantised:
