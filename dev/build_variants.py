@@ -19,6 +19,7 @@ from amk.models.registry import describe
 from amk.schedule.compile import compile_program
 from amk.schedule.config import parse_config
 from amk.schedule.model import ModelSpec
+from amk.schedule.settings import Chooser
 from amk.schedule.targets import TARGETS, Target
 from amk.vm.build import BuildFailed, compile_kernel
 from amk.vm.source import kernel_source
@@ -47,6 +48,7 @@ class Variant:
     spills: bool = False
     batch: int = 1
     prefill: bool = False
+    chooser: Chooser = "greedy"
 
     def spec_on(self, target: Target) -> ModelSpec:
         """The model in 16-bit elements that the card has."""
@@ -67,6 +69,11 @@ def variants() -> list[Variant]:
         Variant("llama-3.1-8b", describe("llama-3.1-8b-shape"), {}, (*NEW, *AMPERE)),
         Variant("qwen3-0.6b", describe("qwen3-0.6b-shape"), {}, OTHERS),
         Variant("smollm2-135m", describe("smollm2-135m-shape"), {}, NEW),
+        Variant("llama-3.2-1b, draws", one_b, {}, ("a100",), chooser="draw"),
+        Variant("llama-3.2-1b, filters", one_b, {}, OTHERS, chooser="filter"),
+        Variant("llama-3.2-1b 128 threads, filters", one_b, {"threads_per_block": 128}, chooser="filter"),
+        Variant("qwen3-0.6b, filters", describe("qwen3-0.6b-shape"), {}, NEW, chooser="filter"),
+        Variant("small fp32, filters", fp32, {}, chooser="filter"),
         Variant("small fp16", fp16, {}, OTHERS),
         Variant("small fp32 unfused", fp32, UNFUSED, OTHERS),
         Variant("small, heads of 80", replace(small, head_dim=80), {}, ("t4",)),
@@ -104,7 +111,9 @@ def build(case: tuple[Variant, str]) -> tuple[bool, str]:
     config = parse_config(variant.config)
     if isinstance(config, list):
         return False, f"{variant.name}: {config}"
-    program = compile_program(variant.spec_on(target), config, target, context=4096, batch=variant.batch, prefill=variant.prefill)
+    program = compile_program(
+        variant.spec_on(target), config, target, context=4096, chooser=variant.chooser, batch=variant.batch, prefill=variant.prefill
+    )
     if isinstance(program, list):
         return False, f"{variant.name} for {card}: {program}"
     try:

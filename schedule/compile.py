@@ -18,7 +18,7 @@ from amk.schedule.place import Placement, assignment_problems, kept_bytes, place
 from amk.schedule.program import DeviceKnobs, KvCache, Program
 from amk.schedule.rejection import Rejection, reject
 from amk.schedule.resources import SharedNeeds, shared_layout
-from amk.schedule.settings import STAGE_CHOICES, Settings, resolve, splits_of
+from amk.schedule.settings import STAGE_CHOICES, Chooser, Settings, resolve, splits_of
 from amk.schedule.synchronise import Sync, synchronise
 from amk.schedule.targets import Target
 from amk.schedule.tile import tile
@@ -32,23 +32,39 @@ class ConfigRejected(ValueError):
         self.rejections = rejections
 
 
-def lower(spec: ModelSpec, config: Config, target: Target, *, context: int | None = None, batch: int = 1, prefill: bool = False) -> Program:
+def lower(
+    spec: ModelSpec,
+    config: Config,
+    target: Target,
+    *,
+    context: int | None = None,
+    chooser: Chooser = "greedy",
+    batch: int = 1,
+    prefill: bool = False,
+) -> Program:
     """`compile_program` for callers that know the config to be good; ConfigRejected if it is not."""
-    result = compile_program(spec, config, target, context=context, batch=batch, prefill=prefill)
+    result = compile_program(spec, config, target, context=context, chooser=chooser, batch=batch, prefill=prefill)
     if isinstance(result, Program):
         return result
     raise ConfigRejected(result)
 
 
 def compile_program(
-    spec: ModelSpec, config: Config, target: Target, *, context: int | None = None, batch: int = 1, prefill: bool = False
+    spec: ModelSpec,
+    config: Config,
+    target: Target,
+    *,
+    context: int | None = None,
+    chooser: Chooser = "greedy",
+    batch: int = 1,
+    prefill: bool = False,
 ) -> Program | list[Rejection]:
     """The program, or every reason why there is none. `context` KV rows (rounded up to 16); None: the model's, up to 16384.
 
     A program of a `batch` of tokens streams the very bytes that the program of one token streams (schedule/stream.py). One for `prefill`
     takes the batch as consecutive positions of one sequence and makes their KV rows: no logits, and no more of the stream than that needs.
     """
-    settings = resolve(spec, config, target, context, batch, prefill)
+    settings = resolve(spec, config, target, context, batch, chooser, prefill)
     if isinstance(settings, list):
         return settings
     if settings.batch > 1:  # its stages are those of one token, for they share the stream

@@ -113,6 +113,11 @@ class Program:
         return max((c.start + c.count for c in self.constants), default=0)
 
     @property
+    def draws(self) -> bool:
+        """Its launches take isa.sampling.Sampling: temperature, filters, seed and stop tokens."""
+        return any(task.draws for queue in self.queues for task in queue)
+
+    @property
     def task_count(self) -> int:
         return sum(map(len, self.queues))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from amk.isa.abi import NONE
 from amk.isa.attention import MAX_GROUP
@@ -19,6 +20,9 @@ SPLIT_CHOICES = (1, 2, 4, 8, 16)
 MAX_HEAD_DIM = 256
 BATCHES = (1, 8, 16)  # tokens that a program may compute side by side
 STRETCHES = (8, 16, 32, 64)  # and those of them that may be consecutive positions of one sequence
+
+# How a program chooses tokens: the largest logit; by temperature; by temperature and filters. The last two end at stop tokens.
+Chooser: TypeAlias = Literal["greedy", "draw", "filter"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Settings:
     stage_sizes: tuple[int, ...]
     feed: str
     batch: int = 1
+    chooser: Chooser = "greedy"
     prefill: bool = False
 
     @property
@@ -55,7 +60,13 @@ class Settings:
 
 
 def resolve(
-    spec: ModelSpec, config: Config, target: Target, context: int | None, batch: int = 1, prefill: bool = False
+    spec: ModelSpec,
+    config: Config,
+    target: Target,
+    context: int | None,
+    batch: int = 1,
+    chooser: Chooser = "greedy",
+    prefill: bool = False,
 ) -> Settings | list[Rejection]:
     """The settings, or every reason against them that can be told before lowering.
 
@@ -65,7 +76,7 @@ def resolve(
         *model_problems(spec),
         *_dtype_problems(spec, target),
         *_feed_problems(config, target),
-        *_batch_problems(spec, config, batch, prefill),
+        *_batch_problems(spec, config, batch, chooser, prefill),
     ]
     if problems:
         return problems
@@ -80,7 +91,7 @@ def resolve(
         return problems
     feed = target.feeds[0] if config.weight_feed == "auto" else config.weight_feed
     splits = splits_of(spec, config, target, rows, batch)
-    return Settings(config, target, rows, warps, splits, _stage_sizes(spec, config, warps), feed, batch, prefill)
+    return Settings(config, target, rows, warps, splits, _stage_sizes(spec, config, warps), feed, batch, chooser, prefill)
 
 
 def least_stage_bytes(spec: ModelSpec, consumer_warps: int) -> int:
@@ -135,13 +146,15 @@ def _feed_problems(config: Config, target: Target) -> Iterator[Rejection]:
         yield reject("kernel_knobs.weight_feed", config.weight_feed, f"one of {allowed} on {target.name} ({target.arch})")
 
 
-def _batch_problems(spec: ModelSpec, config: Config, batch: int, prefill: bool) -> Iterator[Rejection]:
-    """What programs of a batch cannot do yet: fp32, quantised weights, norms and activations that are tasks of their own."""
+def _batch_problems(spec: ModelSpec, config: Config, batch: int, chooser: Chooser, prefill: bool) -> Iterator[Rejection]:
+    """What programs of a batch cannot do yet: draws, fp32, quantised weights, norms and activations that are tasks of their own."""
     allowed = STRETCHES if prefill else BATCHES
     if batch not in allowed:
         yield reject("batch", batch, f"one of {allowed}")
     if batch == 1:
         return
+    if chooser != "greedy":
+        yield reject("batch", batch, "1 for programs that draw")
     if spec.dtype == "fp32":
         yield reject("model.dtype", spec.dtype, "bf16 or fp16 for a batch")
     if spec.quantised:

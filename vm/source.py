@@ -82,10 +82,11 @@ def _prelude(program: Program, layout: SharedLayout, macros: dict[str, int]) -> 
         f"#define DRY_FEED {macros['DRY_FEED']}",
         f"#define STRESS {macros['STRESS']}",
         f"#define TURING {macros['TURING']}",
+        *(["#define DRAWS"] if program.draws else []),
         f"#define FOR_EACH_SHAPE(X) {shapes}",
         *(_constant_line(n, v) for n, v in (constants(program, layout, macros) | batch_constants(program)).items()),
-        record_header("Params", param_fields(batch, prefill), param_dtype(batch, prefill)),
-        headers(batched=batch > 1),
+        record_header("Params", param_fields(batch, program.draws, prefill), param_dtype(batch, program.draws, prefill)),
+        headers(batched=batch > 1, draws=program.draws),
     ]
     return "\n".join(lines)
 

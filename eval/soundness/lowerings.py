@@ -9,6 +9,7 @@ from amk.schedule.compile import compile_program
 from amk.schedule.knobs import FUSIONS, Config
 from amk.schedule.model import DType, ModelSpec
 from amk.schedule.program import Program
+from amk.schedule.settings import Chooser
 from amk.schedule.targets import small_target
 
 VARIANTS = 256  # lowerings that mutants are made of
@@ -24,7 +25,8 @@ def lowering(variant: int) -> Program:
     """The program of a model and a config that follow from `variant`; a config that the model rejects gives way to the next."""
     random = Random(f"lowering/{variant}")
     while True:
-        program = compile_program(_model(random), _config(random), small_target(random.randint(2, 8)), context=None)
+        model, config, target = _model(random), _config(random), small_target(random.randint(2, 8))
+        program = compile_program(model, config, target, context=None, chooser=random.choice(CHOOSERS))
         if isinstance(program, Program):
             return program
 
@@ -51,6 +53,7 @@ def _model(random: Random) -> ModelSpec:
 
 
 DTYPES: tuple[DType, ...] = ("bf16", "bf16", "fp32")
+CHOOSERS: tuple[Chooser, ...] = ("greedy", "draw", "filter")
 
 
 def _config(random: Random) -> Config:

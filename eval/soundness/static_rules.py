@@ -9,7 +9,11 @@ from amk.eval.soundness.findings import Unsafe
 from amk.eval.soundness.footprint import turning_positions
 from amk.isa.abi import NONE
 from amk.isa.attention import MAX_GROUP, Attention
+from amk.isa.draw import Draw
+from amk.isa.draw_head import DrawHead
 from amk.isa.embed import Embed
+from amk.isa.filter_draw import FilterDraw
+from amk.isa.filter_head import FilterHead
 from amk.isa.gemv_head import GemvHead
 from amk.isa.instruction import Access, Instruction
 from amk.isa.machine import KV_BLOCK_ROWS, TILE_ROWS
@@ -185,14 +189,24 @@ def _tiles(program: Program) -> Iterator[Unsafe]:
 def _token(program: Program) -> Iterator[Unsafe]:
     """One task hands out the token, and it has seen the candidate of every task of the head."""
     tasks = [task for queue in program.queues for task in queue]
-    samples = [task for task in tasks if isinstance(task, Sample)]
+    samples = [task for task in tasks if isinstance(task, Sample | FilterDraw)]
     if len(samples) > 1:
         yield Unsafe("coverage", f"{len(samples)} tasks hand out the token")
     for sample in samples:
-        for head in (task for task in tasks if isinstance(task, GemvHead)):
-            seen = (head.out_buf, head.out_tag) == (sample.in_buf, sample.in_tag) and head.out_start + 2 <= 2 * sample.count
-            if not seen:
+        if isinstance(sample, FilterDraw) and sample.tiles != -(-program.machine.vocab // TILE_ROWS):
+            yield Unsafe("bounds", f"{sample.stem} takes {sample.tiles} tiles of a vocabulary of {program.machine.vocab}")
+        for head in (task for task in tasks if isinstance(task, GemvHead | FilterHead)):
+            if _chooser(head) != _chooser(sample):
+                yield Unsafe("kind", f"{sample.stem} cannot take what {head.stem} publishes")
+            end = 2 * sample.count if isinstance(sample, Sample) else 0
+            seen = (head.out_buf, head.out_tag) == (sample.in_buf, sample.in_tag)
+            if not seen or isinstance(head, GemvHead) and head.out_start + 2 > end:
                 yield Unsafe("coverage", "sample does not see the candidate of a head task")
+
+
+def _chooser(task: Instruction) -> str:
+    """Which way of choosing tokens a head or sample task belongs to."""
+    return {GemvHead: "greedy", Sample: "greedy", DrawHead: "draw", Draw: "draw"}.get(type(task), "filter")
 
 
 def _kv_visibility(program: Program) -> Iterator[Unsafe]:

@@ -38,10 +38,37 @@ __device__ __forceinline__ void raise_abort(const Abort& a, uint32_t code, uint3
   write_abort(a.record, code, a.actor << 8 | kind, a.sm, a.task, a.token);
 }
 
+#ifdef DRAWS
+// ---- the end of a launch at a stop token ---------------------------------------------------------------------------------------------
+// The task that chose the token writes how many tokens the launch has, in place of handing the token on. What later tokens wait for never
+// comes: waits of those tokens end, no others.
+
+constexpr int END_WORD = 6;  // of the abort record
+
+__device__ __forceinline__ void end_launch(const Abort& a, uint32_t tokens) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(a.record + END_WORD), "r"(tokens) : "memory");
+}
+__device__ __forceinline__ bool launch_ended(const Abort& a) {
+  const uint32_t tokens = load_relaxed(a.record + END_WORD);
+  return tokens != 0u && a.token >= tokens;
+}
+// A word in the host's memory, which the host reads while the launch runs.
+__device__ __forceinline__ void store_for_host(uint32_t* p, uint32_t v) {
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+// One more in a word of shared memory; barriers order it.
+__device__ __forceinline__ void count_shared(uint32_t* p) {
+  asm volatile("red.relaxed.cta.shared::cta.add.u32 [%0], %1;" ::"r"(shared_address(p)), "r"(1u) : "memory");
+}
+#endif
+
 // True when the wait must end: its polls ran out, or somebody aborted the launch. Looked at every 256 polls.
 __device__ __forceinline__ bool must_give_up(const Abort& a, uint32_t polls, uint32_t kind) {
   if ((polls & 255u) != 0u) return false;
   if (load_relaxed(a.record) != 0u) return true;
+#ifdef DRAWS
+  if (launch_ended(a)) return true;
+#endif
   if (polls < a.limit) return false;
   raise_abort(a, ABORT_TIMEOUT, kind);
   return true;
