@@ -18,8 +18,14 @@ from amk.isa.rounding import round_to
 # Flags beside those of isa.matvec and isa.weight_format.
 X_BY_SEAT = 256  # x lies by seat, else interleaved
 OUT_BY_SEAT = 512  # so does the output
-X_KEPT = 1024  # a warp keeps its slice of x in scratch, for more tiles than one; else it reads x again for every tile
+X_KEPT = 1024  # a warp keeps its slice of x in scratch; else in registers if it fits (`in_registers`), or it reads x again for every tile
 BATCH_FLAGS = X_BY_SEAT | OUT_BY_SEAT | X_KEPT
+SEAT_WORDS = 40  # registers that a lane may spend on its warp's slice of x
+
+
+def in_registers(columns: int, warps: int, batch: int) -> bool:
+    """Whether lanes keep a warp's slice of every seat's x in registers: two words for each fragment of 16 columns and block of seats."""
+    return 2 * -(-columns // (16 * warps)) * (batch // SEAT_BLOCK) <= SEAT_WORDS
 
 
 @dataclass(frozen=True, kw_only=True)

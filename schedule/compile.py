@@ -56,7 +56,7 @@ def compile_program(
     if problems:
         return problems
     placement = place(graph, tilings, config.sm_assignment, target.sms, _products_of_one(spec, settings))
-    graph = with_kept_inputs(sized_candidates(graph, placement), placement, target.shared_bytes)
+    graph = with_kept_inputs(sized_candidates(graph, placement), placement, target.shared_bytes, settings.consumer_warps)
     arena = allocate(graph, config.page_allocation)
     sync = synchronise(graph, placement, settings.consumer_warps, config.sync)
     queues = emit(graph, placement, resolve_names(graph, sync, config.kv_block), target.sms)

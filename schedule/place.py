@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from amk.isa.matmul import X_KEPT
+from amk.isa.matmul import X_KEPT, in_registers
 from amk.schedule.fuse import CANDIDATES
 from amk.schedule.graph import AttentionOp, Graph, MatVecOp, Op
 from amk.schedule.knobs import Assignment
@@ -69,15 +69,17 @@ def sized_candidates(graph: Graph, placement: Placement) -> Graph:
     return replace(graph, values=tuple(replace(v, packets=packets) if v.name == CANDIDATES else v for v in graph.values))
 
 
-def with_kept_inputs(graph: Graph, placement: Placement, shared_bytes: int) -> Graph:
-    """The graph with products of a batch that keep their inputs: those with a task of several tiles, where they are not too large."""
+def with_kept_inputs(graph: Graph, placement: Placement, shared_bytes: int, warps: int) -> Graph:
+    """The graph with products of a batch that keep their inputs in scratch: those with a task of several tiles, where they are too large for
+    the registers of `warps` consumer warps and not too large for a share of `shared_bytes`.
+    """
     most = shared_bytes // KEPT_SHARE
-    return replace(graph, ops=tuple(_kept(op, placement, most) if isinstance(op, MatVecOp) else op for op in graph.ops))
+    return replace(graph, ops=tuple(_kept(op, placement, most, warps) if isinstance(op, MatVecOp) else op for op in graph.ops))
 
 
-def _kept(op: MatVecOp, placement: Placement, most: int) -> MatVecOp:
+def _kept(op: MatVecOp, placement: Placement, most: int, warps: int) -> MatVecOp:
     tiles = max(run.stop - run.start for run in placement[op.name])
-    keeps = op.batch > 1 and tiles > 1 and 2 * op.batch * op.cols <= most
+    keeps = op.batch > 1 and tiles > 1 and not in_registers(op.cols, warps, op.batch) and 2 * op.batch * op.cols <= most
     return replace(op, flags=op.flags | X_KEPT) if keeps else op
 
 

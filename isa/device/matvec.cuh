@@ -3,6 +3,7 @@
 // Each consumer warp owns a K slice: it reads that slice of x, keeps it as elements in its own part of scratch, and multiplies its fragments of
 // every chunk. Nothing here is block-wide. Shapes are template arguments, so the loops have no run-time choice in them.
 #pragma once
+#include "isa/device/fetched.cuh"
 #include "isa/device/matvec_quantised.cuh"
 #include "isa/device/plan.cuh"
 
@@ -146,37 +147,6 @@ struct Sums {
       part[lane >> 2] = low;
       part[8 + (lane >> 2)] = high;
     }
-  }
-};
-
-// Fragments of the next chunks that are this warp's, in registers: the first of a task are fetched before x is there, so the ring has room for
-// as many more while a boundary is waited for, and no product waits for shared memory. A chunk always has the same registers.
-// `MOST`: chunks that registers have room for while x is read.
-template <class P, int MOST>
-struct Fetched {
-  static constexpr int DEPTH = MOST >= 4 && P::CHUNKS % 4 == 0 ? 4 : MOST >= 3 && P::CHUNKS % 3 == 0 ? 3 : P::CHUNKS % 2 == 0 ? 2 : 1;
-  static constexpr bool UNIFORM = P::HIGH_WARPS == 0 && P::LAST_HIGH == P::PER_CHUNK;  // the last chunk of a tile is as the others
-  uint4 a[DEPTH][P::PER_CHUNK];
-  const int last, last_at;  // fragments of this warp in the last chunk of a tile, and where they begin
-
-  __device__ __forceinline__ Fetched(int warp)
-      : last(warp < P::HIGH_WARPS ? P::LAST_HIGH : P::LAST_LOW),
-        last_at((warp * P::LAST_LOW + min_of(warp, P::HIGH_WARPS)) * FRAGMENT_BYTES) {}
-  __device__ __forceinline__ bool has(int j, bool is_last) const { return UNIFORM || !is_last || j < last; }
-  // Waits for the next chunk in the ring, reads it and frees its slot.
-  __device__ __forceinline__ void fetch(Consumer& c, int slot, bool is_last, bool landed = false) {
-    const int at = !UNIFORM && is_last ? last_at : c.warp * P::PER_CHUNK * FRAGMENT_BYTES;
-    const uint8_t* from = c.wait_chunk(landed) + at + c.lane * 16;
-#pragma unroll
-    for (int j = 0; j < P::PER_CHUNK; ++j)
-      a[slot][j] = has(j, is_last) ? *reinterpret_cast<const uint4*>(from + j * FRAGMENT_BYTES) : uint4{};
-    c.release_chunk();
-  }
-  template <class X>
-  __device__ __forceinline__ void multiply_into(Sums& sums, int slot, bool is_last, X x) const {
-#pragma unroll
-    for (int j = 0; j < P::PER_CHUNK; ++j)
-      if (has(j, is_last)) sums.add(j, a[slot][j], x(j));
   }
 };
 
