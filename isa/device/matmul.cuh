@@ -7,8 +7,8 @@
 #include "isa/device/fetched.cuh"
 
 constexpr int X_BY_SEAT = 256, OUT_BY_SEAT = 512, X_KEPT = 1024;
-// Pairs of packets that a lane has asked for at a time: fp32 and narrow ones of operands that are kept, and those of operands that are streamed.
-// More make registers spill.
+// Pairs of packets that a lane has asked for at a time: fp32 and narrow ones of operands that stay in registers, and those of others. More make
+// registers spill.
 constexpr int WIDE_IN_FLIGHT = 12, NARROW_IN_FLIGHT = SEAT_BLOCKS == 1 ? 16 : 12, STREAMED_IN_FLIGHT = 8;
 constexpr int CHUNKS_FETCHED = SEAT_BLOCKS == 1 ? 2 : 1;  // before x is there
 constexpr int SEAT_WORDS = 40;     // registers a lane may spend on operands that it keeps: isa.matmul.SEAT_WORDS
@@ -184,7 +184,7 @@ struct KeptSeats {
   static constexpr bool WORDS = IN_REGISTERS<COLUMNS, FLAGS>;
   static constexpr int CHUNKS_AT_ONCE = 1, ROUNDS = WORDS ? P::CHUNKS : 1;  // how the loop over a tile's chunks is unrolled
   static constexpr int STEP = max_of(1, 2 / (SEAT_BLOCKS * S::PAIRS)), STEPS = ceil_div(P::HIGH, STEP);
-  static constexpr int PAIRS_IN_FLIGHT = S::NARROW_X ? NARROW_IN_FLIGHT : WIDE_IN_FLIGHT;
+  static constexpr int PAIRS_IN_FLIGHT = !WORDS ? STREAMED_IN_FLIGHT : S::NARROW_X ? NARROW_IN_FLIGHT : WIDE_IN_FLIGHT;
   static constexpr int SLOTS = min_of(STEPS, max_of(1, PAIRS_IN_FLIGHT / (STEP * SEAT_BLOCKS * S::PAIRS)));
   static constexpr int TAKEN = WORDS ? STEPS : ceil_div(STEPS, SLOTS) * SLOTS;  // a loop that is not unrolled takes whole rounds
   static constexpr int OWN_BYTES = SCRATCH_BYTES / CONSUMER_WARPS / 16 * 16;  // for all shapes alike: another consumer may be at an earlier task
