@@ -34,13 +34,13 @@ F64 = npt.NDArray[np.float64]
 
 
 def streamed_bytes(program: Program, position: int) -> int:
-    """Bytes that a token at `position` must read: every matrix once (of a quantised one codes, scales and zeros), one embedding row, KV
-    rows up to the position; no padding.
+    """Bytes that a step with all seats at `position` must read: every matrix once (of a quantised one codes, scales and zeros), one
+    embedding row a seat, KV rows up to the position; no padding.
     """
     element = program.machine.element_bytes
     rows = sum(_kv_rows(task, position) for queue in program.queues for task in queue)
     kv = 2 * rows * program.machine.head_dim
-    return _matrix_bytes(program) + element * (program.machine.hidden + kv)
+    return _matrix_bytes(program) + element * (program.machine.batch * program.machine.hidden + kv)
 
 
 def _kv_rows(task: Instruction, position: int) -> int:

@@ -70,8 +70,8 @@ def sized_candidates(graph: Graph, placement: Placement) -> Graph:
 
 
 def with_kept_inputs(graph: Graph, placement: Placement, shared_bytes: int, warps: int) -> Graph:
-    """The graph with products of a batch that keep their inputs in scratch: those with a task of several tiles, where they are too large for
-    the registers of `warps` consumer warps and not too large for a share of `shared_bytes`.
+    """The graph with products of a batch that keep their inputs in scratch: those with a task of several tiles, where they are too
+    large for the registers of `warps` consumer warps and not too large for a share of `shared_bytes`.
     """
     most = shared_bytes // KEPT_SHARE
     return replace(graph, ops=tuple(_kept(op, placement, most, warps) if isinstance(op, MatVecOp) else op for op in graph.ops))

@@ -17,7 +17,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from amk.eval.soundness.findings import TooLarge, Unsafe
-from amk.eval.soundness.footprint import Positions, Step, Token, Touch, all_touches, appends_rows, cut_points, fed_chunks, launches, steps_at
+from amk.eval.soundness.footprint import (
+    Positions,
+    Step,
+    Token,
+    Touch,
+    all_touches,
+    appends_rows,
+    cut_points,
+    fed_chunks,
+    launches,
+    steps_at,
+)
 from amk.eval.soundness.static_rules import static_problem
 from amk.isa.abi import NONE
 from amk.isa.attention import Attention

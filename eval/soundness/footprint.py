@@ -60,7 +60,7 @@ def steps_at(program: Program, positions: Positions) -> Token:
 
 
 def _seat(program: Program, task: Instruction) -> int:
-    """Whose position a task is at: that of the seat whose plane of the KV cache it names. Tasks for all seats touch the same at all positions."""
+    """Whose position a task is at: that of the seat whose plane of the KV cache it names; tasks for all seats touch the same at all."""
     layers = max(1, program.kv.layers // program.machine.batch)
     return task.layer // layers % program.machine.batch if isinstance(task, Attention) else 0
 
@@ -72,8 +72,10 @@ def _step(machine: Machine, offsets: list[int], sm: int, index: int, task: Instr
         tuple(touch for access in consumer if (touch := _share(machine, offsets, task, access, warp)).lo < touch.hi)
         for warp in range(machine.consumer_warps)
     )
-    tiled = isinstance(task, MatVec)
-    groups = [[access for access in writes if access.tile == t] for t in range(task.tiles)] if tiled else [[access] for access in writes]
+    if isinstance(task, MatVec):
+        groups = [[access for access in writes if access.tile == tile] for tile in range(task.tiles)]
+    else:
+        groups = [[access] for access in writes]
     tiles = tuple(
         tuple(_touch(offsets, access) for access in reads if access.actor == "storer" and access.tile == tile)
         for tile in range(len(groups))
@@ -122,13 +124,14 @@ def turning_positions(program: Program) -> list[int]:
 def launches(program: Program, tokens: int) -> list[list[Positions]]:
     """Positions of launches of `tokens` tokens that between them pass every change of a footprint, before and after it.
 
-    The seats of a batch begin at different places, and each in its turn at every one.
+    The seats of a batch begin all at one place, or each at another and in its turn at every one.
     """
     context, batch = program.machine.context, program.machine.batch
     last = max(0, context - tokens)
     starts = sorted({min(last, max(0, turn - 1)) for turn in turning_positions(program)} | ({last} if _attends(program) else set()))
-    seats = [[starts[(turn + seat) % len(starts)] for seat in range(batch)] for turn in range(len(starts))]
-    return [[tuple(start + token for start in own) for token in range(min(tokens, context - max(own)))] for own in seats]
+    seats = {(start,) * batch for start in starts}
+    seats |= {tuple(starts[(turn + seat) % len(starts)] for seat in range(batch)) for turn in range(len(starts))}
+    return [[tuple(start + token for start in own) for token in range(min(tokens, context - max(own)))] for own in sorted(seats)]
 
 
 def _attends(program: Program) -> bool:
@@ -142,7 +145,9 @@ def cut_points(touches: Sequence[Touch]) -> list[int]:
 
 def all_touches(token: Token) -> list[Touch]:
     """Every read and publish of a token, in no particular order."""
-    return [touch for queue in token for step in queue for group in (*step.warp_reads, *step.tile_reads, *step.publishes) for touch in group]
+    return [
+        touch for queue in token for step in queue for group in (*step.warp_reads, *step.tile_reads, *step.publishes) for touch in group
+    ]
 
 
 def fed_chunks(program: Program, token: Token, sm: int) -> list[tuple[int, int]]:

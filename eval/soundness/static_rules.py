@@ -86,7 +86,7 @@ def _words(program: Program, task: Instruction) -> Iterator[Unsafe]:
 
 
 def _seats(program: Program, task: Instruction) -> Iterator[Unsafe]:
-    """Tasks for all seats have as many as the machine, and their values are whole runs, or lie by seat where that is known to the device."""
+    """Tasks for all seats have as many as the machine, and their values are whole runs, or lie by seat where the device knows it."""
     batch = program.machine.batch
     if not isinstance(task, Attention) and getattr(task, "batch", 1) != batch:
         yield Unsafe("kind", f"{task.stem}: computes {getattr(task, 'batch', 1)} tokens side by side on a machine of {batch}")

@@ -15,7 +15,18 @@ from random import Random
 from typing import TypeAlias
 
 from amk.eval.soundness.findings import Unsafe
-from amk.eval.soundness.footprint import Positions, Step, Token, Touch, all_touches, appends_rows, cut_points, fed_chunks, launches, steps_at
+from amk.eval.soundness.footprint import (
+    Positions,
+    Step,
+    Token,
+    Touch,
+    all_touches,
+    appends_rows,
+    cut_points,
+    fed_chunks,
+    launches,
+    steps_at,
+)
 from amk.eval.soundness.static_rules import static_problem
 from amk.isa.abi import NONE
 from amk.isa.attention import Attention
