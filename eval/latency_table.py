@@ -12,7 +12,7 @@ from amk.eval.verdict import Latency
 
 
 def table_row(latency: Latency, timing: Timing | None, entrants: Sequence[Entrant], dtype: str, batch: int = 1) -> dict[str, Any]:
-    """A shapes.BenchRow of a program of `batch` rows. `timing` is None for a prediction; its others are the samples of those `entrants` that
+    """A shapes.BenchRow of a program of `batch` rows. `timing` is None for a prediction; its others are samples of those `entrants` that
     run, in their order.
     """
     honest = not latency.under_floor

@@ -80,7 +80,7 @@ class BaselineRow(TypedDict):
 
 
 class BenchRow(TypedDict):
-    """The time of a step (a token of every row) at one position; null if under its floor. `baselines` is empty where none were asked for."""
+    """The time of a step (a token a row) at one position; null if under its floor. `baselines` is empty where none were asked for."""
 
     position: int
     latency_us: float | None

@@ -112,14 +112,15 @@ def test_what_only_a_card_can_measure_is_refused_on_the_cpu_before_anything_is_j
 
 
 def test_a_batch_is_judged_row_by_row_and_its_verdict_says_so(tmp_path: Path) -> None:
-    table = harness.bench(**TOY, batch=8, positions=[3])
+    bf16 = {**TOY, "model_id": "toy-2L"}
+    table = harness.bench(**bf16, batch=8, positions=[3])
     verdict, (row,) = table["verdict"], table["rows"]
     assert (verdict["correct"], verdict["batch"], verdict["latency_kind"]) == (True, 8, "predicted")
     for each in (verdict, row):
         assert each["tokens_per_second"] == pytest.approx(8e6 / each["latency_us"])
-    single = harness.evaluate(**TOY)
+    single = harness.evaluate(**bf16)
     assert (single["batch"], single["latency_us"] <= verdict["latency_us"]) == (1, True)
-    assert harness.evaluate(**TOY, batch=8, results_path=tmp_path / "results.tsv")["correct"]
+    assert harness.evaluate(**bf16, batch=8, results_path=tmp_path / "results.tsv")["correct"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -127,8 +128,9 @@ def test_a_batch_is_judged_row_by_row_and_its_verdict_says_so(tmp_path: Path) ->
     ("model", "batch", "config", "words"),
     [
         ("toy", 3, {}, "batch: must be one of"),
-        ("toy", 8, {"fusion_grouping": []}, "fusion_grouping: must be norm and gate_up"),
-        ("toy@int8", 8, {}, "batch: must be 1 for quantised weights"),
+        ("toy", 8, {}, "model dtype: must be bf16 or fp16"),
+        ("toy-2L", 8, {"fusion_grouping": []}, "norm and gate_up among them for a batch"),
+        ("toy-2L@int8", 8, {}, "batch: must be 1 for quantised weights"),
     ],
 )
 def test_what_batches_cannot_do_is_rejected_by_name(model: str, batch: int, config: dict[str, Any], words: str) -> None:
