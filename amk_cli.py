@@ -37,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-MODEL_HELP = "a built-in name, a checkpoint folder, a GGUF file or a HuggingFace id; with @int8, @int4-g128, ... its weights are quantised"
+MODEL_HELP = "a built-in name, checkpoint folder, GGUF file or HuggingFace id; with @int8, @int4-g128, ... quantised, with @fp16 converted"
 Model = Annotated[str, typer.Argument(help=MODEL_HELP, show_default=False)]
 Gpu = Annotated[str | None, typer.Option(help="the target; the live card, else h200, where none is named", show_default=False)]
 Device = Annotated[str, typer.Option(help="where to judge: auto, cuda or cpu")]
@@ -115,13 +115,18 @@ def generate(
     prompt: Annotated[str | None, typer.Option(help="text to continue", show_default=False)] = None,
     prompt_ids: Annotated[str | None, typer.Option(metavar="1,2,3", help="token ids to continue", show_default=False)] = None,
     max_tokens: Annotated[int, typer.Option(help="new tokens at most")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token; above, tokens are drawn")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="draw from the k most likely tokens; 0 from all")] = 0,
+    top_p: Annotated[float, typer.Option(help="draw from the fewest tokens that have this probability together")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="draw from tokens at least this much as likely as the likeliest")] = 0.0,
+    seed: Annotated[int, typer.Option(help="of the draws: the same seed gives the same tokens")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="text to stop at; may be given again", show_default=False)] = None,
     verify: Annotated[bool, typer.Option("--verify", help="compare the tokens with the source model's")] = False,
     stream: Annotated[bool, typer.Option("--stream", help="one JSON line a token, then the result")] = False,
     config: ConfigFile = None,
     device: Device = "auto",
 ) -> int:
-    """Greedy tokens from the megakernel; with --verify exits 1 where they differ from the source model's."""
+    """Tokens from the megakernel; with --verify exits 1 where they differ from the source model's choice."""
     ids, data = _whole_numbers(prompt_ids, "--prompt-ids"), _read_config(config)
     with _answers() as answer:
 
@@ -134,6 +139,11 @@ def generate(
             prompt=prompt,
             prompt_ids=ids,
             max_tokens=max_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
             stop=stop or (),
             verify=verify,
             config_dict=data,

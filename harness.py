@@ -19,7 +19,7 @@ from amk.eval import worker
 from amk.eval.candidate import Candidate, prepare, require_program
 from amk.eval.card import Place, choose, live_card
 from amk.eval.errors import EnvironmentProblem, UsageError
-from amk.eval.generation import check_request
+from amk.eval.generation import check_request, chooser_for
 from amk.eval.session import Session
 from amk.eval.soundness.verify import run_verify
 from amk.eval.trace import untraced
@@ -27,12 +27,14 @@ from amk.eval.verdict import failed, rejected
 from amk.eval.writable import require_writable_file, require_writable_folder
 from amk.flywheel.journal import REGIME, open_journal, trial_of
 from amk.flywheel.search import run_loop
+from amk.isa.sampling import Sampling
 from amk.models.cache import cache_root
 from amk.models.registry import describe
 from amk.schedule.config import config_dict
 from amk.schedule.knobs import KNOBS, Config
 from amk.schedule.model import ModelSpec
 from amk.schedule.render import search_space
+from amk.schedule.settings import Chooser
 from amk.vm.build import BuildFailed, compiler_version
 
 SCHEMA_PATH = "schemas/schedule_config.json"
@@ -51,8 +53,8 @@ class _Subject:
     token: str | None = field(repr=False)
     progress: Progress
 
-    def prepare(self, config: Any, batch: int = 1) -> Candidate:
-        return prepare(self.spec, self.place, {} if config is None else config, batch=batch)
+    def prepare(self, config: Any, chooser: Chooser = "greedy", batch: int = 1) -> Candidate:
+        return prepare(self.spec, self.place, {} if config is None else config, chooser=chooser, batch=batch)
 
 
 def _subject(model_id: str, gpu: str | None, device: str, token: str | None, progress: Progress | None = None) -> _Subject:
@@ -77,7 +79,7 @@ def propose(
         "schedule_config": config,
         "effective_config": candidate.effective,
         "schedule_id": candidate.facts.schedule_id,
-        "search_space": search_space(subject.spec),
+        "search_space": search_space(subject.spec, subject.place.target),
         "schema": SCHEMA_PATH,
         "edit_surface": EDIT_SURFACE,
     }
@@ -104,7 +106,7 @@ def evaluate(
     """
     journal = None if results_path is None or batch != 1 else open_journal(results_path, corpus_path)
     subject = _subject(model_id, gpu, device, token, progress)
-    candidate = subject.prepare(config_dict, batch)
+    candidate = subject.prepare(config_dict, batch=batch)
     verdict = _judge(subject, candidate)
     if journal is not None:
         journal.write(trial_of(candidate, verdict, kept=None, loop="eval", source="external", experiment=model_id))
@@ -155,6 +157,11 @@ def generate(
     prompt: str | None = None,
     prompt_ids: Sequence[int] | None = None,
     max_tokens: int = 64,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 0,
     stop: Sequence[str] = (),
     verify: bool = False,
     config_dict: Any = None,
@@ -163,17 +170,19 @@ def generate(
     on_token: Callable[[int, int, str], None] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Greedy tokens from the megakernel; `verify` compares them with the source model. Rejected for a config that is refused.
+    """Tokens from the megakernel; `verify` compares them with the source model. Rejected for a config that is refused.
 
-    `on_token(index, token, text)` hears of tokens as their launches end: each by itself on the CPU, by 16 on the card. `token` as for
-    `evaluate`.
+    Greedy at temperature 0; else drawn with noise from `seed`, after the filters of transformers in its order (isa.sampling.Sampling).
+    `on_token(index, token, text)` hears of each token as it is made. `token` as for `evaluate`.
     """
-    check_request(prompt, prompt_ids, max_tokens, stop)
+    sampling = Sampling(temperature, top_k, top_p, min_p, seed)
+    check_request(prompt, prompt_ids, max_tokens, stop, sampling)
     subject = _subject(model_id, gpu, device, token, progress)
-    candidate = subject.prepare(config_dict)
+    candidate = subject.prepare(config_dict, chooser_for(sampling))
     require_program(candidate)
     options = {"prompt": prompt, "prompt_ids": prompt_ids, "max_tokens": max_tokens, "stop": list(stop), "verify": verify}
-    result: dict[str, Any] = _answer(subject, "generate", candidate, on_token, stream=on_token is not None, **options)
+    heard = on_token is not None
+    result: dict[str, Any] = _answer(subject, "generate", candidate, on_token, stream=heard, sampling=sampling, **options)
     return result
 
 
@@ -203,7 +212,7 @@ def bench(
     subject = _subject(model_id, gpu, device, token, progress)
     if baselines:
         _require_same_precision(subject.spec)
-    candidate = subject.prepare(config_dict, batch)
+    candidate = subject.prepare(config_dict, batch=batch)
     if candidate.program is None:
         result = {"verdict": _judge(subject, candidate), "rows": []}
     else:

@@ -15,6 +15,7 @@ from amk.schedule.digest import program_digest, schedule_id
 from amk.schedule.knobs import Config
 from amk.schedule.model import ModelSpec
 from amk.schedule.program import Program
+from amk.schedule.settings import Chooser
 from amk.schedule.targets import Target
 from amk.schedule.validate import Limits, ValidProgram, validate
 
@@ -35,15 +36,18 @@ class Candidate:
     rejections: tuple[str, ...] = ()
     effective: dict[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    chooser: Chooser = "greedy"
 
 
-def prepare(spec: ModelSpec, place: Place, config: Any, context: int | None = None, batch: int = 1) -> Candidate:
+def prepare(
+    spec: ModelSpec, place: Place, config: Any, context: int | None = None, chooser: Chooser = "greedy", batch: int = 1
+) -> Candidate:
     """Takes JSON data as a config through the compiler and the proof, for `batch` rows side by side. Never raises for a bad config."""
     facts = Facts(model=spec.name, gpu=place.target.name, device=place.device, dtype=spec.dtype, device_name=place.device_name, batch=batch)
     parsed = parse_config(config)
     if not isinstance(parsed, Config):
         return Candidate(spec, config, facts, rejections=tuple(map(str, parsed)))
-    program = compile_program(spec, parsed, place.target, context=context, batch=batch)
+    program = compile_program(spec, parsed, place.target, context=context, chooser=chooser, batch=batch)
     if not isinstance(program, Program):
         return Candidate(spec, config, facts, rejections=tuple(map(str, program)))
     facts = program_facts(facts, program)
@@ -51,7 +55,7 @@ def prepare(spec: ModelSpec, place: Place, config: Any, context: int | None = No
     if not isinstance(proof, ValidProgram):
         return Candidate(spec, config, facts, rejections=tuple(map(str, proof)))
     said = (*weight_notes(spec), *notes(parsed, program))
-    return Candidate(spec, config, facts, proof, (), effective_config(parsed, program), said)
+    return Candidate(spec, config, facts, proof, (), effective_config(parsed, program), said, chooser)
 
 
 def require_program(candidate: Candidate, what: str = "config") -> ValidProgram:

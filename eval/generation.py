@@ -1,29 +1,36 @@
-"""Tokens from a prompt: launches of many tokens, stopped at stop tokens, compared with the source model where asked."""
+"""Tokens from a prompt: launches of many tokens that end at stop tokens, compared with the source model where asked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from amk.eval.candidate import Candidate, require_program
 from amk.eval.errors import UsageError
 from amk.eval.oracle import relative_error, rounding_points
 from amk.eval.session import Session
 from amk.eval.tolerance import FP32_ERROR, TIE
+from amk.isa.sampling import F32, GREEDY, STOP_TOKENS, Sampling, kept_tokens, perturbed, scores_of
 from amk.models.rounded import rounded
 from amk.models.source import SourceRun
 from amk.schedule.program import Program
+from amk.schedule.settings import Chooser
 from amk.vm.interface import DecodeMachine
 
 TOKENS_A_LAUNCH = 256
-# A launch that begins costs tens of microseconds and its tokens are known when it ends: 16 are a few milliseconds, one screen update.
-STREAMED_TOKENS = 16
+TOKENS_BETWEEN_TEXTS = 16  # of a launch where the host looks for texts to stop at: what comes after them is made in vain
 INCOMPLETE = "\ufffd"  # what a tokenizer writes for the bytes of half a character
 OnToken = Callable[[int, int, str], None]
 
 
-def check_request(prompt: str | None, prompt_ids: Sequence[int] | None, max_tokens: int, stop: Sequence[str]) -> None:
-    """UsageError for what no model could do, before one is fetched: no prompt, two, no tokens asked for, or an empty text to stop at."""
+def check_request(
+    prompt: str | None, prompt_ids: Sequence[int] | None, max_tokens: int, stop: Sequence[str], sampling: Sampling = GREEDY
+) -> None:
+    """UsageError for what no model could do, before one is fetched: no prompt, two, no tokens asked for, or values that mean nothing."""
     if (prompt is None) == (prompt_ids is None):
         raise UsageError("prompt: must be given once, as text or as ids")
     if max_tokens < 1:
@@ -32,6 +39,14 @@ def check_request(prompt: str | None, prompt_ids: Sequence[int] | None, max_toke
         raise UsageError(f"stop: must be a list of texts, but got the text {stop!r} alone")
     if "" in stop:
         raise UsageError("stop: must be a text, but got an empty one, which is everywhere")
+    problems = list(sampling.problems())
+    if problems:
+        raise UsageError("; ".join(problems))
+
+
+def chooser_for(sampling: Sampling) -> Chooser:
+    """The program that generates: with filters where there are any. It ends at stop tokens, greedy or not."""
+    return "filter" if sampling.filters else "draw"
 
 
 def prompt_tokens(session: Session, text: str | None, ids: Sequence[int] | None) -> tuple[list[int], Any]:
@@ -57,11 +72,12 @@ def generate(
     prompt_ids: Sequence[int] | None = None,
     max_tokens: int = 64,
     stop: Sequence[str] = (),
+    sampling: Sampling = GREEDY,
     verify: bool = False,
     stream: bool = False,
     on_token: OnToken | None = None,
 ) -> dict[str, Any]:
-    """Greedy tokens after the prompt; with `stream`, `on_token` hears of each once its launch ends (STREAMED_TOKENS).
+    """Tokens after the prompt, chosen as `sampling` says (with the model's stop tokens); with `stream`, `on_token` hears of each at once.
 
     Rejected for a config that was refused, UsageError for what does not fit the context.
     """
@@ -76,12 +92,13 @@ def generate(
     try:
         if machine_is_quick(session):
             machine.decode(tokens[:1], 0)  # a first launch loads the kernel: not the prompt's time
-        heard = on_token if stream else None
-        new, reason, elapsed = _decode(machine, session, tokens, max_tokens, stop, tokenizer, heard)
+        sampling = replace(sampling, stop_tokens=session.model.spec.stop_tokens[:STOP_TOKENS])
+        hearer = Hearer(session.model.spec.stop_tokens, stop, max_tokens, tokenizer, on_token if stream else None)
+        per_token = _decode(machine, tokens, sampling, hearer, launch_tokens(machine_is_quick(session), bool(stop)))
     finally:
         machine.close()
+    new = hearer.tokens
     text = tokenizer.decode(new) if tokenizer else None
-    per_token = elapsed / (len(tokens) + len(new) - 1) if elapsed else None
     result = {
         "text": text,
         "tokens": [*tokens, *new],
@@ -92,41 +109,61 @@ def generate(
         "divergence_index": None,
         "matches_eager": None,
         "near_tie": None,
-        "stop_reason": reason,
+        "stop_reason": hearer.reason,
         "device": session.place.device,
         "device_name": facts.device_name,
         "model": session.model.spec.name,
         "gpu": session.place.target.name,
         "schedule_id": facts.schedule_id,
     }
-    return result | (compare(session, program, tokens, new) if verify else {})
+    return result | (compare(session, program, tokens, new, sampling) if verify else {})
 
 
-def _decode(
-    machine: DecodeMachine, session: Session, prompt: list[int], count: int, stop: Sequence[str], tokenizer: Any, on_token: OnToken | None
-) -> tuple[list[int], str, float | None]:
-    """New tokens, why they end, and the device's microseconds (None on the CPU). The prompt and as many tokens as fit share a launch."""
-    new: list[int] = []
-    spoken = Spoken(tokenizer)
+def _decode(machine: DecodeMachine, prompt: list[int], sampling: Sampling, hearer: Hearer, tokens_a_launch: int) -> float | None:
+    """The device's microseconds a token, of the prompt too (None on the CPU). The prompt and as many new tokens as fit share a launch."""
     pending, position, elapsed = list(prompt), 0, 0.0
-    launches = launch_tokens(machine_is_quick(session), on_token is not None)
-    while True:
-        steps = len(pending) + min(next(launches), count - len(new)) - 1
-        out = machine.decode(pending, position, steps=steps)
+    while hearer.reason is None:
+        before = len(pending) - 1  # steps whose choice the prompt overrules
+        steps = before + min(tokens_a_launch, hearer.wanted)
+
+        def hear(step: int, token: int, before: int = before) -> None:
+            hearer.hear(token, overruled=step < before)
+
+        out = machine.decode(pending, position, steps=steps, sampling=sampling, on_token=hear)
         elapsed += out.elapsed_us or 0.0
-        position += steps
-        for token in out.tokens[len(pending) - 1 :]:
-            if token in session.model.spec.stop_tokens:
-                return new, "stop_token", elapsed or None
-            new.append(token)
-            piece = spoken.hear(token) if on_token or stop else ""
-            if on_token:
-                on_token(len(new) - 1, token, piece)
-            if any(s in spoken.text for s in stop):
-                return new, "stop_text", elapsed or None
-            if len(new) == count:
-                return new, "max_tokens", elapsed or None
+        position += len(out.tokens)
         pending = [out.tokens[-1]]
+    return elapsed / position if elapsed else None
+
+
+class Hearer:
+    """Takes tokens as they come: what is generated, told to `on_token`, and the `reason` why no more are wanted, None before."""
+
+    def __init__(self, stop_tokens: Sequence[int], stop: Sequence[str], count: int, tokenizer: Any, on_token: OnToken | None) -> None:
+        self.tokens: list[int] = []
+        self.reason: str | None = None
+        self._stop_tokens, self._stop, self._count, self._on_token = stop_tokens, stop, count, on_token
+        self._spoken = Spoken(tokenizer)
+
+    @property
+    def wanted(self) -> int:
+        """Tokens still to come."""
+        return self._count - len(self.tokens)
+
+    def hear(self, token: int, overruled: bool = False) -> None:
+        if overruled or self.reason is not None:
+            return
+        if token in self._stop_tokens:
+            self.reason = "stop_token"
+            return
+        self.tokens.append(token)
+        piece = self._spoken.hear(token) if self._on_token or self._stop else ""
+        if self._on_token:
+            self._on_token(len(self.tokens) - 1, token, piece)
+        if any(text in self._spoken.text for text in self._stop):
+            self.reason = "stop_text"
+        elif not self.wanted:
+            self.reason = "max_tokens"
 
 
 class Spoken:
@@ -153,12 +190,11 @@ class Spoken:
         return piece
 
 
-def launch_tokens(quick: bool, streamed: bool) -> Iterator[int]:
-    """New tokens of each launch: one on the CPU; on the card many, or where they are streamed the first alone and then a few."""
-    if quick and streamed:
-        yield 1
-    while True:
-        yield (STREAMED_TOKENS if streamed else TOKENS_A_LAUNCH) if quick else 1
+def launch_tokens(quick: bool, texts: bool) -> int:
+    """New tokens of each launch: one on the CPU; on the card many, or a few where there are texts to stop at."""
+    if not quick:
+        return 1
+    return TOKENS_BETWEEN_TEXTS if texts else TOKENS_A_LAUNCH
 
 
 def machine_is_quick(session: Session) -> bool:
@@ -166,8 +202,11 @@ def machine_is_quick(session: Session) -> bool:
     return session.place.device == "cuda"
 
 
-def compare(session: Session, program: Program, prompt: list[int], new: list[int]) -> dict[str, Any]:
-    """Where the new tokens leave the source model's greedy choice, given the same tokens before; near ties (eval.tolerance) are excused."""
+def compare(session: Session, program: Program, prompt: list[int], new: list[int], sampling: Sampling = GREEDY) -> dict[str, Any]:
+    """Where the new tokens leave the source model's choice, given the same tokens before and the same noise.
+
+    Near ties (eval.tolerance) are excused: of a greedy choice those of logits, of a draw also those with the edge of a filter.
+    """
     import torch
 
     if not new:
@@ -179,11 +218,33 @@ def compare(session: Session, program: Program, prompt: list[int], new: list[int
     with rounded(eager, rounding_points(program)):
         moved = SourceRun(eager).feed(tokens, judged)
     expected = torch.tensor([max(FP32_ERROR, relative_error(m, r)) for m, r in zip(moved, logits, strict=True)])
-    gaps = logits.max(dim=1).values - logits[torch.arange(len(new)), torch.tensor(new)]
-    excused = gaps < TIE * expected * logits.std(dim=1)
-    wrong = ((gaps > 0) & ~excused).nonzero().flatten().tolist()
+    ties = (TIE * expected * logits.std(dim=1)).tolist()
+    gaps = [_gaps(row.numpy(), token, sampling, first + i, tie) for i, (row, token, tie) in enumerate(zip(logits, new, ties, strict=True))]
+    wrong = [i for i, ((_, excusable), tie) in enumerate(zip(gaps, ties, strict=True)) if excusable >= tie and excusable > 0]
     return {
         "divergence_index": wrong[0] if wrong else None,
         "matches_eager": not wrong,
-        "near_tie": bool(((gaps > 0) & excused).any()),
+        "near_tie": any(gap > 0 for i, (gap, _) in enumerate(gaps) if i not in wrong),
     }
+
+
+def _gaps(logits: F32, token: int, sampling: Sampling, position: int, tie: float) -> tuple[float, float]:
+    """How far, in logits, the token is from the source model's choice: as it is, and where tokens near the filters' edge may go either way.
+
+    Infinite for a token that is not kept.
+    """
+    scores = scores_of(logits, sampling.temperature)
+    noisy = perturbed(scores, sampling, position, 0, 0)
+    warmth = sampling.temperature or 1.0
+
+    def gap(must: Any, may: Any) -> float:
+        return max(0.0, float(noisy[must].max() - noisy[token]) * warmth) if may[token] else math.inf
+
+    kept = kept_tokens(scores, sampling)
+    if not sampling.filters:
+        return (exact := gap(kept, kept)), exact
+    near = tie / warmth
+    narrow = kept_tokens(scores, replace(sampling, top_p=sampling.top_p * math.exp(-near)))
+    wide = kept_tokens(scores, replace(sampling, top_p=min(1.0, sampling.top_p * math.exp(near))))
+    certain = narrow & (scores >= min(scores[narrow].min() + near, scores.max()))
+    return gap(kept, kept), gap(certain, wide | (scores >= scores[wide].min() - np.float32(near)))

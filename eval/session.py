@@ -24,6 +24,7 @@ from amk.models.registry import resolve
 from amk.models.rounded import RoundingPoints
 from amk.schedule.cost import latency_us, streamed_bytes
 from amk.schedule.program import Program
+from amk.schedule.settings import Chooser
 from amk.vm.build import Binary, BuildFailed, compile_kernel
 from amk.vm.cuda import CudaVM, UnprovenCudaVM
 from amk.vm.image import same_weights
@@ -45,12 +46,15 @@ class Session:
         self._references: dict[tuple[int, RoundingPoints], Reference] = {}
         self._bandwidth: float | None = None
 
-    def prepare(self, config: Any, context: int | None = None, batch: int = 1) -> Candidate:
-        return prepare(self.model.spec, self.place, config, context, batch)
+    def prepare(self, config: Any, context: int | None = None, chooser: Chooser = "greedy", batch: int = 1) -> Candidate:
+        return prepare(self.model.spec, self.place, config, context, chooser, batch)
 
     def adopt(self, candidate: Candidate) -> Candidate:
         """The candidate; prepared anew only where the weights are stored in another dtype than the model's description said."""
-        return candidate if candidate.spec == self.model.spec else self.prepare(candidate.asked, batch=candidate.facts.batch)
+        return candidate if candidate.spec == self.model.spec else self._again(candidate)
+
+    def _again(self, candidate: Candidate) -> Candidate:
+        return self.prepare(candidate.asked, chooser=candidate.chooser, batch=candidate.facts.batch)
 
     def evaluate(self, candidate: Candidate) -> Verdict:
         """The verdict: rejected, or judged and (if correct) timed. EnvironmentProblem if its binary does not build."""

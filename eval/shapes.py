@@ -39,7 +39,7 @@ class Loop(TypedDict):
 
 
 class Generate(TypedDict):
-    """Greedy tokens after a prompt. `divergence_index` is null when equal or not verified; times are null on the CPU."""
+    """Tokens after a prompt, greedy or drawn. `divergence_index` is null when equal or not verified; times are null on the CPU."""
 
     text: str | None
     tokens: list[int]

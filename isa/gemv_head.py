@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from amk.isa.instruction import Access, Memory, Publishes
+from amk.isa.instruction import F32, Access, Memory, Publishes
 from amk.isa.machine import TILE_ROWS, Machine
 from amk.isa.matvec import MatVec
 
@@ -27,10 +27,13 @@ class GemvHead(MatVec):
 
     def run(self, memory: Memory, position: int) -> Publishes:
         y = self.product(memory)
-        first = self.tile0 * TILE_ROWS
-        memory.write_logits(first, y)
+        memory.write_logits(self.tile0 * TILE_ROWS, y)
+        return self.best_of(memory, position, y)
+
+    def best_of(self, memory: Memory, position: int, y: F32) -> Publishes:
+        """The publishes, given the values of the task's rows."""
         best = int(np.argmax(y))
         bits = int(np.float32(y[best]).view(np.uint32))
         empty = np.zeros(0, dtype=np.int64)
-        values = [empty] * (self.tiles - 1) + [np.asarray([bits, first + best], dtype=np.int64)]
+        values = [empty] * (self.tiles - 1) + [np.asarray([bits, self.tile0 * TILE_ROWS + best], dtype=np.int64)]
         return list(zip(self.writes(memory.machine, position), values, strict=True))

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from amk.isa.abi import NONE, U16
 from amk.isa.machine import Machine
+from amk.isa.sampling import Sampling
 
 F32 = npt.NDArray[np.float32]
 Kind = Literal["f32", "narrow", "u32"]
@@ -39,6 +40,7 @@ class Memory(Protocol):
     """What an instruction's meaning may touch; the reference machine implements it."""
 
     machine: Machine
+    sampling: Sampling
 
     def read(self, access: Access) -> F32:
         """Values of a read: elements as fp32 (a narrow packet gives Machine.narrow elements); u32 packets as their bits in int64."""
@@ -71,7 +73,9 @@ class Memory(Protocol):
 
     def write_logits(self, start: int, values: F32, seat: int = 0) -> None: ...
 
-    def emit_token(self, token: int, seat: int = 0) -> None: ...
+    def emit_token(self, token: int, seat: int = 0) -> bool:
+        """Hands the step's token to the host; True if it is a stop token, which ends the launch."""
+        ...
 
     def forced_token(self, seat: int = 0) -> int | None:
         """The host's token for this step, or None where the device's own choice is the input."""
@@ -100,6 +104,7 @@ class Instruction(ABC):
     )
     streamed: ClassVar[bool] = False  # has chunks in the weight stream
     stored: ClassVar[bool] = False  # publishes through the storer, tile by tile; else the consumers publish
+    draws: ClassVar[bool] = False  # takes isa.sampling.Sampling from the launch
     batched: ClassVar[bool] = False  # belongs to machines that compute a batch of tokens side by side
 
     def arrivals(self, machine: Machine) -> int:

@@ -1,5 +1,8 @@
-// sample: one warp picks the best candidate, publishes the token and hands it to the host.
+// sample: one warp picks the best candidate, publishes the token and hands it to the host. In a program that draws, it may end the launch.
 #pragma once
+#ifdef DRAWS
+#include "isa/device/sampling.cuh"
+#endif
 #include "isa/gemv_head.cuh"
 
 __device__ __forceinline__ void consume_sample(Consumer& c, const SampleTask& task, const Token& token) {
@@ -8,6 +11,9 @@ __device__ __forceinline__ void consume_sample(Consumer& c, const SampleTask& ta
   if (c.warp == 0) {
     const uint64_t* in = b.buffer(task.in_buf);
     const Expected want = token.expect(task.in_tag);
+#ifdef DRAWS
+    const int32_t stop = stop_token(b.p, c.lane);
+#endif
     float best = -__int_as_float(0x7f800000);
     int row = 0x7fffffff;
     constexpr int AT_ONCE = 8;
@@ -19,10 +25,14 @@ __device__ __forceinline__ void consume_sample(Consumer& c, const SampleTask& ta
     }
     __syncwarp();
     warp_best(best, row);
+#ifdef DRAWS
+    choose_token(c, row, stop, b.buffer(task.out_buf), token.tag(task.out_tag), token);
+#else
     if (c.lane == 0) {
       publish(b.buffer(task.out_buf), (uint32_t)row, token.tag(task.out_tag));
       reinterpret_cast<int32_t*>(b.p.tokens_out)[token.step] = row;
     }
+#endif
   }
   c.arrive_done(task.done_counter);
 }

@@ -32,9 +32,17 @@ class Sample(Instruction):
         return [Access(self.out_buf, 0, 1, self.out_tag, "u32")]
 
     def run(self, memory: Memory, position: int) -> Publishes:
+        return self.chosen(memory, position, self.best(memory, position))
+
+    def best(self, memory: Memory, position: int) -> int:
+        """The row of the largest candidate."""
         pairs = np.asarray(memory.read(self.reads(memory.machine, position)[0])).astype(np.int64).reshape(-1, 2)
         values = pairs[:, 0].astype(np.uint32).view(np.float32)
         rows = pairs[:, 1]
-        token = int(rows[values == values.max()].min())
-        memory.emit_token(token)
+        return int(rows[values == values.max()].min())
+
+    def chosen(self, memory: Memory, position: int, token: int) -> Publishes:
+        """The token goes to the host and, unless it ends the launch, to the next step."""
+        if memory.emit_token(token):
+            return []
         return [(self.writes(memory.machine, position)[0], np.asarray([token], dtype=np.int64))]

@@ -10,6 +10,7 @@ from typing import Any
 from amk.isa.weight_format import WeightFormat
 from amk.models.checkpoint import Checkpoint, CheckpointWeights
 from amk.models.config import spec_from_config
+from amk.models.converted_weights import ConvertedWeights, with_dtype
 from amk.models.eager import build_eager, load_eager
 from amk.models.errors import DamagedCheckpoint
 from amk.models.quantised_weights import ModelWeights, QuantisedWeights, with_weights
@@ -44,9 +45,10 @@ class Model:
     def eager(self, dtype: DType = "fp32", device: str = "cpu") -> Any:
         """The source model: the transformers class with eager attention and the same weights, in eval mode, no gradients.
 
-        A checkpoint is loaded by transformers itself, independently of `weights`; one with quantised weights is given them dequantised.
+        A checkpoint is loaded by transformers itself, independently of `weights`; one with quantised weights is given them dequantised,
+        one with converted weights as they were rounded.
         """
-        if self.checkpoint is None or self.spec.quantised:
+        if self.checkpoint is None or self.spec.quantised or self.spec.dtype != self.checkpoint.spec.dtype:
             return build_eager(self.config, self.spec, self.weights, dtype, device)
         try:
             return load_eager(self.checkpoint.folder, dtype, device)
@@ -63,6 +65,22 @@ def random_model(name: str, config: Mapping[str, Any], seed: int = 0) -> Model:
 def checkpoint_model(checkpoint: Checkpoint) -> Model:
     """A model whose weights are those of a checkpoint folder."""
     return Model(checkpoint.spec, CheckpointWeights(checkpoint), checkpoint.config, checkpoint)
+
+
+def model_in(model: Model, form: WeightFormat | DType) -> Model:
+    """The model with its weights in a format or dtype; `Unsupported` where they cannot be."""
+    return quantised_model(model, form) if isinstance(form, WeightFormat) else converted_model(model, form)
+
+
+def spec_in(spec: ModelSpec, form: WeightFormat | DType) -> ModelSpec:
+    """The description of `model_in`."""
+    return with_weights(spec, form) if isinstance(form, WeightFormat) else with_dtype(spec, form)
+
+
+def converted_model(model: Model, dtype: DType) -> Model:
+    """The model with its weights rounded to another dtype; `Unsupported` where they cannot be."""
+    spec = with_dtype(model.spec, dtype)
+    return replace(model, spec=spec, weights=ConvertedWeights(model.weights, spec))
 
 
 def quantised_model(model: Model, form: WeightFormat) -> Model:

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Protocol
 from amk.isa.weight_format import FORMATS, WeightFormat
 from amk.models.errors import UnknownModel, Unsupported
 from amk.models.quantise import VERSION, dequantise, quantise
-from amk.schedule.model import ModelSpec, QuantisedMatrix, WeightSource, weight_format
+from amk.schedule.model import DType, ModelSpec, QuantisedMatrix, WeightSource, weight_format
 
 if TYPE_CHECKING:
     import torch
+
+DTYPES: tuple[DType, ...] = ("bf16", "fp16", "fp32")
 
 
 class ModelWeights(WeightSource, Protocol):
@@ -22,14 +24,15 @@ class ModelWeights(WeightSource, Protocol):
     def digest(self) -> str: ...
 
 
-def split_name(name: str) -> tuple[str, WeightFormat | None]:
-    """The model and the format of NAME@FORMAT, None where no format is given; `UnknownModel` for a format that does not exist."""
+def split_name(name: str) -> tuple[str, WeightFormat | DType | None]:
+    """The model and the format or dtype of NAME@FORMAT, None where none is given; `UnknownModel` for a format that does not exist."""
     base, at, form = name.rpartition("@")
     if not at:
         return name, None
-    if form not in FORMATS:
-        raise UnknownModel(f"model {name}: the weight format after @ must be one of {', '.join(FORMATS)}, but is {form!r}")
-    return base, FORMATS[form]
+    dtype = next((dtype for dtype in DTYPES if dtype == form), None)
+    if dtype is None and form not in FORMATS:
+        raise UnknownModel(f"model {name}: the weight format after @ must be one of {', '.join((*DTYPES, *FORMATS))}, but is {form!r}")
+    return base, dtype or FORMATS[form]
 
 
 def with_weights(spec: ModelSpec, form: WeightFormat) -> ModelSpec:

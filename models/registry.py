@@ -13,8 +13,8 @@ from amk.models.checkpoint import describe_folder, read_checkpoint
 from amk.models.config import spec_from_config
 from amk.models.errors import UnknownModel
 from amk.models.fetch import converted_gguf, describe_hub, fetch_hub, fetch_smollm2
-from amk.models.model import Model, checkpoint_model, quantised_model, random_model
-from amk.models.quantised_weights import split_name, with_weights
+from amk.models.model import Model, checkpoint_model, model_in, random_model, spec_in
+from amk.models.quantised_weights import split_name
 from amk.schedule.model import ModelSpec
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -30,7 +30,7 @@ def resolve(name: str, *, cache_dir: Path | None = None, progress: Callable[[str
     if not os.path.exists(os.path.expanduser(name)):
         base, form = split_name(name)
         if form:
-            return quantised_model(resolve(base, cache_dir=cache_dir, progress=progress, token=token), form)
+            return model_in(resolve(base, cache_dir=cache_dir, progress=progress, token=token), form)
     if name in RANDOM:
         return random_model(name, RANDOM[name])
     if name == SMOLLM2:
@@ -54,7 +54,7 @@ def describe(
     if not os.path.exists(os.path.expanduser(name)):
         base, form = split_name(name)
         if form:
-            return with_weights(describe(base, cache_dir=cache_dir, progress=progress, token=token), form)
+            return spec_in(describe(base, cache_dir=cache_dir, progress=progress, token=token), form)
     if name in RANDOM:
         return spec_from_config(RANDOM[name], name)
     if name == SMOLLM2:

@@ -18,7 +18,7 @@ from amk.schedule.place import Placement, assignment_problems, place, sized_cand
 from amk.schedule.program import DeviceKnobs, KvCache, Program
 from amk.schedule.rejection import Rejection, reject
 from amk.schedule.resources import SharedNeeds, shared_layout
-from amk.schedule.settings import STAGE_CHOICES, Settings, resolve, splits_of
+from amk.schedule.settings import STAGE_CHOICES, Chooser, Settings, resolve, splits_of
 from amk.schedule.synchronise import Sync, synchronise
 from amk.schedule.targets import Target
 from amk.schedule.tile import tile
@@ -32,22 +32,24 @@ class ConfigRejected(ValueError):
         self.rejections = rejections
 
 
-def lower(spec: ModelSpec, config: Config, target: Target, *, context: int | None = None, batch: int = 1) -> Program:
+def lower(
+    spec: ModelSpec, config: Config, target: Target, *, context: int | None = None, chooser: Chooser = "greedy", batch: int = 1
+) -> Program:
     """`compile_program` for callers that know the config to be good; ConfigRejected if it is not."""
-    result = compile_program(spec, config, target, context=context, batch=batch)
+    result = compile_program(spec, config, target, context=context, chooser=chooser, batch=batch)
     if isinstance(result, Program):
         return result
     raise ConfigRejected(result)
 
 
 def compile_program(
-    spec: ModelSpec, config: Config, target: Target, *, context: int | None = None, batch: int = 1
+    spec: ModelSpec, config: Config, target: Target, *, context: int | None = None, chooser: Chooser = "greedy", batch: int = 1
 ) -> Program | list[Rejection]:
     """The program, or every reason why there is none. `context` KV rows (rounded up to 16); None: the model's, up to 16384.
 
     A program of a `batch` of tokens streams the very bytes that the program of one token streams (schedule/stream.py).
     """
-    settings = resolve(spec, config, target, context, batch)
+    settings = resolve(spec, config, target, context, batch, chooser)
     if isinstance(settings, list):
         return settings
     graph = fuse(spec, settings)
@@ -78,7 +80,7 @@ def _assemble(spec: ModelSpec, settings: Settings, graph: Graph, arena: Arena, s
     config = settings.config
     return Program(
         machine=machine,
-        device=DeviceKnobs(config.cache_hint, config.sync, config.poll_sleep_ns, config.release_early),
+        device=DeviceKnobs(config.cache_hint, config.sync, config.poll_sleep_ns, config.release_early, settings.feed),
         buffers=buffers_of(graph, arena),
         arena_packets=arena.packets,
         matrices=graph.matrices,
@@ -93,13 +95,17 @@ def _assemble(spec: ModelSpec, settings: Settings, graph: Graph, arena: Arena, s
 
 
 def _machine(spec: ModelSpec, settings: Settings, graph: Graph, sync: Sync, queues: Queues) -> Machine | list[Rejection]:
-    """The machine with as many ring stages as fit beside everything else, of the first stage size of which two (or else one) do."""
+    """The machine with as many ring stages as fit beside everything else, of the first stage size of which four (or else two, or one) do.
+
+    Four: the copies under way by default, and a stage that is used up meanwhile.
+    """
     drafts = [_draft(spec, settings, sync, stage_bytes) for stage_bytes in settings.stage_sizes]
     fitted = [replace(draft, stages=_stages(draft, settings, graph, queues)) for draft in drafts]
-    chosen = next((m for least in (2, 1) for m in fitted if m.stages >= least), None)
+    chosen = next((m for least in (4, 2, 1) for m in fitted if m.stages >= least), None)
     if chosen is None:
         return [_no_ring(drafts[-1], settings, graph, queues)]
-    return replace(chosen, inflight=min(settings.config.pipelining_depth, chosen.stages))
+    depth = 1 if settings.feed == "plain" else settings.config.pipelining_depth
+    return replace(chosen, inflight=min(depth, chosen.stages))
 
 
 def _draft(spec: ModelSpec, settings: Settings, sync: Sync, stage_bytes: int) -> Machine:
@@ -178,7 +184,8 @@ def effective_config(config: Config, program: Program) -> dict[str, Any]:
     splits = max((getattr(task, "splits", 1) for queue in program.queues for task in queue), default=1)
     result["pipelining_depth"] = m.inflight
     result["smem_bytes_per_block"] = m.stages * m.stage_bytes
-    result["kernel_knobs"] |= {"stage_bytes": max(size for size in STAGE_CHOICES if size <= m.stage_bytes), "kv_splits": splits}
+    stage_bytes = max(size for size in STAGE_CHOICES if size <= m.stage_bytes)
+    result["kernel_knobs"] |= {"weight_feed": program.device.weight_feed, "stage_bytes": stage_bytes, "kv_splits": splits}
     return result
 
 
@@ -187,7 +194,8 @@ def notes(config: Config, program: Program) -> list[str]:
     found, asked, realised = [], config_dict(config), effective_config(config, program)
     depth, inflight = asked["pipelining_depth"], realised["pipelining_depth"]
     if depth > inflight:
-        found.append(f"pipelining_depth: {depth} stages asked for, {inflight} used: the ring has no more")
+        why = "plain loads fill one after another" if program.device.weight_feed == "plain" else "the ring has no more"
+        found.append(f"pipelining_depth: {depth} stages asked for, {inflight} used: {why}")
     splits, used = asked["kernel_knobs"]["kv_splits"], realised["kernel_knobs"]["kv_splits"]
     if splits > used:
         found.append(f"kv_splits: {splits} asked for, {used} used: the context has no more blocks of {config.kv_block} rows")

@@ -9,8 +9,12 @@ from typing import TypedDict
 
 from amk.isa.abi import NONE
 from amk.isa.attention import Attention
+from amk.isa.draw import Draw
+from amk.isa.draw_head import DrawHead
 from amk.isa.embed import Embed
 from amk.isa.embed_batch import EmbedBatch
+from amk.isa.filter_draw import FilterDraw
+from amk.isa.filter_head import TILE_PACKETS, FilterHead
 from amk.isa.gemm import Gemm
 from amk.isa.gemm_glu import GemmGlu
 from amk.isa.gemm_head import GemmHead
@@ -30,7 +34,7 @@ from amk.schedule.place import Placement, Run
 from amk.schedule.program import Buffer, MatVecShape
 from amk.schedule.synchronise import Sync, Wait, arrives
 
-MATVEC: dict[str, type[MatVec]] = {cls.stem: cls for cls in (Gemv, GemvGlu, GemvHead, Gemm, GemmGlu, GemmHead)}
+MATVEC: dict[str, type[MatVec]] = {cls.stem: cls for cls in (Gemv, GemvGlu, GemvHead, Gemm, GemmGlu, GemmHead, DrawHead, FilterHead)}
 
 
 class Hints(TypedDict):
@@ -252,16 +256,10 @@ def _swiglu(op: SwiGluOp, runs: tuple[Run, ...], names: Names) -> list[Instructi
 
 @_tasks.register
 def _sample(op: SampleOp, runs: tuple[Run, ...], names: Names) -> list[Instruction]:
-    candidates, out = op.reads[0].value, op.writes[0]
-    make = Sample if op.batch == 1 else partial(SampleBatch, batch=op.batch)
-    return [
-        make(
-            in_buf=names.buffers[candidates],
-            in_tag=names.sync.tags[candidates],
-            out_buf=names.buffers[out],
-            out_tag=names.sync.tags[out],
-            count=names.packets[candidates] // (2 * op.batch),
-            **names.hints(op, run.start),
-        )
-        for run in runs
-    ]
+    scores, out = op.reads[0].value, op.writes[0]
+    in_buf, in_tag, out_buf, out_tag = names.buffers[scores], names.sync.tags[scores], names.buffers[out], names.sync.tags[out]
+    packets, hints = names.packets[scores], names.hints(op, 0)
+    if op.stem == FilterDraw.stem:
+        return [FilterDraw(in_buf=in_buf, in_tag=in_tag, out_buf=out_buf, out_tag=out_tag, tiles=packets // TILE_PACKETS, **hints)]
+    make = partial(SampleBatch, batch=op.batch) if op.batch > 1 else Draw if op.stem == Draw.stem else Sample
+    return [make(in_buf=in_buf, in_tag=in_tag, out_buf=out_buf, out_tag=out_tag, count=packets // (2 * op.batch), **hints)]

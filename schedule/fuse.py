@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from amk.isa.attention import PARTIAL_HEAD
+from amk.isa.filter_head import TILE_PACKETS
 from amk.isa.gemv_glu import HALF
 from amk.isa.instruction import Kind
-from amk.isa.machine import ELEMENT_BYTES
+from amk.isa.machine import ELEMENT_BYTES, TILE_ROWS
 from amk.isa.matmul import OUT_BY_SEAT, X_BY_SEAT
 from amk.isa.matvec import X_NARROW, X_NORM
 from amk.schedule.graph import AttentionOp, EmbedOp, Graph, MatVecOp, NormOp, Op, Read, SampleOp, SwiGluOp, Value
@@ -17,7 +18,8 @@ from amk.schedule.program import Constant, Matrix
 from amk.schedule.settings import Settings
 
 CONSTANT_ALIGNMENT = 4  # elements: 16 bytes, one vector load
-TOKEN, CANDIDATES = "token", "candidates"
+TOKEN, CANDIDATES, SCORES = "token", "candidates", "scores"
+CHOOSERS = {"greedy": ("gemv_head", "sample"), "draw": ("draw_head", "draw"), "filter": ("filter_head", "filter_draw")}
 BATCHED = {"gemv": "gemm", "gemv_glu": "gemm_glu", "gemv_head": "gemm_head", "embed": "embed_batch", "sample": "sample_batch"}
 Layout = Literal["stack", "interleave8"]
 
@@ -120,9 +122,13 @@ def fuse(spec: ModelSpec, settings: Settings) -> Graph:
         x = _attention_half(b, layer, x, settings.splits[layer])
         x = _mlp_half(b, layer, x)
     normed = b.normed("final_norm", x)
-    b.value(CANDIDATES, "u32", 0)  # its size is the number of head tasks, which placement decides
-    b.matvec("head", normed, CANDIDATES, ("head",), spec.vocab, spec.hidden, stem="gemv_head")
-    b.ops.append(SampleOp(name="sample", stem=b.stem("sample"), reads=(Read(CANDIDATES, "whole"),), writes=(TOKEN,), batch=b.batch))
+    head, sample = CHOOSERS[settings.chooser]
+    if settings.chooser == "filter":
+        scores = b.value(SCORES, "u32", TILE_PACKETS * -(-spec.vocab // TILE_ROWS))
+    else:
+        scores = b.value(CANDIDATES, "u32", 0)  # its size is the number of head tasks, which placement decides
+    b.matvec("head", normed, scores, ("head",), spec.vocab, spec.hidden, stem=head)
+    b.ops.append(SampleOp(name="sample", stem=b.stem(sample), reads=(Read(scores, "whole"),), writes=(TOKEN,), batch=b.batch))
     return Graph(tuple(b.ops), tuple(b.values), tuple(b.matrices), tuple(b.constants))
 
 

@@ -221,6 +221,15 @@ class Config:
         unit="tasks",
         choices=(0, 1, 2, 4, 8, 16),
     )
+    weight_feed: str = _knob(
+        "kernel_knobs.weight_feed",
+        "choice",
+        "auto",
+        "how bytes come into the ring: bulk copies (compute capability 9.0 and later), cp_async (8.0) or plain loads; auto is the first of "
+        "these that the card has",
+        "settings, vm feeder",
+        choices=("auto", "bulk", "cp_async", "plain"),
+    )
 
 
 KNOBS: tuple[Knob, ...] = tuple(f.metadata["knob"] for f in fields(Config))

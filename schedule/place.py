@@ -49,15 +49,17 @@ def place(graph: Graph, tilings: Mapping[str, Tiling], assignment: Assignment, s
     explicit = {} if isinstance(assignment, str) else dict(assignment)
     policy = assignment if isinstance(assignment, str) else "load_balance"
     loads = [0] * sms  # bytes that each SM streams in the ops placed so far
+    late: set[int] = set()  # SMs whose task ends the phase before: they come last to the next one
     placement = {}
     for op in graph.ops:
         tiling = tilings[op.name]
         if fixed and op.name in fixed:
             placement[op.name] = fixed[op.name]
             continue
-        chosen = explicit.get(op.name) or explicit.get(op.kind) or _by_policy(policy, op, tiling, loads)
+        chosen = explicit.get(op.name) or explicit.get(op.kind) or _by_policy(policy, op, tiling, loads, late)
         for sm in chosen:
             loads[sm] += tiling.unit_bytes
+        late = {chosen[unit] for unit in range(0, len(chosen), op.splits)} if isinstance(op, AttentionOp) else set()
         placement[op.name] = tuple(_runs(chosen, tiling))
     return placement
 
@@ -83,21 +85,21 @@ def _kept(op: MatVecOp, placement: Placement, most: int, warps: int) -> MatVecOp
     return replace(op, flags=op.flags | X_KEPT) if keeps else op
 
 
-def _by_policy(policy: str, op: Op, tiling: Tiling, loads: list[int]) -> list[int]:
+def _by_policy(policy: str, op: Op, tiling: Tiling, loads: list[int], late: set[int]) -> list[int]:
     """The SM of each unit."""
     units, sms = tiling.units, len(loads)
     if policy == "contiguous":
         return [unit * sms // units for unit in range(units)]
     if policy == "round_robin":
         return [unit % sms for unit in range(units)]
-    return _spread_attention(op, loads) if isinstance(op, AttentionOp) else _balanced(units, loads)
+    return _spread_attention(op, loads) if isinstance(op, AttentionOp) else _balanced(units, loads, late)
 
 
-def _balanced(units: int, loads: list[int]) -> list[int]:
-    """Contiguous shares that differ by at most one unit, for the phase must balance; the least loaded SMs take the larger ones."""
+def _balanced(units: int, loads: list[int], late: set[int]) -> list[int]:
+    """Contiguous shares that differ by at most one unit, as the phase must balance; the larger go to the least loaded, late SMs last."""
     sms = len(loads)
     share, extra = divmod(units, sms)
-    larger = set(sorted(range(sms), key=loads.__getitem__)[:extra])
+    larger = set(sorted(range(sms), key=lambda sm: (sm in late, loads[sm]))[:extra])
     return [sm for sm in range(sms) for _ in range(share + (sm in larger))]
 
 

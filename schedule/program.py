@@ -84,6 +84,7 @@ class DeviceKnobs:
     sync: str
     poll_sleep_ns: int
     release_early: int
+    weight_feed: str
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,11 @@ class Program:
     @property
     def constant_elements(self) -> int:
         return max((c.start + c.count for c in self.constants), default=0)
+
+    @property
+    def draws(self) -> bool:
+        """Its launches take isa.sampling.Sampling: temperature, filters, seed and stop tokens."""
+        return any(task.draws for queue in self.queues for task in queue)
 
     @property
     def task_count(self) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 from amk.schedule.config import TREE, config_dict
 from amk.schedule.knobs import KNOBS, RULES, Config, Knob
 from amk.schedule.model import ModelSpec
-from amk.schedule.settings import least_stage_bytes
+from amk.schedule.settings import least_stage_bytes, weight_feeds
+from amk.schedule.targets import Target
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
@@ -42,13 +43,17 @@ def _value_schema(knob: Knob) -> dict[str, Any]:
     return {"type": "integer", "minimum": knob.minimum, "maximum": knob.maximum}
 
 
-def search_space(spec: ModelSpec) -> dict[str, dict[str, Any]]:
-    """Every knob by its dotted name with the values that this model allows: type, choices or min and max, default, desc, unit, consumer."""
-    return {knob.name: _entry(knob, spec) for knob in KNOBS}
+def search_space(spec: ModelSpec, target: Target) -> dict[str, dict[str, Any]]:
+    """Every knob by its dotted name: type, choices (or min and max) that model and card allow, default, desc, unit, consumer."""
+    return {knob.name: _entry(knob, spec, target) for knob in KNOBS}
 
 
-def _entry(knob: Knob, spec: ModelSpec) -> dict[str, Any]:
-    choices = [c for c in knob.choices if knob.name != "kernel_knobs.stage_bytes" or c == 0 or c >= least_stage_bytes(spec, 4)]
+def _entry(knob: Knob, spec: ModelSpec, target: Target) -> dict[str, Any]:
+    choices = list(knob.choices)
+    if knob.name == "kernel_knobs.stage_bytes":
+        choices = [c for c in choices if c == 0 or c >= least_stage_bytes(spec, 4)]
+    if knob.name == "kernel_knobs.weight_feed":
+        choices = list(weight_feeds(target))
     domain = {"choices": choices} if choices else {"min": knob.minimum, "max": knob.maximum}
     return {"type": knob.type, **domain, "default": _default(knob), "desc": knob.meaning, "unit": knob.unit, "consumer": knob.consumer}
 

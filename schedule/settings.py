@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 from amk.isa.abi import NONE
 from amk.isa.attention import MAX_GROUP
@@ -19,12 +20,15 @@ SPLIT_CHOICES = (1, 2, 4, 8, 16)
 MAX_HEAD_DIM = 256
 BATCHES = (1, 8, 16)  # tokens that a program may compute side by side
 
+# How a program chooses tokens: the largest logit; by temperature; by temperature and filters. The last two end at stop tokens.
+Chooser: TypeAlias = Literal["greedy", "draw", "filter"]
+
 
 @dataclass(frozen=True)
 class Settings:
     """Realised choices: `splits[l]` attention tasks of a KV head in layer l; `stage_sizes` to try, in bytes with scales, best first.
 
-    `batch` tokens are computed side by side, each with KV rows of its own.
+    `feed` is how they are filled; `batch` tokens are computed side by side, each with KV rows of its own.
     """
 
     config: Config
@@ -33,19 +37,28 @@ class Settings:
     consumer_warps: int
     splits: tuple[int, ...]
     stage_sizes: tuple[int, ...]
+    feed: str
     batch: int = 1
+    chooser: Chooser = "greedy"
 
     @property
     def tiles_per_unit(self) -> int:
         return self.config.n_tile // TILE_ROWS
 
 
-def resolve(spec: ModelSpec, config: Config, target: Target, context: int | None, batch: int = 1) -> Settings | list[Rejection]:
+def resolve(
+    spec: ModelSpec, config: Config, target: Target, context: int | None, batch: int = 1, chooser: Chooser = "greedy"
+) -> Settings | list[Rejection]:
     """The settings, or every reason against them that can be told before lowering.
 
     `context` is the number of KV rows, rounded up to a multiple of 16; None takes what the model allows, up to 16384.
     """
-    problems = [*model_problems(spec), *_dtype_problems(spec, target), *_batch_problems(spec, config, batch)]
+    problems = [
+        *model_problems(spec),
+        *_dtype_problems(spec, target),
+        *_feed_problems(config, target),
+        *_batch_problems(spec, config, batch, chooser),
+    ]
     if problems:
         return problems
     rows = min(spec.max_context, DEFAULT_CONTEXT) if context is None else context
@@ -57,8 +70,9 @@ def resolve(spec: ModelSpec, config: Config, target: Target, context: int | None
     problems = list(_memory_problems(spec, target, rows, batch))
     if problems:
         return problems
+    feed = target.feeds[0] if config.weight_feed == "auto" else config.weight_feed
     splits = splits_of(spec, config, target, rows, batch)
-    return Settings(config, target, rows, warps, splits, _stage_sizes(spec, config, warps), batch)
+    return Settings(config, target, rows, warps, splits, _stage_sizes(spec, config, warps), feed, batch, chooser)
 
 
 def least_stage_bytes(spec: ModelSpec, consumer_warps: int) -> int:
@@ -96,17 +110,31 @@ def model_problems(spec: ModelSpec) -> Iterator[Rejection]:
 
 def _dtype_problems(spec: ModelSpec, target: Target) -> Iterator[Rejection]:
     if spec.dtype not in target.dtypes:
-        yield reject("model.dtype", spec.dtype, f"one of {target.dtypes} on {target.name} ({target.arch})")
+        allowed = f"one of {target.dtypes} on {target.name} ({target.arch}); MODEL@{target.dtypes[0]} is the model so converted"
+        yield reject("model.dtype", spec.dtype, allowed)
     if spec.dtype == "fp32" and (spec.layer_weights or spec.head_weights):
         yield reject("model.dtype", spec.dtype, "bf16 or fp16 for quantised weights")
 
 
-def _batch_problems(spec: ModelSpec, config: Config, batch: int) -> Iterator[Rejection]:
-    """What programs of a batch cannot do yet: fp32, quantised weights, norms and activations that are tasks of their own."""
+def weight_feeds(target: Target) -> tuple[str, ...]:
+    """The values of the knob weight_feed that the card allows."""
+    return ("auto", *target.feeds)
+
+
+def _feed_problems(config: Config, target: Target) -> Iterator[Rejection]:
+    allowed = weight_feeds(target)
+    if config.weight_feed not in allowed:
+        yield reject("kernel_knobs.weight_feed", config.weight_feed, f"one of {allowed} on {target.name} ({target.arch})")
+
+
+def _batch_problems(spec: ModelSpec, config: Config, batch: int, chooser: Chooser) -> Iterator[Rejection]:
+    """What programs of a batch cannot do yet: draws, fp32, quantised weights, norms and activations that are tasks of their own."""
     if batch not in BATCHES:
         yield reject("batch", batch, f"one of {BATCHES}")
     if batch == 1:
         return
+    if chooser != "greedy":
+        yield reject("batch", batch, "1 for programs that draw")
     if spec.dtype == "fp32":
         yield reject("model.dtype", spec.dtype, "bf16 or fp16 for a batch")
     if spec.quantised:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 GB = 10**9
 MIB = 1 << 20
+FEED_CAPABILITY = {"bulk": 90, "cp_async": 80, "plain": 0}  # compute capability from which a card has each weight feed, the fastest first
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,19 @@ class Target:
     registers_per_sm: int = 65536
 
     @property
+    def capability(self) -> int:
+        """Its compute capability: 90 for 9.0."""
+        return int(self.arch.removeprefix("sm_").rstrip("af"))
+
+    @property
     def dtypes(self) -> tuple[str, ...]:
-        """Element types that its tensor cores (or, for fp32, its FMA units) take; Turing has no bf16."""
-        return ("fp16", "fp32") if self.arch == "sm_75" else ("bf16", "fp16", "fp32")
+        """Element types that its tensor cores (or, for fp32, its FMA units) take; before Ampere there is no bf16."""
+        return ("fp16", "fp32") if self.capability < 80 else ("bf16", "fp16", "fp32")
+
+    @property
+    def feeds(self) -> tuple[str, ...]:
+        """The weight feeds that it has, the fastest first."""
+        return tuple(feed for feed, least in FEED_CAPABILITY.items() if self.capability >= least)
 
 
 def _card(name: str, arch: str, sms: int, shared_bytes: int, bandwidth_gbs: float, memory_gb: int, l2_mib: int, clock_mhz: int) -> Target:

@@ -93,6 +93,9 @@ def feed_stdin(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
         (("generate", "toy", "--prompt", "", *CPU), ("prompt", "no tokenizer")),
         (("generate", "toy", "--prompt-ids", "1", "--stop", "", *CPU), ("stop", "empty")),
         (("generate", "toy", "--prompt-ids", "1", "--stop", "x", *CPU), ("stop", "no tokenizer")),
+        (("generate", "toy", "--prompt-ids", "1", "--temperature", "-1", *CPU), ("temperature", "0 (greedy)", "got -1.0")),
+        (("generate", "toy", "--prompt-ids", "1", "--top-p", "0", "--min-p", "2", *CPU), ("top_p", "above 0", "min_p", "got 2.0")),
+        (("generate", "toy", "--prompt-ids", "1", "--top-k", "-3", "--seed", "-1", *CPU), ("top_k", "got -3", "seed", "got -1")),
         (("eval", "toy", "--config", "/dev/zero", *CPU), ("--config", "16 MiB")),
         (("eval", "toy", "--results", "/dev/null", *CPU), ("results", "/dev/null")),
         (("loop", "toy", "--results", "/proc/amk/results.tsv", *CPU), ("results", "/proc/amk")),
@@ -394,3 +397,16 @@ def test_interrupted_command_says_so_and_exits_130(tmp_path: Path) -> None:
         out, err = process.communicate()
     assert (process.returncode, json.loads(out)) == (130, {"error": "interrupted"})
     assert "Traceback" not in err
+
+
+def test_drawn_tokens_are_told_verified_and_repeatable(capsys: Capture) -> None:
+    def tokens(*more: str) -> list[int]:
+        code = run(["generate", "toy-2L", "--prompt-ids", "1,2", "--max-tokens", "6", "--temperature", "3", *more, *CPU])
+        told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert code == 0
+        generated: list[int] = told[-1]["generated"]
+        return generated
+
+    first = tokens("--seed", "7", "--verify")
+    assert tokens("--seed", "7", "--top-k", "100000", "--top-p", "1", "--min-p", "0") == first != tokens("--seed", "8")
+    assert len(set(tokens("--seed", "7", "--top-k", "20", "--top-p", "0.95", "--min-p", "0.01", "--verify"))) > 1

@@ -91,7 +91,13 @@ class Launch:
 
     def run(self) -> None:
         """LaunchFailed where an order of steps ends in a deadlock, or an actor finds what a proven program rules out."""
-        self.scheduler.run([actor for sm in range(len(self.program.queues)) for actor in Sm(self, sm).actors()])
+        sms = [Sm(self, number) for number in range(len(self.program.queues))]
+        try:
+            self.scheduler.run([actor for sm in sms for actor in sm.actors()])
+        except LaunchFailed:
+            ended = self.inputs.results.ended
+            if ended is None or any(min(sm.finished) < ended for sm in sms):
+                raise  # waits are left only by actors that have finished the last token
 
     def rows_visible(self, step: int) -> bool:
         """Whether copies of token `step` may read KV rows: the token `kv_lag` before it has ended wherever rows are written."""
@@ -349,6 +355,9 @@ class Sm:
     # ---- publishes
 
     def _publish(self, step: int, access: Access, values: Values) -> None:
+        ended = self.launch.inputs.results.ended
+        if ended is not None and step >= ended:
+            raise LaunchFailed("crash", f"no task may publish in token {step}, but SM {self.number} does: the launch ended after {ended}")
         self.outbox.append(Publish(step, access, values, self.launch.arena.packets(access)))
 
     def _deliver(self) -> Steps:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from amk.isa.abi import NONE
 from amk.isa.attention import Attention
 from amk.isa.machine import KV_BLOCK_ROWS
 from amk.isa.registry import encode
+from amk.isa.sampling import GREEDY, STOP_TOKENS, Sampling
 from amk.schedule.model import WeightSource
 from amk.schedule.program import Program
 from amk.schedule.proven import ValidProgram
@@ -19,11 +21,11 @@ from amk.schedule.resources import block_threads, shared_layout
 from amk.schedule.stream import stream_digest
 from amk.vm.build import Binary, compile_kernel
 from amk.vm.image import pack_stream
-from amk.vm.interface import Decoded, DecodedBatch, LaunchFailed, checked_rows
+from amk.vm.interface import Decoded, DecodedBatch, LaunchFailed, OnStep, check_sampling, checked_rows
 from amk.vm.kv import plane, require_rows
 from amk.vm.kv_blocks import element_dtype, pack_rows, unpack_rows
 from amk.vm.layout import constants
-from amk.vm.params import param_dtype
+from amk.vm.params import param_dtype, sampling_words
 from amk.vm.source import IMAGE_HEAD_BYTES, abi_hash, image_bytes, kernel_source
 
 ABORT_KINDS = {1: "timeout", 2: "timeout", 3: "crash", 4: "mismatch"}
@@ -41,6 +43,9 @@ WAITS = {
 }
 SPIN_LIMIT = 1 << 22  # polls of one wait; a poll takes 20 ns to 1 us
 LAST_EPOCH = 2**32 - 1
+END_WORD = 6  # of the abort record: tokens of a launch that a stop token has ended (isa/device/sync.cuh)
+NO_TOKEN = -1
+LISTEN_S = 1e-4  # between two looks at the tokens of a running launch
 
 
 def check(result: tuple[Any, ...]) -> Any:
@@ -77,7 +82,7 @@ class Kernel:
         check(driver.cuFuncSetAttribute(self.function, attribute, self.shared_bytes))
 
     def launch(self, params: np.ndarray[Any, Any], stream: int) -> None:
-        """Starts one cooperative launch with `params` (a PARAM_DTYPE record) on a CUDA stream."""
+        """Starts one cooperative launch with `params` (a record of vm.params.param_dtype) on a CUDA stream."""
         from cuda.bindings import driver
 
         record = np.ascontiguousarray(params)
@@ -125,6 +130,14 @@ class DeviceWeights:
         self.embedding = source.tensor("embed", device).to(element_dtype(program.machine)).contiguous()
 
 
+def _is_over(end: Any) -> bool:
+    """Whether the launch before an event has ended, in order or not."""
+    try:
+        return bool(end.query())
+    except RuntimeError:  # `finish` says what it was
+        return True
+
+
 class UnprovenCudaVM:
     """A DecodeMachine on the live card for any program, proven or not: what tests of hangs and mutants use.
 
@@ -163,16 +176,18 @@ class UnprovenCudaVM:
         self.abort = torch.zeros(8, dtype=torch.int32, device="cuda")
         self.host_abort = torch.zeros(1, dtype=torch.int32).pin_memory()
         self.tokens_in = torch.zeros((max_steps, m.batch), dtype=torch.int32, device="cuda")
-        self.tokens_out = torch.zeros((max_steps, m.batch), dtype=torch.int32, device="cuda")
+        self.tokens_out = torch.full((max_steps, m.batch), NO_TOKEN, dtype=torch.int32).pin_memory()  # the host looks while the launch runs
+        self.stops = torch.zeros(STOP_TOKENS, dtype=torch.int32, device="cuda")
         self.positions = torch.zeros(m.batch, dtype=torch.int32, device="cuda")
         self.logits = torch.empty((1, m.batch, m.vocab), dtype=torch.float32, device="cuda")
         self.image = torch.from_numpy(program_image(program, self.weights.offsets.tolist())).to("cuda")
         self.buffers = torch.tensor([b.offset for b in program.buffers], dtype=torch.int32, device="cuda")
         self.epoch, self.launches = 0, 0
+        self.ended: int | None = None  # tokens of the last launch, where a stop token ended it
         cards = torch.cuda.get_device_properties("cuda").multi_processor_count
         if m.sms > cards:
             raise LaunchFailed("mismatch", f"the program needs {m.sms} SMs, but the card has {cards}; compile it for this card")
-        self.params = np.zeros(1, dtype=param_dtype(m.batch))
+        self.params = np.zeros(1, dtype=param_dtype(m.batch, program.draws))
         self._fixed_params(spin_limit, m.sms == cards)
 
     def _fixed_params(self, spin_limit: int, by_smid: bool) -> None:
@@ -187,6 +202,8 @@ class UnprovenCudaVM:
             tensors["positions"] = self.positions
         for name, tensor in tensors.items():
             self.params[0][name] = tensor.data_ptr()
+        if self.program.draws:
+            self.params[0]["stops"] = self.stops.data_ptr()
         for name, value in {"spin_limit": spin_limit, "kv_writers": writers, "by_smid": int(by_smid)}.items():
             self.params[0][name] = value
 
@@ -205,17 +222,38 @@ class UnprovenCudaVM:
         keys, values = unpack_rows(self.program.machine, blocks, stop)
         return keys.float().cpu(), values.float().cpu()
 
-    def decode(self, tokens: Sequence[int], position: int, *, steps: int | None = None, logits: bool = False) -> Decoded:
+    def decode(
+        self,
+        tokens: Sequence[int],
+        position: int,
+        *,
+        steps: int | None = None,
+        logits: bool = False,
+        sampling: Sampling = GREEDY,
+        on_token: OnStep | None = None,
+    ) -> Decoded:
         """One launch (vm.interface.DecodeMachine.decode); elapsed_us is between CUDA events around it."""
         import torch
 
         steps = len(tokens) if steps is None else steps
         self._check_range(tokens, position, steps)
+        self.choose_by(sampling)
         self._logit_rows(steps if logits else 1)
         self.tokens_in[: len(tokens), 0] = torch.tensor(list(tokens), dtype=torch.int32)
-        elapsed_us = self._timed(len(tokens), position, steps)
-        chosen = tuple(self.tokens_out[:steps, 0].tolist())
-        return Decoded(chosen, self.logits[:steps, 0].cpu() if logits else None, elapsed_us)
+        elapsed_us = self._timed(len(tokens), position, steps, on_token)
+        made = self.ended or steps
+        chosen = tuple(self.tokens_out[:made, 0].tolist())
+        return Decoded(chosen, self.logits[:made, 0].cpu() if logits else None, elapsed_us)
+
+    def choose_by(self, sampling: Sampling) -> None:
+        """How the launches from now on choose tokens; ValueError where the program cannot."""
+        import torch
+
+        check_sampling(self.program, sampling)
+        if self.program.draws:
+            self.stops[: len(sampling.stop_tokens)] = torch.tensor(sampling.stop_tokens, dtype=torch.int32)
+            for name, value in sampling_words(sampling).items():
+                self.params[0][name] = value
 
     def decode_batch(
         self, tokens: Sequence[Sequence[int]], positions: Sequence[int], *, steps: int | None = None, logits: bool = False
@@ -235,17 +273,29 @@ class UnprovenCudaVM:
         chosen = tuple(map(tuple, self.tokens_out[:steps, :rows].T.tolist()))
         return DecodedBatch(chosen, self.logits[:steps, :rows].cpu() if logits else None, elapsed_us)
 
-    def _timed(self, forced: int, position: int, steps: int) -> float:
+    def _timed(self, forced: int, position: int, steps: int, on_token: OnStep | None = None) -> float:
         """Microseconds of one launch between CUDA events; its tokens are in `tokens_out`."""
         import torch
 
-        self.tokens_out[:steps] = -1
+        self.tokens_out[:steps] = NO_TOKEN
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         self.launch(forced, position, steps)
         end.record()
+        if on_token is not None:
+            self._listen(steps, end, on_token)
         self.finish()
         return float(begin.elapsed_time(end) * 1e3)
+
+    def _listen(self, steps: int, end: Any, on_token: OnStep) -> None:
+        """Tells of tokens as the running launch writes them, until it has written all or has ended."""
+        tokens, told, over = self.tokens_out.numpy()[:, 0], 0, False
+        while told < steps and not over:
+            over = _is_over(end)  # asked first: what is not there after the end never comes
+            while told < steps and tokens[told] != NO_TOKEN:
+                on_token(told, int(tokens[told]))
+                told += 1
+            time.sleep(0 if over else LISTEN_S)
 
     def launch(self, forced: int, position: int, steps: int) -> None:
         """Starts one launch on torch's current stream and returns at once; call `finish` to learn how it ended."""
@@ -267,7 +317,10 @@ class UnprovenCudaVM:
             torch.cuda.synchronize()
         except RuntimeError as problem:
             raise LaunchFailed("crash", f"the launch must end without a CUDA error, but it ended with: {problem}") from problem
-        code, where, sm, task, step, *_ = (int(v) & 0xFFFFFFFF for v in self.abort.tolist())
+        code, where, sm, task, step, *rest = (int(v) & 0xFFFFFFFF for v in self.abort.tolist())
+        self.ended = rest[END_WORD - 5] or None
+        if self.ended and not code:
+            self._reset()  # counters of the token that did not come about are nobody's
         if code:
             self._reset()
             actor = ACTORS.get(where >> 8, "an actor") + WAITS.get(where & 255, "")

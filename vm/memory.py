@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from amk.isa.instruction import F32, Instruction
+from amk.isa.sampling import GREEDY, Sampling
 from amk.schedule.model import WeightSource
 from amk.schedule.program import Program
 from amk.vm.kv import KvRows
@@ -32,20 +34,28 @@ class Weights:
 
 @dataclass
 class Results:
-    """What the steps of a launch hand to the host: of each step a token, and of a machine of a batch one for each seat; so with logits."""
+    """What the steps of a launch hand to the host: of each step a token, and of a machine of a batch one for each seat; so with logits.
+
+    `ended` is the number of tokens where a stop token ended the launch.
+    """
 
     tokens: list[list[int]]  # [steps][seats]
     logits: F32 | None  # [steps, seats, vocab]
+    ended: int | None = None
 
 
 @dataclass
 class LaunchInputs:
-    """A launch: the host's tokens of each seat, the position of each seat's first step, and the number of steps."""
+    """A launch: the host's tokens of each seat, the position of each seat's first step, the number of steps, how tokens are chosen and who
+    hears of them.
+    """
 
     tokens: tuple[tuple[int, ...], ...]  # [seats][steps that the host decides]
     positions: tuple[int, ...]
     steps: int
     results: Results = field(repr=False)
+    sampling: Sampling = GREEDY
+    on_token: Callable[[int, int], None] = field(default=lambda step, token: None, repr=False)
 
     def forced(self, step: int, seat: int) -> int | None:
         tokens = self.tokens[seat]
@@ -61,6 +71,7 @@ class StepMemory:
 
     def __init__(self, program: Program, weights: Weights, kv: KvRows, launch: LaunchInputs, step: int) -> None:
         self.machine = program.machine
+        self.sampling = launch.sampling
         self._weights = weights
         self._kv = kv
         self._launch = launch
@@ -89,8 +100,14 @@ class StepMemory:
         if self._launch.results.logits is not None:
             self._launch.results.logits[self._step, seat, start : start + len(values)] = values
 
-    def emit_token(self, token: int, seat: int = 0) -> None:
-        self._launch.results.tokens[self._step][seat] = token
+    def emit_token(self, token: int, seat: int = 0) -> bool:
+        launch, step = self._launch, self._step
+        launch.results.tokens[step][seat] = token
+        launch.on_token(step, token)
+        ends = token in launch.sampling.stop_tokens and launch.forced(step + 1, seat) is None
+        if ends:
+            launch.results.ended = step + 1
+        return ends
 
     def forced_token(self, seat: int = 0) -> int | None:
         return self._launch.forced(self._step, seat)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from amk.isa.abi import PTR, U32, Field, record_dtype, record_fields
+from amk.isa.sampling import Sampling
 
 
 @dataclass
@@ -47,10 +48,42 @@ class BatchParams(Params):
     positions: PTR = 0
 
 
-def param_fields(batch: int) -> tuple[Field, ...]:
-    """The launch parameters of a machine that computes `batch` tokens side by side."""
-    return record_fields(Params if batch == 1 else BatchParams)
+@dataclass
+class DrawingParams(Params):
+    """Those of a program that draws (isa.sampling.Sampling): fp32 numbers as their bits; filters that keep all tokens are 0.
+
+    `stops` are `stop_count` tokens (i32) on the device.
+    """
+
+    removed_share: PTR = 0
+    stops: PTR = 0
+    temperature: U32 = 0
+    min_p: U32 = 0
+    least_score: U32 = 0
+    top_k: U32 = 0
+    seed_low: U32 = 0
+    seed_high: U32 = 0
+    stop_count: U32 = 0
 
 
-def param_dtype(batch: int) -> np.dtype[Any]:
-    return record_dtype("Params", param_fields(batch))
+def param_fields(batch: int, draws: bool) -> tuple[Field, ...]:
+    """The launch parameters of a program that computes `batch` tokens side by side, or draws."""
+    return record_fields(DrawingParams if draws else Params if batch == 1 else BatchParams)
+
+
+def param_dtype(batch: int, draws: bool) -> np.dtype[Any]:
+    return record_dtype("Params", param_fields(batch, draws))
+
+
+def sampling_words(sampling: Sampling) -> dict[str, int]:
+    """The parameters that `sampling` gives, `stops` excepted."""
+    filters = sampling if sampling.filters else replace(sampling, top_k=0, top_p=1.0, min_p=0.0)
+    numbers = {"temperature": sampling.temperature, "min_p": filters.min_p, "least_score": float(filters.least_score)}
+    return {
+        **{name: int(np.float32(value).view(np.uint32)) for name, value in numbers.items()},
+        "removed_share": filters.removed_share,
+        "top_k": filters.top_k,
+        "seed_low": sampling.seed & 0xFFFFFFFF,
+        "seed_high": sampling.seed >> 32,
+        "stop_count": len(sampling.stop_tokens),
+    }

@@ -11,12 +11,13 @@ import numpy.typing as npt
 
 from amk.isa.instruction import Access, Instruction, Publishes
 from amk.isa.machine import Machine
+from amk.isa.sampling import GREEDY, Sampling
 from amk.schedule.model import WeightSource
 from amk.schedule.program import Program
 from amk.schedule.proven import ValidProgram
 from amk.vm.actors import Launch
 from amk.vm.arena import Arena
-from amk.vm.interface import Decoded, DecodedBatch, LaunchFailed, checked_rows
+from amk.vm.interface import Decoded, DecodedBatch, LaunchFailed, OnStep, check_sampling, checked_rows
 from amk.vm.kv import KvRows, plane
 from amk.vm.memory import LaunchInputs, Results, StepMemory, Weights
 from amk.vm.order import legal_order
@@ -49,10 +50,24 @@ class UnprovenVM:
         keys, values = self._kv.read(plane(self.program, layer, row), stop)
         return _as_tensor(keys), _as_tensor(values)
 
-    def decode(self, tokens: Sequence[int], position: int, *, steps: int | None = None, logits: bool = False) -> Decoded:
-        results = self._launch(self._inputs(tokens, position, len(tokens) if steps is None else steps, logits))
-        rows = None if results.logits is None else results.logits[:, 0]
-        return Decoded(tuple(tokens[0] for tokens in results.tokens), _as_tensor(rows), None)
+    def decode(
+        self,
+        tokens: Sequence[int],
+        position: int,
+        *,
+        steps: int | None = None,
+        logits: bool = False,
+        sampling: Sampling = GREEDY,
+        on_token: OnStep | None = None,
+    ) -> Decoded:
+        check_sampling(self.program, sampling)
+        launch = self._inputs(tokens, position, len(tokens) if steps is None else steps, logits)
+        launch.sampling = sampling
+        launch.on_token = on_token or launch.on_token
+        results = self._launch(launch)
+        made = results.ended
+        rows = None if results.logits is None else results.logits[:made, 0]
+        return Decoded(tuple(tokens[0] for tokens in results.tokens[:made]), _as_tensor(rows), None)
 
     def decode_batch(
         self, tokens: Sequence[Sequence[int]], positions: Sequence[int], *, steps: int | None = None, logits: bool = False
@@ -74,6 +89,8 @@ class UnprovenVM:
         except LaunchFailed:
             self._arena.zero()
             raise
+        if launch.results.ended is not None:
+            self._arena.zero()  # as the device does: counters of the token that did not come about are nobody's
         return launch.results
 
     def close(self) -> None:
@@ -101,6 +118,8 @@ class UnprovenVM:
             for task in self._tasks:
                 for access, values in _joined(task.run(memory, launch.position(self.program, task, step))):
                     self._arena.store(access, values, epoch + step)
+            if launch.results.ended is not None:
+                return
 
 
 def launch_inputs(machine: Machine, tokens: Sequence[Sequence[int]], positions: Sequence[int], steps: int, logits: bool) -> LaunchInputs:

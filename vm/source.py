@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 INCLUDE = re.compile(r'^#include "([^"]+)"$', re.MULTILINE)
 ELEMENT = {"bf16": 0, "fp16": 1, "fp32": 2}
 IMAGE_HEAD_BYTES = 32
-TEST_MACROS = {"DRY_FEED": 0, "STRESS": 0, "HANG_ACTOR": 0}
+TEST_MACROS = {"DRY_FEED": 0, "STRESS": 0, "HANG_ACTOR": 0, "TURING": 0}
 
 
 def image_bytes(program: Program) -> int:
@@ -80,10 +80,12 @@ def _prelude(program: Program, layout: SharedLayout, macros: dict[str, int]) -> 
         f"#define EVICT_FIRST {int(program.device.cache_hint == 'evict_first')}",
         f"#define DRY_FEED {macros['DRY_FEED']}",
         f"#define STRESS {macros['STRESS']}",
+        f"#define TURING {macros['TURING']}",
+        *(["#define DRAWS"] if program.draws else []),
         f"#define FOR_EACH_SHAPE(X) {shapes}",
         *(_constant_line(n, v) for n, v in (constants(program, layout, macros) | batch_constants(program)).items()),
-        record_header("Params", param_fields(batch), param_dtype(batch)),
-        headers(batched=batch > 1),
+        record_header("Params", param_fields(batch, program.draws), param_dtype(batch, program.draws)),
+        headers(batched=batch > 1, draws=program.draws),
     ]
     return "\n".join(lines)
 
@@ -172,7 +174,7 @@ def traced_source(program: Program, events: int) -> str:
 
 
 def kernel_source(program: Program, **macros: int) -> str:
-    """CUDA C++ of the megakernel for this program; `macros` are the test builds' (DRY_FEED, STRESS, HANG_ACTOR)."""
+    """CUDA C++ of the megakernel for this program; `macros` are the test builds' (TEST_MACROS)."""
     unknown = set(macros) - set(TEST_MACROS)
     if unknown:
         raise ValueError(f"kernel_source: macros must be among {sorted(TEST_MACROS)}, but got {sorted(unknown)}")
@@ -180,7 +182,8 @@ def kernel_source(program: Program, **macros: int) -> str:
     types = (ROOT / "isa/device/types.cuh").read_text()
     seen = {"isa/device/types.cuh"}
     prelude = _prelude(program, layout, {**TEST_MACROS, **macros})
-    generated = {"vm/device/dispatch.cuh": _dispatch(program)}
+    feed = f'#include "isa/device/feed_{program.device.weight_feed}.cuh"'
+    generated = {"vm/device/dispatch.cuh": _dispatch(program), "isa/device/feed.cuh": feed}
     body = _inline((ROOT / "vm/device/kernel.cu").read_text(), generated, seen)
     abi = f"constexpr uint32_t ABI_HASH = {abi_hash(program)}u;"
     return "\n".join([types.replace("#pragma once\n", ""), prelude, abi, body])

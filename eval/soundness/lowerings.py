@@ -10,6 +10,7 @@ from amk.schedule.compile import compile_program
 from amk.schedule.knobs import FUSIONS, Config
 from amk.schedule.model import DType, ModelSpec
 from amk.schedule.program import Program
+from amk.schedule.settings import Chooser
 from amk.schedule.targets import small_target
 
 VARIANTS = 256  # lowerings that mutants are made of
@@ -27,7 +28,10 @@ def lowering(variant: int) -> Program:
     random = Random(f"lowering/{variant}")
     batch = SEAT_BLOCK if variant % BATCH_EVERY == BATCH_EVERY - 1 else 1
     while True:
-        program = compile_program(_model(random), _config(random), small_target(random.randint(2, 8)), context=None, batch=batch)
+        model, config, target = _model(random), _config(random), small_target(random.randint(2, 8))
+        program = compile_program(
+            model, config, target, context=None, chooser=random.choice(CHOOSERS) if batch == 1 else "greedy", batch=batch
+        )
         if isinstance(program, Program):
             return program
 
@@ -54,6 +58,7 @@ def _model(random: Random) -> ModelSpec:
 
 
 DTYPES: tuple[DType, ...] = ("bf16", "bf16", "fp32")
+CHOOSERS: tuple[Chooser, ...] = ("greedy", "draw", "filter")
 
 
 def _config(random: Random) -> Config:

@@ -10,8 +10,12 @@ from amk.eval.soundness.footprint import turning_positions
 from amk.isa.abi import NONE
 from amk.isa.attention import MAX_GROUP, Attention
 from amk.isa.batch import NARROW_RUN, WIDE_RUN
+from amk.isa.draw import Draw
+from amk.isa.draw_head import DrawHead
 from amk.isa.embed import Embed
 from amk.isa.embed_batch import EmbedBatch
+from amk.isa.filter_draw import FilterDraw
+from amk.isa.filter_head import FilterHead
 from amk.isa.gemm import Gemm
 from amk.isa.gemm_head import GemmHead
 from amk.isa.gemv_head import GemvHead
@@ -211,15 +215,26 @@ def _tiles(program: Program) -> Iterator[Unsafe]:
 def _token(program: Program) -> Iterator[Unsafe]:
     """One task hands out the token, and it has seen the candidate of every task of the head."""
     tasks = [task for queue in program.queues for task in queue]
-    samples = [task for task in tasks if isinstance(task, Sample | SampleBatch)]
+    samples = [task for task in tasks if isinstance(task, Sample | SampleBatch | FilterDraw)]
     if len(samples) > 1:
         yield Unsafe("coverage", f"{len(samples)} tasks hand out the token")
     for sample in samples:
-        for head in (task for task in tasks if isinstance(task, GemvHead | GemmHead)):
+        if isinstance(sample, FilterDraw) and sample.tiles != -(-program.machine.vocab // TILE_ROWS):
+            yield Unsafe("bounds", f"{sample.stem} takes {sample.tiles} tiles of a vocabulary of {program.machine.vocab}")
+        for head in (task for task in tasks if isinstance(task, GemvHead | GemmHead | FilterHead)):
+            if _chooser(head) != _chooser(sample):
+                yield Unsafe("kind", f"{sample.stem} cannot take what {head.stem} publishes")
             pair = 2 * program.machine.batch
-            seen = (head.out_buf, head.out_tag) == (sample.in_buf, sample.in_tag) and head.out_start + pair <= pair * sample.count
-            if not seen:
+            end = pair * sample.count if isinstance(sample, Sample | SampleBatch) else 0
+            seen = (head.out_buf, head.out_tag) == (sample.in_buf, sample.in_tag)
+            if not seen or isinstance(head, GemvHead | GemmHead) and head.out_start + pair > end:
                 yield Unsafe("coverage", "sample does not see the candidate of a head task")
+
+
+def _chooser(task: Instruction) -> str:
+    """Which way of choosing tokens a head or sample task belongs to."""
+    ways = {GemvHead: "greedy", Sample: "greedy", GemmHead: "batch", SampleBatch: "batch", DrawHead: "draw", Draw: "draw"}
+    return ways.get(type(task), "filter")
 
 
 def _kv_visibility(program: Program) -> Iterator[Unsafe]:

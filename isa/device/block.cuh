@@ -1,7 +1,16 @@
 // What the actors of one SM share: launch parameters, the layout of shared memory, and each actor's place in the token.
 #pragma once
 #include "isa/device/element.cuh"
-#include "isa/device/sync.cuh"
+#include "isa/device/feed.cuh"
+
+// A feed is how bytes come into the ring. Each has a file (isa/device/feed_*.cuh) with the same names; feed.cuh is
+// the one that the program uses.
+//   Barrier            where actors of a block meet, with barrier_init, barrier_init_done, barrier_arrive, barrier_passed (which may
+//                      wait a moment) and barrier_tested (which does not)
+//   FEEDER_LANES       lanes of the feeder's warp that run: 1, or all 32 in step
+//   FULL_ARRIVALS      arrivals at a stage's `full` barrier that say that its chunk has landed
+//   copy_chunk         starts the copy of a chunk (a multiple of 16 bytes); `full` gets its arrivals when all of it is in the stage
+//   order_copies       what this warp has acquired is seen by the copies that it starts next
 
 constexpr int CONSUMER_THREADS = CONSUMER_WARPS * 32;
 constexpr int BLOCK_THREADS = CONSUMER_THREADS + 96;  // and a feeder, a storer and a watcher warp
@@ -11,12 +20,12 @@ constexpr int SLOT_ROW = 20;  // floats of one warp's partial tile: 16 rows, the
 constexpr uint16_t NONE = 0xFFFF;
 
 struct Barriers {
-  uint64_t full[STAGES], empty[STAGES];                  // ring: copied / released by all consumers
-  uint64_t slot_full[REDUCTION_SLOTS], slot_free[REDUCTION_SLOTS];  // reduction: written by all consumers / read by the storer
-  uint64_t consumers;                                    // the consumers meet
-  uint32_t released;                                     // tasks the watcher has released since the launch began
-  uint32_t claimed;                                      // the stream this block eats
-  uint32_t finished;                                     // consumers that have finished a token, summed over tokens
+  Barrier full[STAGES], empty[STAGES];                              // ring: copied / released by all consumers
+  Barrier slot_full[REDUCTION_SLOTS], slot_free[REDUCTION_SLOTS];   // reduction: written by all consumers / read by the storer
+  Barrier consumers;                                                // the consumers meet
+  uint32_t released;                                                // tasks the watcher has released since the launch began
+  uint32_t claimed;                                                 // the stream this block eats
+  uint32_t finished;                                                // consumers that have finished a token, summed over tokens
 };
 static_assert(sizeof(Barriers) <= BARRIER_BYTES, "the barriers must fit the space the host reserves for them");
 
@@ -92,7 +101,7 @@ struct Consumer {
   __device__ __forceinline__ bool reduction_slot_free() const { return barrier_tested(&b.barriers().slot_free[red], red_parity); }
   // The next chunk of the ring, taken: `landed` if that is known.
   __device__ __forceinline__ const uint8_t* wait_chunk(bool landed = false) {
-    uint64_t* bar = &b.barriers().full[slot];
+    Barrier* bar = &b.barriers().full[slot];
     const uint32_t parity = slot_parity;
     if (!landed) wait_until(abort, WAIT_FULL, [=] { return barrier_passed(bar, parity); });
     taken = slot;
@@ -105,7 +114,7 @@ struct Consumer {
     if (lane == 0) barrier_arrive(&b.barriers().empty[taken]);
   }
   __device__ __forceinline__ float* wait_reduction_slot(bool is_free = false) {
-    uint64_t* bar = &b.barriers().slot_free[red];
+    Barrier* bar = &b.barriers().slot_free[red];
     const uint32_t parity = red_parity;
     if (!is_free) wait_until(abort, WAIT_SLOT, [=] { return barrier_passed(bar, parity); });
     return b.partial(red, warp);
@@ -118,7 +127,7 @@ struct Consumer {
   // All consumers of the SM have arrived; what each wrote to shared memory before is visible to all.
   __device__ __forceinline__ void meet() {
     __syncwarp();
-    uint64_t* bar = &b.barriers().consumers;
+    Barrier* bar = &b.barriers().consumers;
     const uint32_t parity = meet_parity;
     if (lane == 0) barrier_arrive(bar);
     wait_until(abort, WAIT_BARRIER, [=] { return barrier_passed(bar, parity); });
@@ -174,7 +183,7 @@ struct Storer {
   // Sum over the consumer warps, in warp order within each half: lane r and lane r + 16 get row r; `squares`, where it is wanted, gets the
   // sum of x squared.
   __device__ __forceinline__ float reduce(bool want_squares, float& squares) {
-    uint64_t* bar = &b.barriers().slot_full[red];
+    Barrier* bar = &b.barriers().slot_full[red];
     const uint32_t parity = red_parity;
     wait_until(abort, WAIT_SLOT, [=] { return barrier_passed(bar, parity); });
     const int row = lane & 15, half = lane >> 4;
@@ -194,6 +203,7 @@ struct Storer {
 };
 
 // The feeder's place in the ring. Copies fill slot after slot; at most INFLIGHT are under way.
+// Where all lanes of the warp run it, they are in step.
 struct Feeder {
   const Block& b;
   Abort abort;
@@ -204,10 +214,21 @@ struct Feeder {
   __device__ Feeder(const Block& b)
       : b(b), abort{reinterpret_cast<uint32_t*>(b.p.abort), b.p.spin_limit, FEEDER, b.sm, 0, 0} {}
 
+  // Polls `ready`; false, for every lane alike, when the launch is being aborted.
+  // What one lane has acquired the warp's meeting hands on to all.
+  template <class Ready>
+  __device__ __forceinline__ bool wait(uint32_t kind, Ready ready) const {
+    if constexpr (FEEDER_LANES == 1) return poll_until(abort, kind, ready);
+    bool here = true;
+    if ((threadIdx.x & 31) == 0) here = poll_until(abort, kind, ready);
+    here = __shfl_sync(~0u, here, 0);
+    __syncwarp();
+    return here;
+  }
   __device__ __forceinline__ bool wait_landed() {
-    uint64_t* bar = &b.barriers().full[oldest];
+    Barrier* bar = &b.barriers().full[oldest];
     const uint32_t parity = oldest_parity;
-    if (!poll_until(abort, WAIT_FULL, [=] { return barrier_passed(bar, parity); })) return false;
+    if (!wait(WAIT_FULL, [=] { return barrier_passed(bar, parity); })) return false;
     if (++oldest == STAGES) { oldest = 0; oldest_parity ^= 1; }
     --under_way;
     return true;
@@ -216,10 +237,10 @@ struct Feeder {
   __device__ __forceinline__ bool stream(const uint8_t* source, uint32_t bytes) {
     if (under_way == INFLIGHT && !wait_landed()) return false;
     Barriers& bars = b.barriers();
-    uint64_t* empty = &bars.empty[slot];
+    Barrier* empty = &bars.empty[slot];
     const uint32_t parity = empty_parity;
-    if (!poll_until(abort, WAIT_EMPTY, [=] { return barrier_passed(empty, parity); })) return false;
-    copy(bars.full[slot], b.stage(slot), source, bytes);
+    if (!wait(WAIT_EMPTY, [=] { return barrier_passed(empty, parity); })) return false;
+    copy_chunk(bars.full[slot], b.stage(slot), source, bytes);
     ++under_way;
     if (++slot == STAGES) { slot = 0; empty_parity ^= 1; }
     return true;
@@ -231,25 +252,5 @@ struct Feeder {
       if (++oldest == STAGES) { oldest = 0; oldest_parity ^= 1; }
       --under_way;
     }
-  }
-
- private:
-  static __device__ __forceinline__ void copy(uint64_t& full, uint8_t* to, const uint8_t* from, uint32_t bytes) {
-#if DRY_FEED
-    barrier_arrive(&full);
-#else
-    barrier_expect(&full, bytes);
-#if EVICT_FIRST
-    uint64_t policy;
-    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-                     shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(&full)), "l"(policy)
-                 : "memory");
-#else
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
-                 "l"(from), "r"(bytes), "r"(shared_address(&full))
-                 : "memory");
-#endif
-#endif
   }
 };

@@ -348,7 +348,7 @@ struct ScaledSeats {
     for (int block = 0; block < SEAT_BLOCKS; ++block) scale[block] = 1.f;
   }
   __device__ __forceinline__ void next(Storer& s, int tile, float4 (&y)[SEAT_BLOCKS]) {
-    uint64_t* bar = &s.b.barriers().slot_full[s.red];
+    Barrier* bar = &s.b.barriers().slot_full[s.red];
     const uint32_t parity = s.red_parity;
     wait_until(s.abort, WAIT_SLOT, [=] { return barrier_passed(bar, parity); });
     __syncwarp();

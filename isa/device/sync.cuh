@@ -1,4 +1,5 @@
-// Every fence, atomic and spin of the machine, each with the order it makes.
+// Every fence, atomic and spin of the machine, each with the order it makes; those of a block's barriers are the weight feed's
+// (sync_mbarrier.cuh, sync_words.cuh).
 #pragma once
 #include "isa/device/types.cuh"
 #include "isa/device/trace.cuh"
@@ -37,10 +38,37 @@ __device__ __forceinline__ void raise_abort(const Abort& a, uint32_t code, uint3
   write_abort(a.record, code, a.actor << 8 | kind, a.sm, a.task, a.token);
 }
 
+#ifdef DRAWS
+// ---- the end of a launch at a stop token ---------------------------------------------------------------------------------------------
+// The task that chose the token writes how many tokens the launch has, in place of handing the token on. What later tokens wait for never
+// comes: waits of those tokens end, no others.
+
+constexpr int END_WORD = 6;  // of the abort record
+
+__device__ __forceinline__ void end_launch(const Abort& a, uint32_t tokens) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(a.record + END_WORD), "r"(tokens) : "memory");
+}
+__device__ __forceinline__ bool launch_ended(const Abort& a) {
+  const uint32_t tokens = load_relaxed(a.record + END_WORD);
+  return tokens != 0u && a.token >= tokens;
+}
+// A word in the host's memory, which the host reads while the launch runs.
+__device__ __forceinline__ void store_for_host(uint32_t* p, uint32_t v) {
+  asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+// One more in a word of shared memory; barriers order it.
+__device__ __forceinline__ void count_shared(uint32_t* p) {
+  asm volatile("red.relaxed.cta.shared::cta.add.u32 [%0], %1;" ::"r"(shared_address(p)), "r"(1u) : "memory");
+}
+#endif
+
 // True when the wait must end: its polls ran out, or somebody aborted the launch. Looked at every 256 polls.
 __device__ __forceinline__ bool must_give_up(const Abort& a, uint32_t polls, uint32_t kind) {
   if ((polls & 255u) != 0u) return false;
   if (load_relaxed(a.record) != 0u) return true;
+#ifdef DRAWS
+  if (launch_ended(a)) return true;
+#endif
   if (polls < a.limit) return false;
   raise_abort(a, ABORT_TIMEOUT, kind);
   return true;
@@ -80,39 +108,6 @@ __device__ __forceinline__ bool poll_until(const Abort& a, uint32_t kind, Ready 
 template <class Ready>
 __device__ __forceinline__ void wait_until(const Abort& a, uint32_t kind, Ready ready) {
   if (!poll_until(a, kind, ready)) leave();
-}
-
-// ---- mbarriers: order shared memory of one block (release on arrive, acquire on wait, CTA scope) -------------------------------------
-
-__device__ __forceinline__ void barrier_init(uint64_t* bar, uint32_t count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count));
-}
-__device__ __forceinline__ void barrier_init_done() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-__device__ __forceinline__ void barrier_arrive(uint64_t* bar) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
-}
-__device__ __forceinline__ void barrier_expect(uint64_t* bar, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ bool barrier_passed(uint64_t* bar, uint32_t parity) {
-  uint32_t ok;
-  asm volatile(
-      "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-      : "=r"(ok)
-      : "r"(shared_address(bar)), "r"(parity)
-      : "memory");
-  return ok != 0;
-}
-
-// The same without waiting a moment for it: for an answer that is needed later.
-__device__ __forceinline__ bool barrier_tested(uint64_t* bar, uint32_t parity) {
-  uint32_t ok;
-  asm volatile(
-      "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-      : "=r"(ok)
-      : "r"(shared_address(bar)), "r"(parity)
-      : "memory");
-  return ok != 0;
 }
 
 // ---- words in shared memory that only grow -----------------------------------------------------------------------------------------
@@ -179,5 +174,3 @@ __device__ __forceinline__ uint32_t load_acquire(const uint32_t* p) {
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
-// Ordinary writes acquired by this thread are visible to the bulk copies it starts next.
-__device__ __forceinline__ void fence_async_proxy() { asm volatile("fence.proxy.async;" ::: "memory"); }

@@ -7,8 +7,13 @@ from collections.abc import Iterator
 import numpy as np
 
 from amk.isa.attention import PARTIAL_HEAD, Attention
+from amk.isa.draw import Draw
+from amk.isa.draw_head import DrawHead
+from amk.isa.filter_draw import FilterDraw
+from amk.isa.filter_head import FilterHead
 from amk.isa.gemm_head import GemmHead
 from amk.isa.gemv_head import GemvHead
+from amk.isa.instruction import Instruction
 from amk.isa.machine import TILE_ROWS
 from amk.isa.matvec import MatVec
 from amk.isa.sample import Sample
@@ -17,6 +22,12 @@ from amk.schedule.proof.packets import Matching
 from amk.schedule.proof.report import Region, Report
 from amk.schedule.proof.subject import Flags, Ints, Subject
 
+HEAD_OF: dict[type[Instruction], type[Instruction]] = {
+    Sample: GemvHead,
+    Draw: DrawHead,
+    FilterDraw: FilterHead,
+    SampleBatch: GemmHead,
+}
 ALIKE = ("q0", "nq", "window", "unit_rows", "splits", "part_buf", "part_tag", "q_buf", "q_tag")
 
 
@@ -52,17 +63,21 @@ def _uneven(parts: list[tuple[int, int, int]], tiles: int) -> Iterator[tuple[int
 
 def check_outputs(subject: Subject, m: Matching, report: Report) -> None:
     """One task hands out the token, it has seen every candidate, and the candidates are of one head."""
-    samples = _ids(subject, Sample, SampleBatch)
-    heads = _ids(subject, GemvHead, GemmHead)
+    samples = _ids(subject, *HEAD_OF)
+    heads = _ids(subject, *HEAD_OF.values())
     if len(samples) > 1:
         report.add("coverage", f"{subject.names(samples)} all hand the token to the host, but one must", subject.ids(samples))
-    weights = {subject.tasks[i].weight for i in heads.tolist()}
+    weights = {getattr(subject.tasks[i], "weight", 0) for i in heads.tolist()}
     if len(weights) > 1:
         report.add(
             "coverage", f"{subject.names(heads)} write the logits of {len(weights)} heads, but a program has one", subject.ids(heads[:16])
         )
     if not len(samples) or not len(heads):
         return
+    needed = HEAD_OF[type(subject.tasks[int(samples[0])])]
+    for task in (i for i in heads.tolist() if type(subject.tasks[i]) is not needed):
+        said = f"{subject.names([task])} is of another kind than {subject.names(samples[:1])} takes, which is {needed.stem}"
+        report.add("kind", said, subject.ids([task, int(samples[0])]))
     sampled = np.zeros(len(m.groups), dtype=bool)
     sampled[m.groups.of[np.isin(m.groups.reads.task, samples)]] = True
     seen = np.zeros(len(m.written.owner), dtype=bool)
@@ -72,7 +87,7 @@ def check_outputs(subject: Subject, m: Matching, report: Report) -> None:
         report.add("coverage", f"the candidate of {subject.names([task])} is read by no sample", subject.ids([task]))
 
 
-def _ids(subject: Subject, *classes: type) -> Ints:
+def _ids(subject: Subject, *classes: type[Instruction]) -> Ints:
     return np.concatenate([np.zeros(0, np.int64), *(w.ids for w in subject.words if w.cls in classes)])
 
 

@@ -15,7 +15,7 @@ from amk.isa.weight_format import FORMAT_FLAGS, format_of
 from amk.schedule.proof.report import Region, Report
 from amk.schedule.proof.subject import Flags, Ints, Subject, Words
 
-COPY_BYTES = 16  # bulk copies begin at multiples of this
+COPY_BYTES = 16  # copies into the ring begin at multiples of this, and are multiples of it long
 
 
 def check_streams(subject: Subject, silent: Flags, report: Report) -> None:

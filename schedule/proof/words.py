@@ -11,6 +11,8 @@ from amk.isa.attention import MAX_GROUP, Attention
 from amk.isa.batch import NARROW_RUN, WIDE_RUN
 from amk.isa.embed import Embed
 from amk.isa.embed_batch import EmbedBatch
+from amk.isa.filter_draw import FilterDraw
+from amk.isa.filter_head import FilterHead
 from amk.isa.gemm import Gemm
 from amk.isa.gemm_glu import GemmGlu
 from amk.isa.gemm_head import GemmHead
@@ -68,8 +70,10 @@ def check_words(subject: Subject, report: Report) -> Flags:
             _rmsnorm(checker, words)
         elif words.cls is SwiGlu:
             _swiglu(checker, words)
-        elif words.cls in (Sample, SampleBatch):
+        elif issubclass(words.cls, Sample | SampleBatch):
             checker.must(words, words.column["count"] >= 1, "bounds", "must read at least one candidate, but reads none")
+        elif words.cls is FilterDraw:
+            _filter_draw(checker, words)
     return ~checker.broken
 
 
@@ -128,7 +132,7 @@ def _matvec(checker: Checker, words: Words) -> None:
     if words.cls in (GemvGlu, GemmGlu):
         interleaved = np.array([m.layout == "interleave8" and m.rows % TILE_ROWS == 0 for m in matrices] or [False])[at]
         checker.need(words, ~agreed | interleaved, "kind", "needs gate and up rows interleaved by 8 in whole tiles, but its matrix is not")
-    if words.cls in (GemvHead, GemmHead):
+    if issubclass(words.cls, GemvHead | GemmHead | FilterHead):
         vocab = checker.subject.program.machine.vocab
         said = "takes a head of {rows} rows, but the vocabulary has {vocab}"
         checker.need(words, rows == vocab, "kind", said, rows=rows, vocab=vocab)
@@ -234,3 +238,8 @@ def _swiglu(checker: Checker, words: Words) -> None:
     checker.must(words, (start >= 0) & (count >= 1), "bounds", "takes columns {start}:{stop}", start=start, stop=start + count)
     said = "must begin at a whole packet of {narrow} elements, but begins at {start}"
     checker.need(words, start % narrow == 0, "kind", said, start=start, narrow=narrow)
+
+
+def _filter_draw(checker: Checker, words: Words) -> None:
+    tiles, has = words.column["tiles"], -(-checker.subject.program.machine.vocab // TILE_ROWS)
+    checker.must(words, tiles == has, "bounds", "reads {tiles} tiles of scores, but the vocabulary has {has}", tiles=tiles, has=has)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from amk.eval.generation import STREAMED_TOKENS, TOKENS_A_LAUNCH, Spoken, launch_tokens
+from amk.eval.generation import TOKENS_A_LAUNCH, TOKENS_BETWEEN_TEXTS, Hearer, Spoken, launch_tokens
 
 
 def byte_tokenizer() -> Any:
@@ -48,13 +47,23 @@ def test_without_a_tokenizer_nothing_is_said() -> None:
 
 
 @pytest.mark.parametrize(
-    ("quick", "streamed", "expected"),
-    [
-        (False, False, [1, 1, 1]),
-        (False, True, [1, 1, 1]),
-        (True, False, [TOKENS_A_LAUNCH] * 3),
-        (True, True, [1, STREAMED_TOKENS, STREAMED_TOKENS]),
-    ],
+    ("quick", "texts", "expected"),
+    [(False, False, 1), (False, True, 1), (True, False, TOKENS_A_LAUNCH), (True, True, TOKENS_BETWEEN_TEXTS)],
 )
-def test_launches_are_long_on_the_card_and_short_for_a_listener(quick: bool, streamed: bool, expected: list[int]) -> None:
-    assert list(islice(launch_tokens(quick, streamed), 3)) == expected
+def test_launches_are_long_on_the_card_and_shorter_where_texts_end_them(quick: bool, texts: bool, expected: int) -> None:
+    assert launch_tokens(quick, texts) == expected
+
+
+@pytest.mark.parametrize(
+    ("stop_tokens", "stop", "reason", "length"), [((101,), (), "stop_token", 4), ((), ("lo",), "stop_text", 5), ((), (), "max_tokens", 6)]
+)
+def test_a_hearer_takes_nothing_after_the_end(stop_tokens: tuple[int, ...], stop: tuple[str, ...], reason: str, length: int) -> None:
+    told: list[tuple[int, int, str]] = []
+    tokens = TOKENIZER.encode("hello, world").ids
+    ends = tuple(tokens[4] for _ in stop_tokens)
+    hearer = Hearer(ends, stop, 6, TOKENIZER, lambda *token: told.append(token))
+    hearer.hear(7, overruled=True)
+    for token in tokens:
+        hearer.hear(token)
+    assert (hearer.reason, hearer.tokens) == (reason, tokens[:length])
+    assert [token for _, token, _ in told] == hearer.tokens

@@ -19,8 +19,9 @@ GUIDE: dict[str, Any] = {
 PLAN = Plan(prompt=8, steps=40, late=(127, 1000), late_steps=4)
 
 
-def judged(model: Model, config: dict[str, Any] | None = None, plan: Plan = PLAN, context: int = 1024) -> Finding:
-    vm = machine(model, config, context)
+def judged(model: Model, config: dict[str, Any] | None = None, plan: Plan = PLAN, context: int = 1024, **options: Any) -> Finding:
+    """`options` are CudaVM's."""
+    vm = machine(model, config, context, **options)
     finding = judge(vm, make_reference(model.spec, model.eager("fp32", "cuda"), plan, rounding_points(vm.program)))
     vm.close()
     return finding

@@ -134,7 +134,7 @@ def test_the_source_model_has_the_dequantised_weights_and_a_head_of_its_own() ->
     assert not torch.equal(eager.lm_head.weight, eager.model.embed_tokens.weight)
 
 
-@pytest.mark.parametrize("name", ["toy-2L@", "toy-2L@int3", "toy-2L@int4-g16", "toy-2L@int4-asym-g32", "@bf16", "toy-2L@INT8"])
+@pytest.mark.parametrize("name", ["toy-2L@", "toy-2L@int3", "toy-2L@int4-g16", "toy-2L@int4-asym-g32", "@nf4", "toy-2L@INT8"])
 def test_an_unknown_format_is_a_usage_error_that_lists_what_there_is(name: str) -> None:
     for call in (resolve, describe):
         with pytest.raises(UnknownModel, match="int4-g128-asym") as caught:

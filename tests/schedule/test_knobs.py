@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
 import pytest
 
-from amk.schedule.compile import lower
+from amk.schedule.compile import compile_program, lower
 from amk.schedule.config import config_dict, knob_value, neighbours, parse_config, with_value
 from amk.schedule.digest import program_digest, schedule_id
 from amk.schedule.knobs import KNOBS, Config, Knob
+from amk.schedule.program import Program
 from amk.schedule.rejection import Rejection
 from amk.schedule.render import config_schema, knob_table_markdown, search_space
-from amk.schedule.targets import small_target
+from amk.schedule.targets import TARGETS, Target, small_target
 from amk.tests.schedule.configs import GUIDE, config_of, random_config
-from amk.tests.schedule.specs import SMOLLM2, WIDE_HEADS, WINDOWED
+from amk.tests.schedule.specs import SMOLLM2, TOY, WIDE_HEADS, WINDOWED
 
 NESTED: list[Any] = []
 for _ in range(20000):
@@ -145,7 +147,7 @@ def test_schema_is_itself_a_valid_schema_and_closed() -> None:
 
 
 def test_search_space_lists_every_knob_with_its_default_among_its_values() -> None:
-    space = search_space(SMOLLM2)
+    space = search_space(SMOLLM2, TARGETS["h200"])
     assert list(space) == [knob.name for knob in KNOBS]
     for entry in space.values():
         assert entry["desc"] and entry["consumer"]
@@ -157,8 +159,24 @@ def test_search_space_lists_every_knob_with_its_default_among_its_values() -> No
 
 
 def test_search_space_leaves_out_stages_that_cannot_hold_16_kv_rows() -> None:
-    assert search_space(WIDE_HEADS)["kernel_knobs.stage_bytes"]["choices"] == [0, 32768]
-    assert search_space(SMOLLM2)["kernel_knobs.stage_bytes"]["choices"] == [0, 8192, 16384, 32768]
+    assert search_space(WIDE_HEADS, TARGETS["h200"])["kernel_knobs.stage_bytes"]["choices"] == [0, 32768]
+    assert search_space(SMOLLM2, TARGETS["h200"])["kernel_knobs.stage_bytes"]["choices"] == [0, 8192, 16384, 32768]
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda t: t.name)
+def test_search_space_offers_the_feeds_that_the_card_has_and_the_others_are_rejected_by_name(target: Target) -> None:
+    model = replace(TOY, dtype="fp32")
+    offered = search_space(model, target)["kernel_knobs.weight_feed"]["choices"]
+    assert offered == ["auto", *{7: ["plain"], 8: ["cp_async", "plain"]}.get(target.capability // 10, ["bulk", "cp_async", "plain"])]
+    for feed in ("auto", "bulk", "cp_async", "plain"):
+        result = compile_program(model, Config(weight_feed=feed), target)
+        if feed in offered:
+            assert isinstance(result, Program)
+            assert result.device.weight_feed == (offered[1] if feed == "auto" else feed)
+        else:
+            assert isinstance(result, list)
+            assert [r.key for r in result] == ["kernel_knobs.weight_feed"]
+            assert all(f"'{name}'" in result[0].text for name in offered) and target.arch in result[0].text
 
 
 def test_documentation_has_a_row_for_every_knob() -> None:
@@ -179,11 +197,12 @@ def test_every_knob_has_a_neighbour_of_the_default() -> None:
     assert {name for name, _ in neighbours(Config())} == {knob.name for knob in KNOBS}
 
 
-# Where each knob is realised: in the program (queues, buffers, machine), or in the device code alone.
-REALISED = {
-    "kernel_knobs.cache_hint": "device",
-    "kernel_knobs.poll_sleep_ns": "device",
-    "kernel_knobs.release_early": "device",
+# Knobs whose values are realised in the device code, and how many programs (queues, buffers, machine) they make.
+PROGRAMS = {
+    "kernel_knobs.cache_hint": 1,
+    "kernel_knobs.poll_sleep_ns": 1,
+    "kernel_knobs.release_early": 1,
+    "kernel_knobs.weight_feed": 2,  # plain loads have one stage under way
 }
 
 
@@ -201,7 +220,9 @@ def test_every_value_of_a_knob_makes_a_program_of_its_own(knob: Knob) -> None:
         values = values[:4]  # beyond 128 rows every matrix of the model is one unit an SM
     if knob.name == "kernel_knobs.kv_splits":
         values = [1, 2, 4]  # 512 rows are at most 8 units of 64, and the window's two
+    if knob.name == "kernel_knobs.weight_feed":
+        values = ["bulk", "cp_async", "plain"]
     programs = [lower(model, with_value(start, knob.name, value), target) for value in values]
     assert len({schedule_id(p) for p in programs}) == len(values)
     digests = {program_digest(p) for p in programs}
-    assert len(digests) == (1 if REALISED.get(knob.name) == "device" else len(values))
+    assert len(digests) == PROGRAMS.get(knob.name, len(values))

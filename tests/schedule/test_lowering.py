@@ -265,7 +265,9 @@ def test_largest_head_dim_and_group_are_accepted() -> None:
 def test_bf16_is_rejected_where_the_card_has_none() -> None:
     result = compile_program(replace(TOY, dtype="bf16"), Config(), TARGETS["t4"])
     assert isinstance(result, list)
-    assert [str(p) for p in result] == ["model dtype: must be one of ('fp16', 'fp32') on t4 (sm_75), but got 'bf16'"]
+    assert [str(p) for p in result] == [
+        "model dtype: must be one of ('fp16', 'fp32') on t4 (sm_75); MODEL@fp16 is the model so converted, but got 'bf16'"
+    ]
 
 
 def test_model_that_does_not_fit_the_cards_memory_is_rejected_with_the_sizes() -> None:

@@ -13,7 +13,7 @@ from amk.schedule.knobs import Config
 from amk.schedule.program import Program
 from amk.schedule.targets import TARGETS, small_target
 from amk.tests.schedule.configs import config_of
-from amk.tests.schedule.specs import LLAMA_1B, TOY, WINDOWED
+from amk.tests.schedule.specs import LLAMA_1B, SMOLLM2, TOY, WINDOWED
 from amk.tests.schedule.trace import trace
 
 
@@ -47,6 +47,15 @@ def test_load_balance_evens_out_the_token(balanced: Program) -> None:
     mean = sum(loads) / len(loads)
     assert max(loads) < 1.02 * mean
     assert max(loads) <= max(plain)
+
+
+def test_an_sm_that_ends_a_phase_late_begins_the_next_one_only_where_there_are_too_few_sms() -> None:
+    for spec, tiles in ((SMOLLM2, 36), (LLAMA_1B, 128)):
+        program = lower(spec, Config(), TARGETS["h200"])
+        for layer in range(program.kv.layers):
+            tails = {sm for sm, q in enumerate(program.queues) for t in q if isinstance(t, Attention) and (t.layer, t.split) == (layer, 0)}
+            late = sum(shares > 0 for sm, shares in enumerate(counts(program, f"L{layer}.o")) if sm in tails)
+            assert late == max(0, tiles - (132 - len(tails)))
 
 
 def test_larger_tiles_stay_together(balanced: Program) -> None:

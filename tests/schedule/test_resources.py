@@ -6,12 +6,15 @@ from dataclasses import replace
 
 import pytest
 
+from amk.models.builtin import RANDOM
+from amk.models.registry import describe
 from amk.schedule.compile import compile_program, lower
 from amk.schedule.knobs import Config
-from amk.schedule.model import ModelSpec
+from amk.schedule.model import ModelSpec, matrices_bytes
 from amk.schedule.program import Program
 from amk.schedule.resources import block_threads, registers_per_thread, shared_layout, shared_needs
-from amk.schedule.targets import TARGETS, card_of, live_target, small_target
+from amk.schedule.targets import TARGETS, Target, card_of, live_target, small_target
+from amk.schedule.validate import Limits, ValidProgram, validate
 from amk.tests.schedule.specs import LARGE, LLAMA_1B, SMALL, TOY
 
 LIVE = {"arch": "sm_90a", "sms": 114, "shared_bytes": 232448, "registers_per_sm": 65536, "l2_bytes": 1, "memory_bytes": 2, "clock_mhz": 3}
@@ -46,12 +49,35 @@ def test_last_ring_that_fits_is_accepted_and_one_stage_more_is_rejected_with_the
     assert f"at most {most}" in result[0].text and "232448" in result[0].text
 
 
-def test_stages_shrink_where_two_of_the_usual_size_do_not_fit() -> None:
+def test_stages_shrink_where_four_of_the_usual_size_do_not_fit() -> None:
     layout = shared_layout(replace(shared_needs(lower(TOY, Config(), small_target())), stages=0))
-    for room, stages, stage_bytes in ((32768, 2, 16384), (32767, 3, 8192), (8192, 1, 8192)):
+    for room, stages, stage_bytes in ((65536, 4, 16384), (65535, 7, 8192), (32767, 3, 8192), (8192, 1, 8192)):
         machine = lower(TOY, Config(), small_target(4, layout.total + room)).machine
         assert (machine.stages, machine.stage_bytes) == (stages, stage_bytes)
     assert isinstance(compile_program(TOY, Config(), small_target(4, layout.total + 8191)), list)
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=lambda t: t.name)
+@pytest.mark.parametrize("name", (*RANDOM, "smollm2-135m"))
+def test_default_config_of_every_built_in_model_goes_with_every_card_that_holds_it(name: str, target: Target) -> None:
+    """Where there is no bf16, in fp16; the default's ring holds four stages, more than are under way."""
+    spec = describe(name)
+    if spec.dtype not in target.dtypes:
+        refused = compile_program(spec, Config(), target)
+        assert isinstance(refused, list)
+        assert [r.key for r in refused] == ["model.dtype"] and "MODEL@fp16" in refused[0].text
+        spec = replace(spec, dtype="fp16")
+    result = compile_program(spec, Config(), target, context=min(4096, spec.max_context))
+    if matrices_bytes(spec) > 0.9 * target.memory_bytes:
+        assert isinstance(result, list) and "GB of memory" in result[0].text
+        return
+    assert isinstance(result, Program), result
+    if spec.layers <= 4 or (name, target.name) == ("llama-3.2-1b-shape", "t4"):  # larger proofs take long
+        assert isinstance(validate(result, Limits(shared_bytes=target.shared_bytes)), ValidProgram)
+    machine = result.machine
+    assert machine.stages >= 4 and machine.inflight == (1 if target.name == "t4" else 3)
+    free = target.shared_bytes - shared_layout(result).total + machine.stages * machine.stage_bytes
+    assert machine.stage_bytes == (16384 if free >= 4 * 16384 else 8192)
 
 
 def test_more_tasks_than_shared_memory_holds_are_a_rejection() -> None:

@@ -13,6 +13,7 @@ from amk.schedule.compile import lower
 from amk.schedule.knobs import Config
 from amk.schedule.model import ModelSpec, weight_shapes
 from amk.schedule.program import Program
+from amk.schedule.settings import Chooser
 from amk.schedule.targets import small_target
 from amk.schedule.validate import ValidProgram, validate
 
@@ -104,8 +105,8 @@ def _spec(dtype: str = "fp32", **sizes: Any) -> ModelSpec:
     return ModelSpec(name="tiny", family="llama", dtype=dtype, **(defaults | sizes))  # type: ignore[arg-type]
 
 
-def _program(spec: ModelSpec, sms: int = 4, **knobs: Any) -> Program:
-    return lower(spec, Config(**knobs), small_target(sms))
+def _program(spec: ModelSpec, sms: int = 4, chooser: Chooser = "greedy", **knobs: Any) -> Program:
+    return lower(spec, Config(**knobs), small_target(sms), chooser=chooser)
 
 
 @pytest.fixture(scope="session")
@@ -116,7 +117,7 @@ def make_spec() -> Callable[..., ModelSpec]:
 
 @pytest.fixture(scope="session")
 def make_program() -> Callable[..., Program]:
-    """make_program(spec, sms, **knobs): its program on a card of a few SMs."""
+    """make_program(spec, sms, chooser, **knobs): its program on a card of a few SMs."""
     return _program
 
 
@@ -124,8 +125,8 @@ def make_program() -> Callable[..., Program]:
 def make_proven() -> Callable[..., ValidProgram]:
     """The same, proven."""
 
-    def make(spec: ModelSpec, sms: int = 4, **knobs: Any) -> ValidProgram:
-        valid = validate(_program(spec, sms, **knobs))
+    def make(spec: ModelSpec, sms: int = 4, chooser: Chooser = "greedy", **knobs: Any) -> ValidProgram:
+        valid = validate(_program(spec, sms, chooser, **knobs))
         assert isinstance(valid, ValidProgram), valid
         return valid
 

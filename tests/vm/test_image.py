@@ -27,8 +27,8 @@ def some_machine(make_program: Any, make_spec: Any, dtype: str, **fields: Any) -
 
 def test_unpacking_is_the_inverse_of_packing_for_every_instruction(make_spec: Any, make_program: Any) -> None:
     seen = set()
-    for fusion in FUSIONS:
-        program = make_program(make_spec(qkv_bias=True, windows=(None, 30)), fusion=fusion, kv_splits=2)
+    for fusion, chooser in [*((fusion, "greedy") for fusion in FUSIONS), ((), "draw"), ((), "filter")]:
+        program = make_program(make_spec(qkv_bias=True, windows=(None, 30)), chooser=chooser, fusion=fusion, kv_splits=2)
         frame = replace(program, queues=(), streams=(), buffers=tuple(replace(b, offset=0) for b in program.buffers))
         assert unpack_program(pack_program(program), frame) == program
         seen |= {type(task) for queue in program.queues for task in queue}

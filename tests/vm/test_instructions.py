@@ -59,8 +59,9 @@ class Memory(SequentialMemory):
     def forced_token(self) -> int | None:
         return self.forced
 
-    def emit_token(self, token: int) -> None:
+    def emit_token(self, token: int, seat: int = 0) -> bool:
         self.sampled = token
+        return False
 
 
 def test_sampling_takes_the_lowest_token_of_equal_logits(vm: UnprovenVM) -> None:

@@ -34,8 +34,8 @@ __device__ __forceinline__ bool wait_old_rows(const Feeder& f, const Token& toke
   if (token.step < KV_LAG) return true;
   const uint32_t* ended = f.b.counter(COUNTERS);
   const uint32_t threshold = f.b.p.kv_writers * (token.epoch - KV_LAG);
-  if (!poll_until(f.abort, WAIT_TOKEN_END, [=] { return reached(load_acquire(ended), threshold); })) return false;
-  fence_async_proxy();
+  if (!f.wait(WAIT_TOKEN_END, [=] { return reached(load_acquire(ended), threshold); })) return false;
+  order_copies();
   return true;
 }
 
@@ -51,7 +51,7 @@ __device__ __forceinline__ bool feed(Feeder& f) {
       const uint8_t* task = b.task(index);
       f.abort.task = index;
       TRACE(trace_task(b.sm, index, step);)
-      if (stuck_here(FEEDER, f.abort, b.p) && !wait_forever(f.abort)) return false;
+      if (stuck_here(FEEDER, f.abort, b.p) && !f.wait(0, [] { return false; })) return false;
       if (streams_rows(task) && !rows_waited) {
         if (!wait_old_rows(f, token)) return false;
         rows_waited = true;

@@ -18,7 +18,7 @@ __device__ __forceinline__ void copy_words(uint8_t* to, const uint8_t* from, int
 
 __device__ __forceinline__ void init_barriers(Barriers& bars) {
   for (int i = 0; i < STAGES; ++i) {
-    barrier_init(&bars.full[i], 1);
+    barrier_init(&bars.full[i], FULL_ARRIVALS);
     barrier_init(&bars.empty[i], CONSUMER_WARPS);
   }
   for (int i = 0; i < REDUCTION_SLOTS; ++i) {
@@ -65,6 +65,6 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) megakernel(const 
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   if (warp < CONSUMER_WARPS) run_consumer(block, warp, lane);
   else if (warp == CONSUMER_WARPS + 1) run_storer(block, lane);
-  else if (warp == CONSUMER_WARPS && lane == 0) run_feeder(block);
+  else if (warp == CONSUMER_WARPS && (FEEDER_LANES == 32 || lane == 0)) run_feeder(block);
   else if (warp == CONSUMER_WARPS + 2 && lane == 0) run_watcher(block);
 }
