@@ -44,6 +44,7 @@ Device = Annotated[str, typer.Option(help="where to judge: auto, cuda or cpu")]
 ConfigFile = Annotated[
     str | None, typer.Option("--config", metavar="FILE|-", help="the ScheduleConfig as JSON; - reads stdin", show_default=False)
 ]
+Batch = Annotated[int, typer.Option(help="rows that are decoded side by side, each at a position of its own: 1, 8 or 16")]
 Results = Annotated[Path, typer.Option("--results", help="results.tsv to add to; trials and corpus lie beside it")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 
@@ -58,12 +59,17 @@ def propose(model: Model, gpu: Gpu = None) -> int:
 
 @app.command("eval")
 def evaluate(
-    model: Model, gpu: Gpu = None, config: ConfigFile = None, device: Device = "auto", results: Results = Path(harness.RESULTS_PATH)
+    model: Model,
+    gpu: Gpu = None,
+    config: ConfigFile = None,
+    device: Device = "auto",
+    batch: Batch = 1,
+    results: Results = Path(harness.RESULTS_PATH),
 ) -> int:
-    """One verdict, also written down as a trial; exits 0 only for a program that is valid and correct."""
+    """One verdict, of a single stream also written down as a trial; exits 0 only for a program that is valid and correct."""
     data = _read_config(config)
     with _answers() as answer:
-        verdict = harness.evaluate(model, gpu, data, device, results_path=results, progress=_say)
+        verdict = harness.evaluate(model, gpu, data, device, batch=batch, results_path=results, progress=_say)
         answer(verdict)
     return _judged(verdict)
 
@@ -154,6 +160,7 @@ def bench(
     model: Model,
     gpu: Gpu = None,
     positions: Annotated[str, typer.Option(metavar="P,P,...", help="token positions to measure at")] = "16,128,1024",
+    batch: Batch = 1,
     baselines: Annotated[bool, typer.Option("--baselines", help="with CUDA-graphed transformers and torch.compile beside it")] = False,
     config: ConfigFile = None,
     device: Device = "auto",
@@ -161,7 +168,9 @@ def bench(
     """A latency at each position, of a program found correct in the same run."""
     places, data = _whole_numbers(positions, "--positions"), _read_config(config)
     with _answers() as answer:
-        table = harness.bench(model, gpu, positions=places or (), baselines=baselines, config_dict=data, device=device, progress=_say)
+        table = harness.bench(
+            model, gpu, positions=places or (), batch=batch, baselines=baselines, config_dict=data, device=device, progress=_say
+        )
         answer(table)
     _print_latencies(table)
     return _judged(table["verdict"])
@@ -393,7 +402,10 @@ def _print_latencies(result: dict[str, Any]) -> None:
     names = list(dict.fromkeys(b["name"] for row in rows for b in row["baselines"]))
     if not rows:
         return
-    table = Table("position", "us/token", "share of floor", *names, title=f"{result['model']} on {result['gpu']}")
+    batch = result["verdict"]["batch"]
+    table = Table(
+        "position", "us/token" if batch == 1 else "us/step", "share of floor", *names, title=f"{result['model']} on {result['gpu']}"
+    )
     for row in rows:
         cells = {b["name"]: _baseline_cell(b) for b in row["baselines"]}
         share = "" if row["pct_of_roofline"] is None else f"{row['pct_of_roofline']:.1f} %"

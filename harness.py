@@ -53,8 +53,8 @@ class _Subject:
     token: str | None = field(repr=False)
     progress: Progress
 
-    def prepare(self, config: Any, chooser: Chooser = "greedy") -> Candidate:
-        return prepare(self.spec, self.place, {} if config is None else config, chooser=chooser)
+    def prepare(self, config: Any, chooser: Chooser = "greedy", batch: int = 1) -> Candidate:
+        return prepare(self.spec, self.place, {} if config is None else config, chooser=chooser, batch=batch)
 
 
 def _subject(model_id: str, gpu: str | None, device: str, token: str | None, progress: Progress | None = None) -> _Subject:
@@ -91,6 +91,7 @@ def evaluate(
     config_dict: Any = None,
     device: str = "auto",
     *,
+    batch: int = 1,
     token: str | None = None,
     results_path: Path | str | None = None,
     corpus_path: Path | str | None = None,
@@ -98,12 +99,14 @@ def evaluate(
 ) -> dict[str, Any]:
     """One verdict (eval.verdict.Verdict as JSON). Bad configs are refused here, before a worker or a checkpoint is touched.
 
+    `batch` rows run side by side, each at a position of its own; such a verdict is not written down, for the log and the corpus compare
+    single streams.
     `token` is a HuggingFace access token for a gated or private model. With `results_path` the trial is written down there and in the
     folders beside it (flywheel.journal); UsageError, before anything is judged, if that cannot be.
     """
-    journal = None if results_path is None else open_journal(results_path, corpus_path)
+    journal = None if results_path is None or batch != 1 else open_journal(results_path, corpus_path)
     subject = _subject(model_id, gpu, device, token, progress)
-    candidate = subject.prepare(config_dict)
+    candidate = subject.prepare(config_dict, batch=batch)
     verdict = _judge(subject, candidate)
     if journal is not None:
         journal.write(trial_of(candidate, verdict, kept=None, loop="eval", source="external", experiment=model_id))
@@ -188,25 +191,28 @@ def bench(
     gpu: str | None = None,
     *,
     positions: Sequence[int] = (16, 128, 1024),
+    batch: int = 1,
     baselines: bool = False,
     config_dict: Any = None,
     device: str = "auto",
     token: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """A latency a position, after the program has been judged: {model, gpu, device, verdict, rows}. `token` as for `evaluate`.
+    """A latency a position, after the program has been judged: {model, gpu, device, verdict, rows}. `token` and `batch` as for `evaluate`.
 
     `baselines` measures transformers under a CUDA graph and torch.compile in turns with it; EnvironmentProblem without a card, UsageError
     for quantised weights, which the baselines would run in 16 bits.
     """
     if not positions:
         raise UsageError("positions: must be at least one, but got none")
+    if baselines and batch != 1:
+        raise UsageError(f"batch: must be 1 beside the baselines, which run a single stream, but got {batch}")
     if baselines:
         _require_card("baselines", gpu, device)
     subject = _subject(model_id, gpu, device, token, progress)
     if baselines:
         _require_same_precision(subject.spec)
-    candidate = subject.prepare(config_dict)
+    candidate = subject.prepare(config_dict, batch=batch)
     if candidate.program is None:
         result = {"verdict": _judge(subject, candidate), "rows": []}
     else:

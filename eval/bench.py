@@ -80,8 +80,11 @@ def interleaved(samplers: Sequence[Callable[[], float]], count: int = SAMPLES) -
 
 
 def launch_us(machine: UnprovenCudaVM, start: int, steps: int) -> float:
-    """Microseconds a token of one launch."""
-    elapsed = machine.decode([1], start, steps=steps).elapsed_us
+    """Microseconds a step of one launch, every row of a batch at work."""
+    if machine.batch == 1:
+        elapsed = machine.decode([1], start, steps=steps).elapsed_us
+    else:
+        elapsed = machine.decode_batch([[1]] * machine.batch, [start] * machine.batch, steps=steps).elapsed_us
     assert elapsed is not None
     return elapsed / steps
 

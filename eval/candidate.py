@@ -39,13 +39,15 @@ class Candidate:
     chooser: Chooser = "greedy"
 
 
-def prepare(spec: ModelSpec, place: Place, config: Any, context: int | None = None, chooser: Chooser = "greedy") -> Candidate:
-    """Takes JSON data as a config through the compiler and the proof. Never raises for a bad config."""
-    facts = Facts(model=spec.name, gpu=place.target.name, device=place.device, dtype=spec.dtype, device_name=place.device_name)
+def prepare(
+    spec: ModelSpec, place: Place, config: Any, context: int | None = None, chooser: Chooser = "greedy", batch: int = 1
+) -> Candidate:
+    """Takes JSON data as a config through the compiler and the proof, for `batch` rows side by side. Never raises for a bad config."""
+    facts = Facts(model=spec.name, gpu=place.target.name, device=place.device, dtype=spec.dtype, device_name=place.device_name, batch=batch)
     parsed = parse_config(config)
     if not isinstance(parsed, Config):
         return Candidate(spec, config, facts, rejections=tuple(map(str, parsed)))
-    program = compile_program(spec, parsed, place.target, context=context, chooser=chooser)
+    program = compile_program(spec, parsed, place.target, context=context, chooser=chooser, batch=batch)
     if not isinstance(program, Program):
         return Candidate(spec, config, facts, rejections=tuple(map(str, program)))
     facts = program_facts(facts, program)

@@ -11,8 +11,10 @@ from amk.eval.bench import Timing, quantiles
 from amk.eval.verdict import Latency
 
 
-def table_row(latency: Latency, timing: Timing | None, entrants: Sequence[Entrant], dtype: str) -> dict[str, Any]:
-    """A shapes.BenchRow. `timing` is None for a prediction; its others are the samples of those `entrants` that run, in their order."""
+def table_row(latency: Latency, timing: Timing | None, entrants: Sequence[Entrant], dtype: str, batch: int = 1) -> dict[str, Any]:
+    """A shapes.BenchRow of a program of `batch` rows. `timing` is None for a prediction; its others are samples of those `entrants` that
+    run, in their order.
+    """
     honest = not latency.under_floor
     samples = latency.samples
     return {
@@ -20,6 +22,7 @@ def table_row(latency: Latency, timing: Timing | None, entrants: Sequence[Entran
         "latency_us": latency.latency_us if honest else None,
         "latency_kind": latency.kind if honest else None,
         "single_launch_us": latency.single_launch_us if honest else None,
+        "tokens_per_second": 1e6 * batch / latency.latency_us if honest else None,
         "pct_of_roofline": 100 * latency.bound_us / latency.latency_us if honest else None,
         "bound_us": latency.bound_us,
         "bandwidth_gbs": latency.bandwidth_gbs,

@@ -10,6 +10,7 @@ from typing import Any
 
 from amk.eval.artefacts import write_artefacts
 from amk.eval.baselines import Contest, Entrant, Rival
+from amk.eval.batch_oracle import judge_batch
 from amk.eval.bench import Timing, launch_start, measured, read_bandwidth_gbs, take
 from amk.eval.candidate import Candidate, prepare
 from amk.eval.card import Place
@@ -45,12 +46,15 @@ class Session:
         self._references: dict[tuple[int, RoundingPoints], Reference] = {}
         self._bandwidth: float | None = None
 
-    def prepare(self, config: Any, context: int | None = None, chooser: Chooser = "greedy") -> Candidate:
-        return prepare(self.model.spec, self.place, config, context, chooser)
+    def prepare(self, config: Any, context: int | None = None, chooser: Chooser = "greedy", batch: int = 1) -> Candidate:
+        return prepare(self.model.spec, self.place, config, context, chooser, batch)
 
     def adopt(self, candidate: Candidate) -> Candidate:
         """The candidate; prepared anew only where the weights are stored in another dtype than the model's description said."""
-        return candidate if candidate.spec == self.model.spec else self.prepare(candidate.asked, chooser=candidate.chooser)
+        return candidate if candidate.spec == self.model.spec else self._again(candidate)
+
+    def _again(self, candidate: Candidate) -> Candidate:
+        return self.prepare(candidate.asked, chooser=candidate.chooser, batch=candidate.facts.batch)
 
     def evaluate(self, candidate: Candidate) -> Verdict:
         """The verdict: rejected, or judged and (if correct) timed. EnvironmentProblem if its binary does not build."""
@@ -59,7 +63,8 @@ class Session:
         facts, machine = self.load(candidate)
         try:
             self.progress("judging against the source model")
-            finding = judge(machine, self.reference(candidate.program.program))
+            reference = self.reference(candidate.program.program)
+            finding = judge(machine, reference) if facts.batch == 1 else judge_batch(machine, reference)
             judgement = _judgement(facts, finding)
             latency = self.latency(candidate, facts, machine, LATENCY_POSITION)[0] if finding.correct else None
         except LaunchFailed as failure:
@@ -69,7 +74,7 @@ class Session:
         predicted = (PREDICTION_NOTE,) if latency and latency.kind == "predicted" else ()
         return judged(facts, judgement, latency, [*candidate.notes, *predicted])
 
-    def load(self, candidate: Candidate, max_steps: int = 512, beside: UnprovenCudaVM | None = None) -> tuple[Facts, DecodeMachine]:
+    def load(self, candidate: Candidate, max_steps: int = 512, beside: UnprovenCudaVM | None = None) -> tuple[Facts, CudaVM | ReferenceVM]:
         """The candidate's machine on this session's device, and its facts with the binary's digest.
 
         It shares the weights of the machine `beside` where its program reads the same bytes.
@@ -173,7 +178,7 @@ class Session:
 
     def _row(self, candidate: Candidate, facts: Facts, machine: DecodeMachine, position: int, contest: Contest | None) -> dict[str, Any]:
         entrants = contest.enter(launch_start(position, machine.context)) if contest else []
-        return table_row(*self.latency(candidate, facts, machine, position, entrants), entrants, self.model.spec.dtype)
+        return table_row(*self.latency(candidate, facts, machine, position, entrants), entrants, self.model.spec.dtype, facts.batch)
 
 
 def _judgement(facts: Facts, finding: Finding) -> Judgement:

@@ -80,12 +80,13 @@ class BaselineRow(TypedDict):
 
 
 class BenchRow(TypedDict):
-    """A token's time at one position; null where it was under its floor. `baselines` is empty where none were asked for."""
+    """The time of a step (a token a row) at one position; null if under its floor. `baselines` is empty where none were asked for."""
 
     position: int
     latency_us: float | None
     latency_kind: Literal["measured-gpu", "predicted"] | None
     single_launch_us: float | None
+    tokens_per_second: float | None
     pct_of_roofline: float | None
     bound_us: float
     bandwidth_gbs: float

@@ -23,7 +23,7 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What is known of a program before it runs. `gpu` is the target's name, `device` where it was judged.
+    """What is known of a program before it runs. `gpu` is the target's name, `device` where it was judged; `batch` rows run side by side.
 
     `binary_digest` is None where no binary was built: on the CPU.
     """
@@ -33,6 +33,7 @@ class Facts:
     device: str
     dtype: str
     device_name: str | None = None
+    batch: int = 1
     schedule_id: str | None = None
     program_digest: str | None = None
     binary_digest: str | None = None
@@ -64,7 +65,7 @@ class Judgement:
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """Time of one token of the program with `program_digest` at `position`, beside the floor of the bytes that it streams there.
+    """Time of one step (a token of every row) of the program with `program_digest` at `position`, beside the floor of its bytes.
 
     `bandwidth_kind` says whether `bandwidth_gbs` was measured on the live card or is the specification's.
     """
@@ -95,8 +96,8 @@ class Latency:
 class Verdict(Facts):
     """One program's verdict; every latency field is None unless that very program was found correct.
 
-    `latency_us` is a token's time at `latency_position`, `single_launch_us` the time of a launch of one token there;
-    `pct_of_roofline` is floor over latency, in percent. `correct` is None where nothing was judged.
+    `latency_us` is the time of a step, a token of every row, at `latency_position`, `single_launch_us` that of a launch of one step there;
+    `tokens_per_second` counts all rows; `pct_of_roofline` is floor over latency, in percent. `correct` is None where nothing was judged.
     """
 
     status: Status
@@ -115,6 +116,7 @@ class Verdict(Facts):
     latency_position: int | None = None
     latency_samples: Samples | None = None
     single_launch_us: float | None = None
+    tokens_per_second: float | None = None
     pct_of_roofline: float | None = None
     bound_us: float | None = None
     bandwidth_gbs: float | None = None
@@ -213,6 +215,7 @@ def _with_latency(verdict: Verdict, latency: Latency) -> Verdict:
         latency_position=latency.position,
         latency_samples=latency.samples,
         single_launch_us=latency.single_launch_us,
+        tokens_per_second=1e6 * verdict.batch / latency.latency_us,
         pct_of_roofline=100 * latency.bound_us / latency.latency_us,
     )
 

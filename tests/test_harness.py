@@ -85,6 +85,7 @@ def test_where_a_program_is_needed_a_refused_config_is_judged_and_failed_not_mis
         (lambda: harness.compile_model(**TOY, out="/proc/amk"), "^out"),
         (lambda: harness.trace("toy", "/proc/amk/trace.json", "h200"), "^out"),
         (lambda: harness.trace("toy", ".", "h200"), "^out"),
+        (lambda: harness.bench("toy", "h200", batch=8, baselines=True), "batch"),
         (lambda: harness.generate("toy", "h200"), "prompt"),
         (lambda: harness.generate("toy", "h200", prompt="a", prompt_ids=[1]), "prompt"),
         (lambda: harness.generate(**TOY, prompt_ids=[]), "prompt"),
@@ -108,6 +109,33 @@ def test_what_only_a_card_can_measure_is_refused_on_the_cpu_before_anything_is_j
     with pytest.raises(EnvironmentProblem, match="live card, but device cpu was asked for"):
         call()
     assert list(Path().iterdir()) == []
+
+
+def test_a_batch_is_judged_row_by_row_and_its_verdict_says_so(tmp_path: Path) -> None:
+    bf16 = {**TOY, "model_id": "toy-2L"}
+    table = harness.bench(**bf16, batch=8, positions=[3])
+    verdict, (row,) = table["verdict"], table["rows"]
+    assert (verdict["correct"], verdict["batch"], verdict["latency_kind"]) == (True, 8, "predicted")
+    for each in (verdict, row):
+        assert each["tokens_per_second"] == pytest.approx(8e6 / each["latency_us"])
+    single = harness.evaluate(**bf16)
+    assert (single["batch"], single["latency_us"] <= verdict["latency_us"]) == (1, True)
+    assert harness.evaluate(**bf16, batch=8, results_path=tmp_path / "results.tsv")["correct"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "config", "words"),
+    [
+        ("toy", 3, {}, "batch: must be one of"),
+        ("toy", 8, {}, "model dtype: must be bf16 or fp16"),
+        ("toy-2L", 8, {"fusion_grouping": []}, "norm and gate_up among them for a batch"),
+        ("toy-2L@int8", 8, {}, "batch: must be 1 for quantised weights"),
+    ],
+)
+def test_what_batches_cannot_do_is_rejected_by_name(model: str, batch: int, config: dict[str, Any], words: str) -> None:
+    verdict = harness.evaluate(model, "h200", config, "cpu", batch=batch)
+    assert verdict["status"] == "rejected" and words in verdict["rejected_reason"], verdict["rejected_reason"]
 
 
 def test_an_evaluation_is_written_down_where_it_was_asked_for_and_only_there(tmp_path: Path) -> None:

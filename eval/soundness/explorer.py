@@ -17,7 +17,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from amk.eval.soundness.findings import TooLarge, Unsafe
-from amk.eval.soundness.footprint import Step, Token, Touch, all_touches, appends_rows, cut_points, fed_chunks, launches, steps_at
+from amk.eval.soundness.footprint import (
+    Positions,
+    Step,
+    Token,
+    Touch,
+    all_touches,
+    appends_rows,
+    cut_points,
+    fed_chunks,
+    launches,
+    steps_at,
+)
 from amk.eval.soundness.static_rules import static_problem
 from amk.isa.abi import NONE
 from amk.isa.attention import Attention
@@ -74,10 +85,9 @@ class _Script:
 class _Launch:
     """One launch, compiled to scripts over bit sets of publishes."""
 
-    def __init__(self, program: Program, positions: range) -> None:
+    def __init__(self, program: Program, positions: list[Positions]) -> None:
         self.program, self.machine = program, program.machine
-        at: dict[int, Token] = {p: steps_at(program, p) for p in positions}
-        self.tokens = [at[p] for p in positions]
+        self.tokens = [steps_at(program, at) for at in positions]
         self.cuts = cut_points([touch for token in self.tokens for touch in all_touches(token)])
         self.bits: list[tuple[int, Step, int]] = []  # token, step and tile of every publish that is not empty
         self.bit_of: dict[tuple[int, int, int, int], int] = {}
@@ -96,17 +106,19 @@ class _Launch:
     def _number_publishes(self) -> None:
         for t, token in enumerate(self.tokens):
             for step in (step for queue in token for step in queue):
-                for tile, touch in enumerate(step.publishes):
-                    if touch.lo < touch.hi:
-                        self._add_publish(t, step, tile, touch)
+                for tile, touches in enumerate(step.publishes):
+                    if touches:
+                        self._add_publish(t, step, tile, touches)
 
-    def _add_publish(self, t: int, step: Step, tile: int, touch: Touch) -> None:
+    def _add_publish(self, t: int, step: Step, tile: int, touches: tuple[Touch, ...]) -> None:
         bit = len(self.bits)
         self.bits.append((t, step, tile))
         self.bit_of[t, step.sm, step.index, tile] = bit
-        self.atoms.append(list(self._range(touch)))
-        for atom in self.atoms[bit]:
-            if self.producer.setdefault((t, atom, touch.tag), bit) != bit:
+        self.atoms.append([atom for touch in touches for atom in self._range(touch)])
+        if len(set(self.atoms[bit])) < len(self.atoms[bit]):
+            raise _Found("coverage", f"{step.name} publishes packets twice with one tile")
+        for atom, tag in ((atom, touch.tag) for touch in touches for atom in self._range(touch)):
+            if self.producer.setdefault((t, atom, tag), bit) != bit:
                 raise _Found("coverage", f"{step.name} publishes packets that another publishes with the same tag")
 
     def _needed(self, t: int, step: Step, touches: tuple[Touch, ...], tile: int) -> int:

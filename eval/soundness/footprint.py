@@ -9,6 +9,7 @@ from typing import TypeAlias
 from amk.isa.attention import Attention
 from amk.isa.instruction import Access, Instruction
 from amk.isa.machine import Machine
+from amk.isa.matmul import X_BY_SEAT, MatMul
 from amk.isa.matvec import MatVec
 from amk.schedule.program import Program
 
@@ -27,8 +28,8 @@ class Touch:
 class Step:
     """One task at one position.
 
-    `warp_reads[w]` are the consumer reads of warp w; `tile_reads[j]` the storer reads of publish j. `publishes` are in order and may
-    be empty ranges. `chunks` counts the task's chunks; those of a matrix-vector product are the same number for every tile.
+    `warp_reads[w]` are the consumer reads of warp w; `tile_reads[j]` the storer reads of publish j. `publishes` are in order, of a stored
+    task one a tile; one may touch several places, or none. `chunks` counts the task's chunks, for every tile the same number.
     """
 
     sm: int
@@ -37,7 +38,7 @@ class Step:
     skipped: bool
     warp_reads: tuple[tuple[Touch, ...], ...]
     tile_reads: tuple[tuple[Touch, ...], ...]
-    publishes: tuple[Touch, ...]
+    publishes: tuple[tuple[Touch, ...], ...]
     chunks: int
 
     @property
@@ -46,15 +47,22 @@ class Step:
 
 
 Token: TypeAlias = tuple[tuple[Step, ...], ...]  # steps of each SM, in queue order
+Positions: TypeAlias = tuple[int, ...]  # of each seat
 
 
-def steps_at(program: Program, position: int) -> Token:
-    """Every task of the program at `position`; a task's own errors (ValueError) come through."""
+def steps_at(program: Program, positions: Positions) -> Token:
+    """Every task of the program with its seats at `positions`; a task's own errors (ValueError) come through."""
     offsets = [buffer.offset for buffer in program.buffers]
     return tuple(
-        tuple(_step(program.machine, offsets, sm, index, task, position) for index, task in enumerate(queue))
+        tuple(_step(program.machine, offsets, sm, index, task, positions[_seat(program, task)]) for index, task in enumerate(queue))
         for sm, queue in enumerate(program.queues)
     )
+
+
+def _seat(program: Program, task: Instruction) -> int:
+    """Whose position a task is at: that of the seat whose plane of the KV cache it names; tasks for all seats touch the same at all."""
+    layers = max(1, program.kv.layers // program.machine.batch)
+    return task.layer // layers % program.machine.batch if isinstance(task, Attention) else 0
 
 
 def _step(machine: Machine, offsets: list[int], sm: int, index: int, task: Instruction, position: int) -> Step:
@@ -64,11 +72,15 @@ def _step(machine: Machine, offsets: list[int], sm: int, index: int, task: Instr
         tuple(touch for access in consumer if (touch := _share(machine, offsets, task, access, warp)).lo < touch.hi)
         for warp in range(machine.consumer_warps)
     )
+    if isinstance(task, MatVec):
+        groups = [[access for access in writes if access.tile == tile] for tile in range(task.tiles)]
+    else:
+        groups = [[access] for access in writes]
     tiles = tuple(
         tuple(_touch(offsets, access) for access in reads if access.actor == "storer" and access.tile == tile)
-        for tile in range(len(writes))
+        for tile in range(len(groups))
     )
-    publishes = tuple(_touch(offsets, access) for access in writes)
+    publishes = tuple(tuple(touch for a in group if (touch := _touch(offsets, a)).lo < touch.hi) for group in groups)
     chunks = len(task.chunk_bytes(machine, position)) if task.streamed else 0
     return Step(sm, index, task, not reads and not writes, warps, tiles, publishes, chunks)
 
@@ -85,6 +97,8 @@ def _share(machine: Machine, offsets: list[int], task: Instruction, access: Acce
         return whole
     plan = task.plan(machine)
     packets = plan.piece.columns // (machine.narrow if access.kind == "narrow" else 1)
+    if isinstance(task, MatMul) and not task.flags & X_BY_SEAT:
+        packets *= task.batch  # a run has every seat's
     lo = whole.lo + plan.first(warp) * packets
     return Touch(lo, min(whole.hi, lo + plan.pieces(warp) * packets), whole.tag, whole.carried)
 
@@ -107,11 +121,17 @@ def turning_positions(program: Program) -> list[int]:
     return found or [0]
 
 
-def launches(program: Program, tokens: int) -> list[range]:
-    """Positions of launches of `tokens` tokens that between them pass every change of a footprint, before and after it."""
-    last = max(0, program.machine.context - tokens)
-    starts = {min(last, max(0, turn - 1)) for turn in turning_positions(program)} | ({last} if _attends(program) else set())
-    return [range(start, min(program.machine.context, start + tokens)) for start in sorted(starts)]
+def launches(program: Program, tokens: int) -> list[list[Positions]]:
+    """Positions of launches of `tokens` tokens that between them pass every change of a footprint, before and after it.
+
+    The seats of a batch begin all at one place, or each at another and in its turn at every one.
+    """
+    context, batch = program.machine.context, program.machine.batch
+    last = max(0, context - tokens)
+    starts = sorted({min(last, max(0, turn - 1)) for turn in turning_positions(program)} | ({last} if _attends(program) else set()))
+    seats = {(start,) * batch for start in starts}
+    seats |= {tuple(starts[(turn + seat) % len(starts)] for seat in range(batch)) for turn in range(len(starts))}
+    return [[tuple(start + token for start in own) for token in range(min(tokens, context - max(own)))] for own in sorted(seats)]
 
 
 def _attends(program: Program) -> bool:
@@ -125,7 +145,9 @@ def cut_points(touches: Sequence[Touch]) -> list[int]:
 
 def all_touches(token: Token) -> list[Touch]:
     """Every read and publish of a token, in no particular order."""
-    return [touch for queue in token for step in queue for group in (*step.warp_reads, *step.tile_reads, step.publishes) for touch in group]
+    return [
+        touch for queue in token for step in queue for group in (*step.warp_reads, *step.tile_reads, *step.publishes) for touch in group
+    ]
 
 
 def fed_chunks(program: Program, token: Token, sm: int) -> list[tuple[int, int]]:

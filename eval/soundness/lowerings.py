@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from random import Random
 
+from amk.isa.batch import SEAT_BLOCK
 from amk.schedule.compile import compile_program
 from amk.schedule.knobs import FUSIONS, Config
 from amk.schedule.model import DType, ModelSpec
@@ -13,6 +14,7 @@ from amk.schedule.settings import Chooser
 from amk.schedule.targets import small_target
 
 VARIANTS = 256  # lowerings that mutants are made of
+BATCH_EVERY = 8  # one in so many is of a batch
 
 
 def random_lowering(random: Random) -> Program:
@@ -24,9 +26,12 @@ def random_lowering(random: Random) -> Program:
 def lowering(variant: int) -> Program:
     """The program of a model and a config that follow from `variant`; a config that the model rejects gives way to the next."""
     random = Random(f"lowering/{variant}")
+    batch = SEAT_BLOCK if variant % BATCH_EVERY == BATCH_EVERY - 1 else 1
     while True:
         model, config, target = _model(random), _config(random), small_target(random.randint(2, 8))
-        program = compile_program(model, config, target, context=None, chooser=random.choice(CHOOSERS))
+        program = compile_program(
+            model, config, target, context=None, chooser=random.choice(CHOOSERS) if batch == 1 else "greedy", batch=batch
+        )
         if isinstance(program, Program):
             return program
 

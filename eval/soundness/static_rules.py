@@ -9,17 +9,23 @@ from amk.eval.soundness.findings import Unsafe
 from amk.eval.soundness.footprint import turning_positions
 from amk.isa.abi import NONE
 from amk.isa.attention import MAX_GROUP, Attention
+from amk.isa.batch import NARROW_RUN, WIDE_RUN
 from amk.isa.draw import Draw
 from amk.isa.draw_head import DrawHead
 from amk.isa.embed import Embed
+from amk.isa.embed_batch import EmbedBatch
 from amk.isa.filter_draw import FilterDraw
 from amk.isa.filter_head import FilterHead
+from amk.isa.gemm import Gemm
+from amk.isa.gemm_head import GemmHead
 from amk.isa.gemv_head import GemvHead
 from amk.isa.instruction import Access, Instruction
 from amk.isa.machine import KV_BLOCK_ROWS, TILE_ROWS
+from amk.isa.matmul import BATCH_FLAGS, OUT_BY_SEAT, X_BY_SEAT, MatMul
 from amk.isa.matvec import X_NARROW, X_NORM, MatVec
 from amk.isa.rmsnorm import RmsNorm
 from amk.isa.sample import Sample
+from amk.isa.sample_batch import SampleBatch
 from amk.schedule.program import Program
 
 BLOCK_BYTES = 232_448  # shared memory of a block on an H200, which the validator takes where it is told nothing
@@ -72,14 +78,33 @@ def _words(program: Program, task: Instruction) -> Iterator[Unsafe]:
         yield Unsafe(
             "resources", f"{task.stem}: {task.shared_bytes(program.machine)} bytes of scratch, but there are {program.scratch_bytes}"
         )
+    yield from _seats(program, task)
     if isinstance(task, MatVec):
         yield from _matrix(program, task)
     elif isinstance(task, Attention):
         yield from _attention(program, task)
-    elif isinstance(task, Embed) and not 0 <= task.col0 < task.col0 + task.cols <= program.machine.hidden:
+    elif isinstance(task, Embed | EmbedBatch) and not 0 <= task.col0 < task.col0 + task.cols <= program.machine.hidden:
         yield Unsafe("bounds", "embed: columns outside the embedding row")
     elif isinstance(task, RmsNorm) and not 0 <= task.col0 < task.col0 + task.count <= task.cols:
         yield Unsafe("bounds", "rmsnorm: columns outside its input")
+
+
+def _seats(program: Program, task: Instruction) -> Iterator[Unsafe]:
+    """Tasks for all seats have as many as the machine, and their values are whole runs, or lie by seat where the device knows it."""
+    batch = program.machine.batch
+    if not isinstance(task, Attention) and getattr(task, "batch", 1) != batch:
+        yield Unsafe("kind", f"{task.stem}: computes {getattr(task, 'batch', 1)} tokens side by side on a machine of {batch}")
+    if isinstance(task, EmbedBatch) and (task.col0 % WIDE_RUN or task.cols % WIDE_RUN):
+        yield Unsafe("kind", "embed_batch: columns that are no whole runs")
+    if not isinstance(task, MatMul):
+        return
+    narrow, apart = bool(task.flags & X_NARROW), bool(task.flags & X_BY_SEAT)
+    if (apart and not narrow) or task.cols % (NARROW_RUN if apart else 1 if narrow else WIDE_RUN):
+        yield Unsafe("kind", f"{task.stem}: x of {task.cols} columns in an order that the device does not read")
+    if task.flags & OUT_BY_SEAT and (not isinstance(task, Gemm) or task.res_buf != NONE):
+        yield Unsafe("kind", f"{task.stem}: writes by seat, but must not")
+    if isinstance(task, Gemm) and not task.flags & OUT_BY_SEAT and task.rows % WIDE_RUN:
+        yield Unsafe("kind", f"gemm: {task.rows} interleaved rows")
 
 
 def _matrix(program: Program, task: MatVec) -> Iterator[Unsafe]:
@@ -99,7 +124,8 @@ def _matrix(program: Program, task: MatVec) -> Iterator[Unsafe]:
         yield Unsafe("bounds", f"{task.stem}: gain outside the constants")
     if task.bias >= 0 and task.bias + task.rows > program.constant_elements:
         yield Unsafe("bounds", f"{task.stem}: bias outside the constants")
-    if task.flags & ~(X_NARROW | X_NORM) != (matrix.weights.flags if matrix.weights else 0):
+    known = X_NARROW | X_NORM | (BATCH_FLAGS if isinstance(task, MatMul) else 0)
+    if task.flags & ~known != (matrix.weights.flags if matrix.weights else 0):
         yield Unsafe("kind", f"{task.stem}: weight format of matrix {matrix.name}")
         return
     plan = task.plan(program.machine)
@@ -189,24 +215,26 @@ def _tiles(program: Program) -> Iterator[Unsafe]:
 def _token(program: Program) -> Iterator[Unsafe]:
     """One task hands out the token, and it has seen the candidate of every task of the head."""
     tasks = [task for queue in program.queues for task in queue]
-    samples = [task for task in tasks if isinstance(task, Sample | FilterDraw)]
+    samples = [task for task in tasks if isinstance(task, Sample | SampleBatch | FilterDraw)]
     if len(samples) > 1:
         yield Unsafe("coverage", f"{len(samples)} tasks hand out the token")
     for sample in samples:
         if isinstance(sample, FilterDraw) and sample.tiles != -(-program.machine.vocab // TILE_ROWS):
             yield Unsafe("bounds", f"{sample.stem} takes {sample.tiles} tiles of a vocabulary of {program.machine.vocab}")
-        for head in (task for task in tasks if isinstance(task, GemvHead | FilterHead)):
+        for head in (task for task in tasks if isinstance(task, GemvHead | GemmHead | FilterHead)):
             if _chooser(head) != _chooser(sample):
                 yield Unsafe("kind", f"{sample.stem} cannot take what {head.stem} publishes")
-            end = 2 * sample.count if isinstance(sample, Sample) else 0
+            pair = 2 * program.machine.batch
+            end = pair * sample.count if isinstance(sample, Sample | SampleBatch) else 0
             seen = (head.out_buf, head.out_tag) == (sample.in_buf, sample.in_tag)
-            if not seen or isinstance(head, GemvHead) and head.out_start + 2 > end:
+            if not seen or isinstance(head, GemvHead | GemmHead) and head.out_start + pair > end:
                 yield Unsafe("coverage", "sample does not see the candidate of a head task")
 
 
 def _chooser(task: Instruction) -> str:
     """Which way of choosing tokens a head or sample task belongs to."""
-    return {GemvHead: "greedy", Sample: "greedy", DrawHead: "draw", Draw: "draw"}.get(type(task), "filter")
+    ways = {GemvHead: "greedy", Sample: "greedy", GemmHead: "batch", SampleBatch: "batch", DrawHead: "draw", Draw: "draw"}
+    return ways.get(type(task), "filter")
 
 
 def _kv_visibility(program: Program) -> Iterator[Unsafe]:

@@ -15,7 +15,18 @@ from random import Random
 from typing import TypeAlias
 
 from amk.eval.soundness.findings import Unsafe
-from amk.eval.soundness.footprint import Step, Token, Touch, all_touches, appends_rows, cut_points, fed_chunks, launches, steps_at
+from amk.eval.soundness.footprint import (
+    Positions,
+    Step,
+    Token,
+    Touch,
+    all_touches,
+    appends_rows,
+    cut_points,
+    fed_chunks,
+    launches,
+    steps_at,
+)
 from amk.eval.soundness.static_rules import static_problem
 from amk.isa.abi import NONE
 from amk.isa.attention import Attention
@@ -76,9 +87,9 @@ class Order:
 class Plan:
     """What every run of one launch shares: its steps, with packets cut into atoms, and the tag words of reads and publishes."""
 
-    def __init__(self, program: Program, positions: range) -> None:
+    def __init__(self, program: Program, positions: list[Positions]) -> None:
         self.program, self.machine = program, program.machine
-        self.tokens: list[Token] = [steps_at(program, position) for position in positions]
+        self.tokens: list[Token] = [steps_at(program, at) for at in positions]
         self.cuts = cut_points([touch for token in self.tokens for touch in all_touches(token)])
         self.tasks = tuple((sm, index) for sm, queue in enumerate(program.queues) for index in range(len(queue)))
         self.appending = [sm for sm in range(len(program.queues)) if appends_rows(program, sm)]
@@ -89,7 +100,7 @@ class Plan:
 
     def _step(self, t: int, step: Step) -> None:
         at = (t, step.sm, step.index)
-        for name, groups in (("warp", step.warp_reads), ("tile", step.tile_reads), ("write", tuple((p,) for p in step.publishes))):
+        for name, groups in (("warp", step.warp_reads), ("tile", step.tile_reads), ("write", step.publishes)):
             for number, touches in enumerate(groups):
                 self.words[at, name, number] = tuple(
                     (self.atoms(touch), self.word(t, touch)) for touch in touches if touch.lo < touch.hi and t >= touch.carried

@@ -8,7 +8,8 @@ from random import Random
 import pytest
 
 from amk.eval.soundness.explorer import explore
-from amk.eval.soundness.lowerings import VARIANTS, lowering
+from amk.eval.soundness.footprint import launches
+from amk.eval.soundness.lowerings import BATCH_EVERY, VARIANTS, lowering
 from amk.eval.soundness.mutants import MUTATIONS, mutate
 from amk.eval.soundness.random_programs import MAX_SMS, MAX_TASKS, random_program
 from amk.eval.soundness.trace import check_traces
@@ -56,6 +57,14 @@ def test_every_mutation_changes_some_lowering() -> None:
 def test_lowerings_themselves_are_safe() -> None:
     for variant in range(0, VARIANTS, 16):
         assert check_traces(lowering(variant), Random(variant), orders=2) is None
+
+
+def test_lowerings_of_batches_are_safe_with_seats_at_different_places() -> None:
+    for variant in range(BATCH_EVERY - 1, VARIANTS, 8 * BATCH_EVERY):
+        program = lowering(variant)
+        assert program.machine.batch == 8
+        assert any(len(set(positions)) > 1 for launch in launches(program, 2) for positions in launch) or program.machine.context == 16
+        assert check_traces(program, Random(variant), orders=2) is None
 
 
 def test_mutate_names_what_it_did() -> None:
