@@ -17,7 +17,7 @@ __device__ __forceinline__ void store_gemm(Storer& s, const GemmTask& task, cons
     uint4 old[SEAT_BLOCKS * 2];
 #pragma unroll
     for (int i = 0; i < SEAT_BLOCKS * 2; ++i) old[i] = make_uint4(0, 0, 0, 0);
-    if (residual) read_pairs(s.abort, old, want, [&](int i) { return residual + wide_packet(at, i / 2, i % 2, s.lane); });
+    if (residual) read_pairs_together(s.abort, old, want, [&](int i) { return residual + wide_packet(at, i / 2, i % 2, s.lane); });
     __syncwarp();
     float4 y[SEAT_BLOCKS];
     seats.next(s, tile, y);

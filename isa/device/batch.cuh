@@ -43,6 +43,27 @@ __device__ __forceinline__ void read_pairs(const Abort& abort, uint4 (&v)[N], Ex
   });
 }
 
+// The same for all lanes of a warp at once: none goes on before the packets of all are there. Lanes that went on by themselves would be at a
+// product apart.
+template <int N, class At>
+__device__ __forceinline__ void read_pairs_together(const Abort& abort, uint4 (&v)[N], Expected want, At at) {
+  auto all_here = [&] {
+    bool all = true;
+#pragma unroll
+    for (int i = 0; i < N; ++i) all &= want.match(v[i]);
+    return __all_sync(~0u, all) != 0;
+  };
+#pragma unroll
+  for (int i = 0; i < N; ++i) load_into(v[i], at(i));
+  if (all_here()) return;
+  wait_until(abort, WAIT_TAG, [&] {
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (!want.match(v[i])) load_into(v[i], at(i));
+    return all_here();
+  });
+}
+
 // The reduction slots of a batch: for each warp and seat 16 rows and the sum of squares.
 __device__ __forceinline__ float* seat_partial(const Block& b, uint32_t slot, int warp) {
   return reinterpret_cast<float*>(b.shared + REDUCTION_OFFSET) + (slot * CONSUMER_WARPS + warp) * SLOT_ROW * BATCH;

@@ -44,7 +44,7 @@ struct SeatSlice {
     for (int base = 0; base < N; base += AT_ONCE) {
       constexpr int MOST = min_of(N, AT_ONCE);
       uint4 v[MOST * PAIRS];
-      read_pairs(abort, v, want, [&](int i) { return x + packet<WHOLE>(from, min_of(base + i / PAIRS, N - 1), i % PAIRS, lane); });
+      read_pairs_together(abort, v, want, [&](int i) { return x + packet<WHOLE>(from, min_of(base + i / PAIRS, N - 1), i % PAIRS, lane); });
 #pragma unroll
       for (int i = 0; i < MOST; ++i)
         if (base + i < N) operands[base + i] = operand<WHOLE>(&v[i * PAIRS], from, base + i, lane, count_squares);
