@@ -10,7 +10,7 @@ from amk.models.registry import describe
 
 
 def test_more_rows_than_a_card_is_trusted_with_are_refused_there_alone() -> None:
-    spec = describe("toy-2L@bf16")
+    spec = describe("small")
     card = replace(choose("h200", "cpu"), device="cuda")
     for batch in (1, 8):
         assert prepare(spec, card, {}, batch=batch).program is not None
