@@ -40,8 +40,8 @@ class Candidate:
     chooser: Chooser = "greedy"
 
 
-# Programs of 16 rows and more are proven and correct on the reference machine, but on an H200 a tile of the output projection is wrong now and
-# then (docs/performance-log.md, v6): until the reason is known, the card is not offered them.
+# Programs of 16 rows and more are proven, and correct on the reference machine, but on an H200 a tile of the output projection is
+# wrong now and then (docs/performance-log.md, v6): until the reason is known, the card is not offered them.
 ROWS_ON_A_CARD = 8
 
 
