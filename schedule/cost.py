@@ -23,9 +23,9 @@ from amk.schedule.targets import Target
 
 # Fitted to the figures of one H200 (132 SMs, 1980 MHz) in results/bench-h200*.json: see `latency_us`.
 READ_SHARE = 0.97  # what a plain read reaches of the data sheet's bandwidth
-BOUNDARY_US = 1.7  # from the last publish of a phase to the first product of the next: publish, counter, poll, read
+BOUNDARY_US = 1.55  # from the last publish of a phase to the first product of the next: publish, counter, poll, read
 CHUNK_CYCLES = 260  # for the consumers of an SM to use up 16 KiB of 16-bit weights
-CODE_COST = {8: 1.3, 4: 2.0}  # of as many bytes of codes, over that, by their bits: instructions counted in the listing, not fitted
+CODE_COST = {8: 2.6, 4: 3.5}  # of as many bytes of codes, over that, by their bits; x as fixed-point digits is in it
 CHUNK_BYTES = 16384
 COPY_US = 1.0  # one bulk copy under load, from issue to arrival
 REFERENCE_MHZ = 1980
