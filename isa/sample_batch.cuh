@@ -17,7 +17,7 @@ __device__ __forceinline__ void consume_sample_batch(Consumer& c, const SampleBa
     chosen[i] = 0x7fffffff;
     for (int base = c.lane; base < task.count; base += 32 * AT_ONCE) {
       uint4 v[AT_ONCE];
-      read_pairs(c.abort, v, want, [&](int j) { return in + 2 * (min_of(base + 32 * j, task.count - 1) * BATCH + seat); });
+      c.read_all(v, want, [&](int j) { return in + 2 * (min_of(base + 32 * j, task.count - 1) * BATCH + seat); });
 #pragma unroll
       for (int j = 0; j < AT_ONCE; ++j) keep_best(best, chosen[i], as_float(v[j].x), (int)v[j].z);  // the last one again changes nothing
     }

@@ -22,29 +22,8 @@ __device__ __forceinline__ int narrow_packet(int run, int block, int g, int quar
   return (run * SEAT_BLOCKS + block) * 32 + g * 4 + quarter * 2;
 }
 
-// Reads N pairs of neighbouring packets, number i at `at(i)`: all are asked for before the first is looked at, and those that were not there
-// are asked for again.
-template <int N, class At>
-__device__ __forceinline__ void read_pairs(const Abort& abort, uint4 (&v)[N], Expected want, At at) {
-  auto here = [&] {
-    bool all = true;
-#pragma unroll
-    for (int i = 0; i < N; ++i) all &= want.match(v[i]);
-    return all;
-  };
-#pragma unroll
-  for (int i = 0; i < N; ++i) load_into(v[i], at(i));
-  if (here()) return;
-  wait_until(abort, WAIT_TAG, [&] {
-#pragma unroll
-    for (int i = 0; i < N; ++i)
-      if (!want.match(v[i])) load_into(v[i], at(i));
-    return here();
-  });
-}
-
-// The same for all lanes of a warp at once: none goes on before the packets of all are there. Lanes that went on by themselves would be at a
-// product apart.
+// Consumer::read_all for all lanes of a warp at once, and for any actor: none goes on before the packets of all are there. Lanes that went on
+// by themselves would be at a product apart.
 template <int N, class At>
 __device__ __forceinline__ void read_pairs_together(const Abort& abort, uint4 (&v)[N], Expected want, At at) {
   auto all_here = [&] {
