@@ -105,8 +105,12 @@ def foreign_processes() -> list[int]:
 
 
 def listed_processes() -> list[int]:
-    """Process ids of all programs with a context on the card, as nvidia-smi lists them; empty where it cannot tell."""
-    command = ["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"]
+    """Process ids of all programs with a context on the live card, as nvidia-smi lists them; empty where it cannot tell."""
+    card = live_card()
+    if card is None:
+        return []
+    # Of this card alone: what runs on the others of the machine does not disturb it.
+    command = ["nvidia-smi", f"--id=GPU-{uuid.UUID(card.uuid)}", "--query-compute-apps=pid", "--format=csv,noheader"]
     try:
         lines = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.split()
     except (OSError, subprocess.TimeoutExpired):

@@ -28,9 +28,17 @@ def pytest_configure(config: pytest.Config) -> None:
     # `pythonpath` of pyproject.toml serves this process; the processes that tests start inherit this.
     inherited = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT / "dev" / "checkout"), inherited]))
+    _take_a_card(config)
     folder = config.getoption("--results")
     if folder and not hasattr(config, "workerinput"):  # one process collects what the workers of pytest-xdist report
         config.pluginmanager.register(ResultsFile(config.rootpath / folder / "gpu-tests.json"))
+
+
+def _take_a_card(config: pytest.Config) -> None:
+    """Workers of pytest-xdist (`-n`) share the machine's cards out among them."""
+    worker, cards = getattr(config, "workerinput", {}).get("workerid", ""), card_count()
+    if cards > 1 and worker and "CUDA_VISIBLE_DEVICES" not in os.environ:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(int(worker.removeprefix("gw")) % cards)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
