@@ -273,6 +273,13 @@ struct BlockSoftmax {
       multiply(o[i], v, b0, b1);
     }
   }
+  // A word that depends on every element of the blocks so far.
+  __device__ __forceinline__ uint32_t sums() const {
+    uint32_t all = 0;
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) all |= as_bits(o[i][0]);
+    return all;
+  }
   __device__ __forceinline__ void finish(const AttentionScratch& s, int part, int nq, int lane) {
     const int g = lane >> 2, t = lane & 3;
     if constexpr (TWO_PART) {
@@ -351,6 +358,15 @@ struct BlockSoftmaxWide {
           if (lane + 32 * i < HD) o[h][i] = fmaf(weight, v[r * HD + lane + 32 * i], o[h][i]);
       }
     }
+  }
+  // A word that depends on every element of the blocks so far.
+  __device__ __forceinline__ uint32_t sums() const {
+    uint32_t all = 0;
+#pragma unroll
+    for (int h = 0; h < GROUP; ++h)
+#pragma unroll
+      for (int i = 0; i < DIMS; ++i) all |= as_bits(o[h][i]);
+    return all;
   }
   __device__ __forceinline__ void finish(const AttentionScratch& s, int part, int nq, int lane) {
 #pragma unroll
@@ -579,7 +595,7 @@ __device__ __forceinline__ void consume_attention(Consumer& c, const AttentionTa
     for (int i = (c.warp - seen) & (CONSUMER_WARPS - 1); i < blocks; i += CONSUMER_WARPS)
       add(chunk + i * KV_BLOCK_BYTES, block + i, KV_BLOCK_ROWS);
     seen += blocks;
-    c.release_chunk();
+    c.release_chunk(softmax.sums());
     return true;
   });
   if (tail) {

@@ -13,7 +13,10 @@ from amk.isa.sampling import Sampling
 
 @dataclass
 class Params:
-    """Device addresses and run-time numbers of one launch; `buffers` holds each buffer's first packet in the arena."""
+    """Device addresses and run-time numbers of one launch; `buffers` holds each buffer's first packet in the arena.
+
+    `zero` is 0, which the compiler does not know (Consumer::release_chunk).
+    """
 
     arena: PTR = 0
     image: PTR = 0
@@ -39,6 +42,7 @@ class Params:
     kv_writers: U32 = 0
     launch: U32 = 0
     by_smid: U32 = 0
+    zero: U32 = 0
 
 
 @dataclass

@@ -108,10 +108,11 @@ struct Consumer {
     if (++slot == STAGES) { slot = 0; slot_parity ^= 1; }
     return b.stage(taken);
   }
-  // Every lane has read what it needs of the chunk that was taken last.
-  __device__ __forceinline__ void release_chunk() {
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&b.barriers().empty[taken]);
+  // Frees the chunk that was taken last. `read`: words that depend on every load of this lane from it, so that no lane arrives before all lanes'
+  // loads have come. That they have been issued is not enough: they queue behind other loads of the SM, and bulk copies do not.
+  __device__ __forceinline__ void release_chunk(uint32_t read) {
+    const bool none = __any_sync(~0u, (read & b.p.zero) != 0u);
+    if (lane == 0) barrier_arrive(&b.barriers().empty[taken] + none);
   }
   __device__ __forceinline__ float* wait_reduction_slot(bool is_free = false) {
     Barrier* bar = &b.barriers().slot_free[red];

@@ -156,10 +156,12 @@ __device__ __forceinline__ void multiply_seats(Consumer& c, const MatVecTask& ta
         const bool is_last = chunk + 1 == P::CHUNKS;
         const uint8_t* from = c.wait_chunk() + (is_last ? last_at : c.warp * P::PER_CHUNK * FRAGMENT_BYTES) + c.lane * 16;
         __syncwarp();
+        uint32_t read = 0;
 #pragma unroll
         for (int j = 0; j < P::PER_CHUNK; ++j) {
           if (is_last && j >= last) continue;
           const uint4 a = *reinterpret_cast<const uint4*>(from + j * FRAGMENT_BYTES);
+          read |= a.x;
 #pragma unroll
           for (int block = 0; block < SEAT_BLOCKS; ++block) {
             uint2 x;
@@ -168,7 +170,7 @@ __device__ __forceinline__ void multiply_seats(Consumer& c, const MatVecTask& ta
             multiply(sums.acc[j % SeatSums::SETS][block], a, x.x, x.y);
           }
         }
-        c.release_chunk();
+        c.release_chunk(read);
       }
     }
     if constexpr (S::NORMALISED) {

@@ -167,10 +167,13 @@ struct Fetched {
   __device__ __forceinline__ void fetch(Consumer& c, int slot, bool is_last, bool landed = false) {
     const int at = !UNIFORM && is_last ? last_at : c.warp * P::PER_CHUNK * FRAGMENT_BYTES;
     const uint8_t* from = c.wait_chunk(landed) + at + c.lane * 16;
+    uint32_t read = 0;
 #pragma unroll
-    for (int j = 0; j < P::PER_CHUNK; ++j)
+    for (int j = 0; j < P::PER_CHUNK; ++j) {
       a[slot][j] = has(j, is_last) ? *reinterpret_cast<const uint4*>(from + j * FRAGMENT_BYTES) : uint4{};
-    c.release_chunk();
+      read |= a[slot][j].x;
+    }
+    c.release_chunk(read);
   }
   template <class X>
   __device__ __forceinline__ void multiply_into(Sums& sums, int slot, bool is_last, X x) const {

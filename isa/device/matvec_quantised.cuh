@@ -46,10 +46,12 @@ template <class W>
 struct GroupWords {
   uint32_t scales, zeros;  // zeros are bytes as those of codes
 
-  // `scales` are the group's 16 (row g next to row g + 8), `zeros` likewise.
-  __device__ __forceinline__ void read(const uint8_t* from_scales, const uint8_t* from_zeros, int lane) {
+  // `scales` are the group's 16 (row g next to row g + 8), `zeros` likewise. Returns what it has read.
+  __device__ __forceinline__ uint32_t read(const uint8_t* from_scales, const uint8_t* from_zeros, int lane) {
     scales = *reinterpret_cast<const uint32_t*>(from_scales + (lane >> 2) * 4);
-    if constexpr (W::ASYMMETRIC) zeros = *reinterpret_cast<const uint16_t*>(from_zeros + (lane >> 2) * 2);
+    if constexpr (!W::ASYMMETRIC) return scales;
+    zeros = *reinterpret_cast<const uint16_t*>(from_zeros + (lane >> 2) * 2);
+    return scales | zeros;
   }
   __device__ __forceinline__ float low_scale() const { return W::FP16_SCALE ? unpack_fp16(scales & 0xFFFF) : as_float(scales << 16); }
   __device__ __forceinline__ float high_scale() const { return W::FP16_SCALE ? unpack_fp16(scales >> 16) : as_float(scales & 0xFFFF0000u); }
@@ -230,13 +232,14 @@ struct FetchedCodes {
   __device__ __forceinline__ void fetch(Consumer& c, int slot, bool is_last) {
     const uint8_t* chunk = c.wait_chunk();
     const uint8_t* from = chunk + (!UNIFORM && is_last ? last_at : c.warp * P::PER_CHUNK * W::PIECE_BYTES);
+    uint32_t read = 0;
 #pragma unroll
-    for (int j = 0; j < P::PER_CHUNK; ++j) fetch_piece(slot, j, from + j * W::PIECE_BYTES, has(j, is_last), c.lane);
+    for (int j = 0; j < P::PER_CHUNK; ++j) read |= fetch_piece(slot, j, from + j * W::PIECE_BYTES, has(j, is_last), c.lane);
     if constexpr (!W::GROUP) {
       const uint8_t* tail = chunk + (!UNIFORM && is_last ? P::LAST_BYTES : P::FULL_BYTES) - W::TAIL_BYTES;
-      words[slot].group[0].read(tail, tail + W::SCALES_BYTES, c.lane);
+      read |= words[slot].group[0].read(tail, tail + W::SCALES_BYTES, c.lane);
     }
-    c.release_chunk();
+    c.release_chunk(read);
   }
   // There is no next chunk. Codes that a path leaves as they were would be kept until they are decoded again.
   __device__ __forceinline__ void forget() {
@@ -262,19 +265,23 @@ struct FetchedCodes {
   }
 
  private:
-  __device__ __forceinline__ void fetch_piece(int slot, int j, const uint8_t* from, bool has_it, int lane) {
+  // Returns words that depend on every load.
+  __device__ __forceinline__ uint32_t fetch_piece(int slot, int j, const uint8_t* from, bool has_it, int lane) {
+    uint32_t read = 0;
 #pragma unroll
     for (int f = 0; f < W::FRAGMENTS; ++f) {
       uint4& to = AS_THEY_ARE ? bytes[slot][j][f] : codes[j][f];
       to = has_it ? *reinterpret_cast<const uint4*>(from + f * FRAGMENT_BYTES + lane * 16) : uint4{};
+      read |= to.x;
     }
     const uint8_t* scales = from + W::FRAGMENTS * FRAGMENT_BYTES;
 #pragma unroll
     for (int g = 0; g < W::GROUPS; ++g) {
       GroupWords<W>& group = words[slot].group[j * W::GROUPS + g];
       group = {};
-      if (has_it) group.read(scales + g * W::SCALES_BYTES, scales + W::GROUPS * W::SCALES_BYTES + g * W::ZEROS_BYTES, lane);
+      if (has_it) read |= group.read(scales + g * W::SCALES_BYTES, scales + W::GROUPS * W::SCALES_BYTES + g * W::ZEROS_BYTES, lane);
     }
+    return read;
   }
 };
 
