@@ -15,7 +15,6 @@ from amk.schedule.digest import program_digest, schedule_id
 from amk.schedule.knobs import Config
 from amk.schedule.model import ModelSpec
 from amk.schedule.program import Program
-from amk.schedule.rejection import reject
 from amk.schedule.settings import Chooser
 from amk.schedule.targets import Target
 from amk.schedule.validate import Limits, ValidProgram, validate
@@ -40,19 +39,11 @@ class Candidate:
     chooser: Chooser = "greedy"
 
 
-# Programs of 16 rows and more are proven, and correct on the reference machine, but on an H200 a tile of the output projection is
-# wrong now and then (docs/performance-log.md, v6): until the reason is known, the card is not offered them.
-ROWS_ON_A_CARD = 8
-
-
 def prepare(
     spec: ModelSpec, place: Place, config: Any, context: int | None = None, chooser: Chooser = "greedy", batch: int = 1
 ) -> Candidate:
     """Takes JSON data as a config through the compiler and the proof, for `batch` rows side by side. Never raises for a bad config."""
     facts = Facts(model=spec.name, gpu=place.target.name, device=place.device, dtype=spec.dtype, device_name=place.device_name, batch=batch)
-    if place.device == "cuda" and batch > ROWS_ON_A_CARD:
-        allowed = f"at most {ROWS_ON_A_CARD} on a card, where more rows gave other bits from run to run"
-        return Candidate(spec, config, facts, rejections=(str(reject("batch", batch, allowed)),))
     parsed = parse_config(config)
     if not isinstance(parsed, Config):
         return Candidate(spec, config, facts, rejections=tuple(map(str, parsed)))
