@@ -113,10 +113,10 @@ def _quantised_pieces(spec: ModelSpec) -> list[Piece]:
 
 
 def model_problems(spec: ModelSpec) -> Iterator[Rejection]:
-    """Sizes that no instruction can take, whatever the config."""
+    """Sizes that no instruction can take, whatever the config. A lane reads two packets of two elements with one load."""
     limits = (
         ("hidden", spec.hidden, spec.hidden > 0 and spec.hidden % 16 == 0, "a multiple of 16"),
-        ("intermediate", spec.intermediate, spec.intermediate > 0 and spec.intermediate % 2 == 0, "an even number"),
+        ("intermediate", spec.intermediate, spec.intermediate > 0 and spec.intermediate % 4 == 0, "a multiple of 4"),
         ("head_dim", spec.head_dim, 0 < spec.head_dim <= MAX_HEAD_DIM and spec.head_dim % 8 == 0, f"a multiple of 8 up to {MAX_HEAD_DIM}"),
         ("heads", spec.heads, spec.heads > 0 and spec.heads % spec.kv_heads == 0, f"a multiple of kv_heads ({spec.kv_heads})"),
         ("heads", spec.heads, spec.group <= MAX_GROUP, f"at most {MAX_GROUP} for each of the {spec.kv_heads} KV heads"),

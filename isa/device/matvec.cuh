@@ -158,29 +158,22 @@ struct Fetched {
   static constexpr bool UNIFORM = P::HIGH_WARPS == 0 && P::LAST_HIGH == P::PER_CHUNK;  // the last chunk of a tile is as the others
   uint4 a[DEPTH][P::PER_CHUNK];
   const int last, last_at;  // fragments of this warp in the last chunk of a tile, and where they begin
-  bool held = false;
 
   __device__ __forceinline__ Fetched(int warp)
       : last(warp < P::HIGH_WARPS ? P::LAST_HIGH : P::LAST_LOW),
         last_at((warp * P::LAST_LOW + min_of(warp, P::HIGH_WARPS)) * FRAGMENT_BYTES) {}
   __device__ __forceinline__ bool has(int j, bool is_last) const { return UNIFORM || !is_last || j < last; }
-  // Waits for the next chunk in the ring and asks for what is this warp's. The chunk is held until `let_go`.
+  // Waits for the next chunk in the ring, reads it and frees its slot.
   __device__ __forceinline__ void fetch(Consumer& c, int slot, bool is_last, bool landed = false) {
     const int at = !UNIFORM && is_last ? last_at : c.warp * P::PER_CHUNK * FRAGMENT_BYTES;
     const uint8_t* from = c.wait_chunk(landed) + at + c.lane * 16;
-#pragma unroll
-    for (int j = 0; j < P::PER_CHUNK; ++j)
-      a[slot][j] = has(j, is_last) ? *reinterpret_cast<const uint4*>(from + j * FRAGMENT_BYTES) : uint4{};
-    held = true;
-  }
-  // Frees the chunk that was fetched last, into `slot`, when it is there: best after work that does not need it.
-  __device__ __forceinline__ void let_go(Consumer& c, int slot) {
-    if (!held) return;
     uint32_t read = 0;
 #pragma unroll
-    for (int j = 0; j < P::PER_CHUNK; ++j) read |= a[slot][j].x;
+    for (int j = 0; j < P::PER_CHUNK; ++j) {
+      a[slot][j] = has(j, is_last) ? *reinterpret_cast<const uint4*>(from + j * FRAGMENT_BYTES) : uint4{};
+      read |= a[slot][j].x;
+    }
     c.release_chunk(read);
-    held = false;
   }
   template <class X>
   __device__ __forceinline__ void multiply_into(Sums& sums, int slot, bool is_last, X x) const {
@@ -221,7 +214,6 @@ __device__ __forceinline__ void multiply_fetched(Consumer& c, F& chunks, const O
   for (int d = 0; d < F::DEPTH; ++d) {
     const int k = first + d, next = k + F::DEPTH;
     chunks.multiply_into(sums, d, k + 1 == P::CHUNKS, [&](int j) { return operands.at(k * P::PER_CHUNK + j); });
-    chunks.let_go(c, (d + F::DEPTH - 1) % F::DEPTH);
     if constexpr (MORE) chunks.fetch(c, d, next + 1 == P::CHUNKS || next + 1 == 2 * P::CHUNKS, LANDED);
   }
 }
@@ -249,10 +241,7 @@ __device__ __forceinline__ void multiply_tiles(Consumer& c, const MatVecTask& ta
   if constexpr (FLAGS & X_NORM) slice.prefetch_gain(gain, c.lane);
   F chunks(c.warp);
 #pragma unroll
-  for (int d = 0; d < F::DEPTH; ++d) {
-    chunks.fetch(c, d, d + 1 == P::CHUNKS);
-    chunks.let_go(c, d);
-  }
+  for (int d = 0; d < F::DEPTH; ++d) chunks.fetch(c, d, d + 1 == P::CHUNKS);
   c.wait_released();
   float squares = slice.load(c, x, token.expect(task.x_tag), gain, slice_bytes);
   __syncwarp();

@@ -46,12 +46,13 @@ template <class W>
 struct GroupWords {
   uint32_t scales, zeros;  // zeros are bytes as those of codes
 
-  // `scales` are the group's 16 (row g next to row g + 8), `zeros` likewise.
-  __device__ __forceinline__ void read(const uint8_t* from_scales, const uint8_t* from_zeros, int lane) {
+  // `scales` are the group's 16 (row g next to row g + 8), `zeros` likewise. Returns what it has read.
+  __device__ __forceinline__ uint32_t read(const uint8_t* from_scales, const uint8_t* from_zeros, int lane) {
     scales = *reinterpret_cast<const uint32_t*>(from_scales + (lane >> 2) * 4);
-    if constexpr (W::ASYMMETRIC) zeros = *reinterpret_cast<const uint16_t*>(from_zeros + (lane >> 2) * 2);
+    if constexpr (!W::ASYMMETRIC) return scales;
+    zeros = *reinterpret_cast<const uint16_t*>(from_zeros + (lane >> 2) * 2);
+    return scales | zeros;
   }
-  __device__ __forceinline__ uint32_t bits() const { return W::ASYMMETRIC ? scales | zeros : scales; }
   __device__ __forceinline__ float low_scale() const { return W::FP16_SCALE ? unpack_fp16(scales & 0xFFFF) : as_float(scales << 16); }
   __device__ __forceinline__ float high_scale() const { return W::FP16_SCALE ? unpack_fp16(scales >> 16) : as_float(scales & 0xFFFF0000u); }
   __device__ __forceinline__ int low_zero() const { return signed_byte<0x8880>(); }
@@ -222,36 +223,23 @@ struct FetchedCodes {
   uint4 bytes[DEPTH][P::PER_CHUNK][Shape::STEPS];
   ChunkWords<P> words[DEPTH];
   const int last, last_at;  // pieces of this warp in the last chunk of a tile, and where they begin
-  bool held = false;
 
   __device__ __forceinline__ FetchedCodes(int warp)
       : last(warp < P::HIGH_WARPS ? P::LAST_HIGH : P::LAST_LOW),
         last_at((warp * P::LAST_LOW + min_of(warp, P::HIGH_WARPS)) * W::PIECE_BYTES) {}
   __device__ __forceinline__ bool has(int j, bool is_last) const { return UNIFORM || !is_last || j < last; }
-  // Waits for the next chunk in the ring and asks for what is this warp's. The chunk is held until `let_go`.
+  // Waits for the next chunk in the ring, reads it and frees its slot.
   __device__ __forceinline__ void fetch(Consumer& c, int slot, bool is_last) {
     const uint8_t* chunk = c.wait_chunk();
     const uint8_t* from = chunk + (!UNIFORM && is_last ? last_at : c.warp * P::PER_CHUNK * W::PIECE_BYTES);
-#pragma unroll
-    for (int j = 0; j < P::PER_CHUNK; ++j) fetch_piece(slot, j, from + j * W::PIECE_BYTES, has(j, is_last), c.lane);
-    if constexpr (!W::GROUP) {
-      const uint8_t* tail = chunk + (!UNIFORM && is_last ? P::LAST_BYTES : P::FULL_BYTES) - W::TAIL_BYTES;
-      words[slot].group[0].read(tail, tail + W::SCALES_BYTES, c.lane);
-    }
-    held = true;
-  }
-  // Frees the chunk that was fetched last, into `slot`, when it is there: best after work that does not need it.
-  __device__ __forceinline__ void let_go(Consumer& c, int slot) {
-    if (!held) return;
     uint32_t read = 0;
 #pragma unroll
-    for (int j = 0; j < P::PER_CHUNK; ++j)
-#pragma unroll
-      for (int f = 0; f < W::FRAGMENTS; ++f) read |= AS_THEY_ARE ? bytes[slot][j][f].x : codes[j][f].x;
-#pragma unroll
-    for (int i = 0; i < Shape::SCALES; ++i) read |= words[slot].group[i].bits();
+    for (int j = 0; j < P::PER_CHUNK; ++j) read |= fetch_piece(slot, j, from + j * W::PIECE_BYTES, has(j, is_last), c.lane);
+    if constexpr (!W::GROUP) {
+      const uint8_t* tail = chunk + (!UNIFORM && is_last ? P::LAST_BYTES : P::FULL_BYTES) - W::TAIL_BYTES;
+      read |= words[slot].group[0].read(tail, tail + W::SCALES_BYTES, c.lane);
+    }
     c.release_chunk(read);
-    held = false;
   }
   // There is no next chunk. Codes that a path leaves as they were would be kept until they are decoded again.
   __device__ __forceinline__ void forget() {
@@ -277,19 +265,23 @@ struct FetchedCodes {
   }
 
  private:
-  __device__ __forceinline__ void fetch_piece(int slot, int j, const uint8_t* from, bool has_it, int lane) {
+  // Returns words that depend on every load.
+  __device__ __forceinline__ uint32_t fetch_piece(int slot, int j, const uint8_t* from, bool has_it, int lane) {
+    uint32_t read = 0;
 #pragma unroll
     for (int f = 0; f < W::FRAGMENTS; ++f) {
       uint4& to = AS_THEY_ARE ? bytes[slot][j][f] : codes[j][f];
       to = has_it ? *reinterpret_cast<const uint4*>(from + f * FRAGMENT_BYTES + lane * 16) : uint4{};
+      read |= to.x;
     }
     const uint8_t* scales = from + W::FRAGMENTS * FRAGMENT_BYTES;
 #pragma unroll
     for (int g = 0; g < W::GROUPS; ++g) {
       GroupWords<W>& group = words[slot].group[j * W::GROUPS + g];
       group = {};
-      if (has_it) group.read(scales + g * W::SCALES_BYTES, scales + W::GROUPS * W::SCALES_BYTES + g * W::ZEROS_BYTES, lane);
+      if (has_it) read |= group.read(scales + g * W::SCALES_BYTES, scales + W::GROUPS * W::SCALES_BYTES + g * W::ZEROS_BYTES, lane);
     }
+    return read;
   }
 };
 
@@ -302,12 +294,10 @@ __device__ __forceinline__ void multiply_quantised_tiles(Consumer& c, const MatV
   Slice slice(c.warp);
   if constexpr (Slice::NORMALISED) slice.prefetch_gain(gain, c.lane);
   constexpr int DEPTH = P::W::BITS == 4 ? 1 : AHEAD;
-  using F = FetchedCodes<P, DEPTH>;
-  F chunks(c.warp);
+  FetchedCodes<P, DEPTH> chunks(c.warp);
 #pragma unroll
   for (int d = 0; d < DEPTH; ++d) {
     chunks.fetch(c, d, d + 1 == P::CHUNKS);
-    chunks.let_go(c, d);
     chunks.decode(d);
   }
   c.wait_released();
@@ -328,7 +318,6 @@ __device__ __forceinline__ void multiply_quantised_tiles(Consumer& c, const MatV
         const int k = group + d, next = k + DEPTH;
         const bool is_last = k + 1 == P::CHUNKS;
         chunks.multiply_into(sums, d, is_last, x, k);
-        if constexpr (F::AS_THEY_ARE) chunks.let_go(c, (d + DEPTH - 1) % DEPTH);
         const ChunkWords<P> words = chunks.words[d];
         if (next < P::CHUNKS || tile + 1 < tiles) chunks.fetch(c, d, next + 1 == P::CHUNKS || next + 1 == 2 * P::CHUNKS);
         else chunks.forget();
@@ -340,7 +329,6 @@ __device__ __forceinline__ void multiply_quantised_tiles(Consumer& c, const MatV
           if (Slice::NORMALISED && c.lane == 1) part[TILE_ROWS] = squares;
           c.fill_reduction_slot();
         }
-        if constexpr (!F::AS_THEY_ARE) chunks.let_go(c, d);
         chunks.decode(d);
       }
   }

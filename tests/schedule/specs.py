@@ -50,7 +50,7 @@ def random_spec(seed: int) -> ModelSpec:
         heads=kv_heads * rng.choice((1, 3, 4, 8)),
         kv_heads=kv_heads,
         head_dim=8 * rng.choice((1, 2, 3, 5)),
-        intermediate=2 * rng.randint(1, 150),
+        intermediate=4 * rng.randint(1, 75),
         vocab=rng.randint(2, 700),
         dtype=dtype,  # type: ignore[arg-type]
         max_context=rng.randint(20, 400),

@@ -244,7 +244,7 @@ def test_effective_config_realises_the_same_program(seed: int) -> None:
         (replace(TOY, heads=3, kv_heads=2), Config(), "model.heads"),
         (replace(TOY, head_dim=12), Config(), "model.head_dim"),
         (replace(TOY, head_dim=264), Config(), "model.head_dim"),
-        (replace(TOY, intermediate=127), Config(), "model.intermediate"),
+        (replace(TOY, intermediate=126), Config(), "model.intermediate"),
         (WIDE_HEADS, Config(stage_bytes=16384), "kernel_knobs.stage_bytes"),
         (TOY, Config(smem_bytes_per_block=1 << 20), "smem_bytes_per_block"),
         (TOY, Config(sm_assignment=(("o", (0, 9, 0, 0)),)), "sm_assignment.o"),

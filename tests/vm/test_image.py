@@ -93,7 +93,7 @@ def test_fragments_lie_by_chunk_then_warp_and_the_rest_is_zero(make_spec: Any, m
 def test_the_stream_holds_each_sms_tiles_in_the_order_in_which_it_eats_them(
     fusion: tuple[str, ...], make_spec: Any, make_program: Any, make_source: Any
 ) -> None:
-    spec = make_spec("bf16", intermediate=90)
+    spec = make_spec("bf16", intermediate=92)
     program, source = make_program(spec, fusion=fusion, n_tile=32), make_source(spec)
     stream, starts = pack_stream(program, source)
     matrices = [matrix_rows(matrix, source) for matrix in program.matrices]

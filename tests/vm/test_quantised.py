@@ -27,7 +27,7 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_logits_are_the_plain_decoders_of_the_dequantised_weights(
     name: str, dtype: str, make_spec: Any, make_proven: Any, make_source: Any, plain: Any
 ) -> None:
-    spec = with_weights(make_spec(dtype, qkv_bias=True, intermediate=90), FORMATS[name])
+    spec = with_weights(make_spec(dtype, qkv_bias=True, intermediate=92), FORMATS[name])
     unquantised = make_source(spec)
     source = QuantisedWeights(unquantised, spec)
     found = ReferenceVM(make_proven(spec, kv_block=16), source).decode(TOKENS, 0, logits=True).logits

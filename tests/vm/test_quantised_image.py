@@ -254,7 +254,7 @@ def test_every_code_less_its_zero_is_the_difference_of_their_bytes(bits: int) ->
 
 @pytest.mark.parametrize("name", ["int8", "int8-g32-asym", "int4-g64", "int4-asym"])
 def test_the_stream_holds_the_tiles_of_quantised_matrices(name: str, make_spec: Any, make_program: Any, make_source: Any) -> None:
-    spec = with_weights(make_spec("bf16", intermediate=90), FORMATS[name])
+    spec = with_weights(make_spec("bf16", intermediate=92), FORMATS[name])
     source = QuantisedWeights(make_source(spec), spec)
     program = make_program(spec, n_tile=32)
     stream, starts = pack_stream(program, source)
