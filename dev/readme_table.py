@@ -169,7 +169,7 @@ def origin(name: str, data: Mapping[str, Any], folder: str) -> str:
     reads, processes = data["plain_read_gbs"], data.get("processes", 1)
     facts = [
         f"[`results/{name}`]({folder}/{name})",
-        *(_card(card) for card in came["cards"]),
+        *dict.fromkeys(_card(card) for card in came["cards"]),
         f"plain read {min(reads):.0f} to {max(reads):.0f} GB/s" + _data_sheet(came["cards"][0]["name"]),
         f"commit `{commit[:12]}`" + (f" with {changes}" if changes else ""),
         came["time_utc"][:10],

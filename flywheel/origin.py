@@ -25,8 +25,10 @@ def commit(root: Path = ROOT) -> str:
 
 
 def cards() -> list[dict[str, str]]:
-    """Name, driver, clocks and power limit of each NVIDIA card, as nvidia-smi prints them; empty where none is seen."""
-    query = _output(["nvidia-smi", f"--query-gpu={','.join(NVIDIA_SMI_FIELDS)}", "--format=csv,noheader"])
+    """Name, driver, clocks and power limit of each NVIDIA card that CUDA may use, as nvidia-smi prints them; empty where none is seen."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    chosen = [f"--id={visible}"] if visible else []
+    query = _output(["nvidia-smi", *chosen, f"--query-gpu={','.join(NVIDIA_SMI_FIELDS)}", "--format=csv,noheader"])
     rows = [line.split(", ") for line in query.splitlines()]
     return [dict(zip(NVIDIA_SMI_FIELDS, row, strict=True)) for row in rows if len(row) == len(NVIDIA_SMI_FIELDS)]
 

@@ -8,10 +8,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from amk.dev.card import card_count
+from amk.tests import conftest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,3 +60,12 @@ def test_results_file_keeps_outcomes_and_what_tests_recorded(run: subprocess.Com
 def test_hidden_cards_are_not_counted(hidden: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     assert card_count() == 0
+
+
+@pytest.mark.parametrize(("worker", "cards", "expected"), [("gw0", 4, "0"), ("gw5", 4, "1"), ("gw1", 1, None), ("", 4, None)])
+def test_workers_take_the_cards_in_turn(worker: str, cards: int, expected: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "?")  # so that it is put back
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(conftest, "card_count", lambda: cards)
+    conftest._take_a_card(SimpleNamespace(workerinput={"workerid": worker}))  # type: ignore[arg-type]
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == expected

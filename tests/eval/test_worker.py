@@ -7,12 +7,14 @@ import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from amk.eval import card as live
 from amk.eval.candidate import prepare
-from amk.eval.card import Place, others
+from amk.eval.card import Card, Place, listed_processes, others
 from amk.eval.shapes import Trace
 from amk.eval.worker import RemoteError, Request, Worker, WorkerDied, unfinished
 from amk.models.registry import describe
@@ -136,3 +138,13 @@ def test_a_launch_that_did_not_finish_is_its_workers_last(result: dict[str, Any]
 @pytest.mark.parametrize(("listed", "expected"), [([], []), ([7], []), ([7, 8], [8]), ([9], []), ([9, 8], [8])])
 def test_our_own_process_is_not_company_even_under_the_hosts_number(listed: list[int], expected: list[int]) -> None:
     assert others(listed, own=7) == expected
+
+
+def test_processes_on_the_other_cards_of_a_machine_are_nobodys_company(monkeypatch: pytest.MonkeyPatch) -> None:
+    card, asked = Card("NVIDIA H200", "0123456789abcdef0123456789abcdef", TARGETS["h200"]), []
+    monkeypatch.setattr(live, "live_card", lambda: card)
+    monkeypatch.setattr(live.subprocess, "run", lambda command, **options: asked.append(command) or SimpleNamespace(stdout="7\n"))
+    assert listed_processes() == [7]
+    assert "--id=GPU-01234567-89ab-cdef-0123-456789abcdef" in asked[0]
+    monkeypatch.setattr(live, "live_card", lambda: None)
+    assert listed_processes() == []

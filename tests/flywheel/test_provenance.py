@@ -90,3 +90,13 @@ def test_a_program_of_other_fields_is_another_ir_with_the_same_abi(monkeypatch: 
     wider = make_dataclass("Buffer", [*own, ("bank", "int")], namespace={"__module__": program.__name__})
     monkeypatch.setattr(program, "Buffer", wider)
     assert abi_version() == versions[0] and ir_version() != versions[1]
+
+
+def test_cards_that_cuda_may_not_use_are_not_stated(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(origin, "_output", lambda command: asked.append(command) or "")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    origin.cards()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    origin.cards()
+    assert ["--id=2" in command for command in asked] == [True, False]
