@@ -3,7 +3,7 @@
 #   make demo      install, fetch SmolLM2-135M, compile it, judge it
 #   make test      the CPU tests, and the card's where there is one
 #   make check     ruff, mypy --strict, generated files, import order, NVRTC builds of every kernel variant
-#   make gpu       the card's tests alone; writes results/
+#   make gpu       the card's tests alone, on several cards with CARDS=4; writes results/
 #   make published  what README shows, measured on the card step by step; writes results/
 #   make timings   how long the commands take; writes results/timings.json
 #
@@ -14,6 +14,9 @@ PYTHON ?= python3
 # make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 TORCH_CPU := torch==2.13.0
+
+# Cards that the card's tests are shared out among: a worker each.
+CARDS ?= 1
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -59,7 +62,7 @@ variants: $(READY)
 	$(RUN) amk.dev.build_variants
 
 gpu: $(READY_DEV)
-	$(PYTEST) -m cuda --results results
+	$(PYTEST) -m cuda --results results $(if $(filter-out 1,$(CARDS)),-n $(CARDS) --dist worksteal)
 
 published: $(READY)
 	$(RUN) amk.dev.publish
