@@ -211,7 +211,6 @@ struct BlockSoftmax {
   static constexpr bool V_EARLY = STEPS <= 4;  // V is asked for before the scores where registers allow
   uint2 q[STEPS];
   float m[2], l[2], o[STEPS][4];
-  bool any = false;
 
   __device__ __forceinline__ void begin(const AttentionScratch& s, int nq, int lane) {
     const int column = lane >> 2, t = lane & 3, head = TWO_PART ? column & 3 : column;
@@ -227,7 +226,6 @@ struct BlockSoftmax {
   }
   // Rows of `block` (shared or global memory) in [from, to) count.
   __device__ __forceinline__ void add(const uint8_t* block, int from, int to, int lane) {
-    any = true;
     const int g = lane >> 2;
     uint4 early[V_EARLY ? STEPS : 1];
     float d[4] = {0.f, 0.f, 0.f, 0.f};
@@ -322,7 +320,6 @@ struct BlockSoftmax {
 struct BlockSoftmaxWide {
   static constexpr int DIMS = ceil_div(HD, 32);
   float m[GROUP], l[GROUP], o[GROUP][DIMS];
-  bool any = false;
 
   __device__ __forceinline__ void begin() {
 #pragma unroll
@@ -334,7 +331,6 @@ struct BlockSoftmaxWide {
     }
   }
   __device__ __forceinline__ void add(const AttentionScratch& s, const float* k, const float* v, int from, int to, int nq, int lane) {
-    any = true;
     const int row = lane >> 1;
     const bool counts = row >= from && row < to;
 #pragma unroll
@@ -434,17 +430,25 @@ __device__ __forceinline__ Partial merge(Partial (&parts)[N]) {
   return parts[0];
 }
 
-// The warps' partials of elements [d, d + NARROW) of a head, in warp order.
-__device__ __forceinline__ Partial merge_warps(const AttentionScratch& s, uint32_t used, int head, int d) {
-  Partial parts[CONSUMER_WARPS + 1];
+// The warps' partials of elements [d, d + NARROW) of a head, in warp order, and on the tail that of the new row. A warp without blocks has an
+// empty one, so nothing here depends on how many have some.
+template <bool TAIL>
+__device__ __forceinline__ Partial merge_warps(const AttentionScratch& s, int head, int d) {
+  constexpr int N = CONSUMER_WARPS + TAIL;
+  Partial parts[N];
 #pragma unroll
-  for (int w = 0; w <= CONSUMER_WARPS; ++w) {
-    if (!(used >> w & 1)) continue;
+  for (int w = 0; w < N; ++w) {
     const float* from = s.partial(w, head);
-    parts[w].m = from[0];
-    parts[w].l = from[1];
-#pragma unroll
-    for (int e = 0; e < NARROW; ++e) parts[w].o[e] = from[PARTIAL_HEAD + d + e];
+    const float2 weight = *reinterpret_cast<const float2*>(from);
+    parts[w].m = weight.x;
+    parts[w].l = weight.y;
+    if constexpr (NARROW == 2) {
+      const float2 v = *reinterpret_cast<const float2*>(from + PARTIAL_HEAD + d);
+      parts[w].o[0] = v.x;
+      parts[w].o[NARROW - 1] = v.y;
+    } else {
+      parts[w].o[0] = from[PARTIAL_HEAD + d];
+    }
   }
   return merge(parts);
 }
@@ -496,12 +500,12 @@ __device__ __forceinline__ Partial merge_sharers(Partial mine) {
   return mine;
 }
 
-__device__ __forceinline__ void publish_partial(const Consumer& c, const AttentionTask& task, const AttentionScratch& s, uint32_t used,
-                                                uint64_t* out, uint32_t tag) {
+__device__ __forceinline__ void publish_partial(const Consumer& c, const AttentionTask& task, const AttentionScratch& s, uint64_t* out,
+                                                uint32_t tag) {
   const int size = HEAD_DIM + PARTIAL_HEAD;
   for (int i = c.warp * 32 + c.lane; i < task.nq * PER_HEAD; i += CONSUMER_THREADS) {
     const int head = i / PER_HEAD, d = i % PER_HEAD * NARROW;
-    const Partial merged = merge_warps(s, used, head, d);
+    const Partial merged = merge_warps<false>(s, head, d);
     if (d == 0) {
       publish(out + head * size, as_bits(merged.m), tag);
       publish(out + head * size + 1, as_bits(merged.l), tag);
@@ -511,10 +515,24 @@ __device__ __forceinline__ void publish_partial(const Consumer& c, const Attenti
   }
 }
 
-__device__ __forceinline__ void publish_output(Consumer& c, const AttentionTask& task, const AttentionScratch& s, uint32_t used,
+// Elements of the output: values over the sum.
+__device__ __forceinline__ void publish_weighed(uint64_t* out, const Partial& all, uint32_t tag) {
+  const float inverse = 1.f / all.l;
+  if constexpr (WIDE) publish(out, as_bits(all.o[0] * inverse), tag);
+  else publish(out, pack2(all.o[0] * inverse, all.o[NARROW - 1] * inverse), tag);
+}
+
+__device__ __forceinline__ void publish_output(Consumer& c, const AttentionTask& task, const AttentionScratch& s,
                                                const uint64_t* partials, int others, const Token& token) {
   const int size = HEAD_DIM + PARTIAL_HEAD, thread = c.warp * 32 + c.lane, share = thread % SHARERS;
   uint64_t* out = c.b.buffer(task.out_buf) + task.q0 * PER_HEAD;
+  const uint32_t tag = token.tag(task.out_tag);
+  if (others == 0) {  // no other split: a short way, for it is one of the chain of boundaries
+#pragma unroll 1
+    for (int i = thread; i < task.nq * PER_HEAD; i += CONSUMER_THREADS)
+      publish_weighed(out + i, merge_warps<true>(s, i / PER_HEAD, i % PER_HEAD * NARROW), tag);
+    return;
+  }
   constexpr int ROUNDS = ceil_div(GROUP * PER_HEAD * SHARERS, CONSUMER_THREADS);
   Partial merged[ROUNDS];
 #pragma unroll
@@ -525,20 +543,17 @@ __device__ __forceinline__ void publish_output(Consumer& c, const AttentionTask&
       merged[round] = merge_splits(c, partials + head * size, task.nq * size, share, others, d, token.expect(task.part_tag));
     __syncwarp();
     if (mine && share == 0) {
-      Partial both[2] = {merge_warps(s, used, head, d), merged[round]};
+      Partial both[2] = {merge_warps<true>(s, head, d), merged[round]};
       merged[round] = merge(both);
     }
     __syncwarp();
     merged[round] = merge_sharers(merged[round]);
   }
-  if (others) c.meet();  // every read of the task comes before its first publish
+  c.meet();  // every read of the task comes before its first publish
 #pragma unroll
   for (int round = 0; round < ROUNDS; ++round) {
     const int i = (thread + round * CONSUMER_THREADS) / SHARERS;
-    if (share || i >= task.nq * PER_HEAD) continue;
-    const float inverse = 1.f / merged[round].l;
-    if constexpr (WIDE) publish(out + i, as_bits(merged[round].o[0] * inverse), token.tag(task.out_tag));
-    else publish(out + i, pack2(merged[round].o[0] * inverse, merged[round].o[NARROW - 1] * inverse), token.tag(task.out_tag));
+    if (share == 0 && i < task.nq * PER_HEAD) publish_weighed(out + i, merged[round], tag);
   }
 }
 
@@ -551,12 +566,7 @@ __device__ __forceinline__ void touch_newest_blocks(const Consumer& c, const Att
   for (int at = (c.warp * 32 + c.lane) * SECTOR; at < bytes; at += CONSUMER_THREADS * SECTOR) touch(from + at);
 }
 
-// Blocks of a task, streamed ones first, then the tail's two, are dealt to the warps in turn. `used` marks the partials that exist.
-__device__ __forceinline__ uint32_t used_partials(int blocks, bool tail) {
-  const uint32_t warps = blocks >= CONSUMER_WARPS ? (1u << CONSUMER_WARPS) - 1 : (1u << blocks) - 1;
-  return warps | (tail ? 1u << CONSUMER_WARPS : 0u);
-}
-
+// Blocks of a task, streamed ones first, then the tail's two, are dealt to the warps in turn.
 __device__ __forceinline__ void consume_attention(Consumer& c, const AttentionTask& task, const Token& token) {
   const Block& b = c.b;
   const int position = (int)token.position;
@@ -608,15 +618,14 @@ __device__ __forceinline__ void consume_attention(Consumer& c, const AttentionTa
     seen += blocks;
     if (seen % CONSUMER_WARPS == c.warp) attend_new_row(s, task.nq, c.lane);
   }
-  if (softmax.any) softmax.finish(s, c.warp, task.nq, c.lane);
+  softmax.finish(s, c.warp, task.nq, c.lane);
   c.meet();
 
-  const uint32_t used = used_partials(seen, tail);
   const int size = task.nq * (HEAD_DIM + PARTIAL_HEAD);
   uint64_t* partials = nullptr;  // a task that is never split has no buffer for them
   if (task.splits > 1) partials = b.buffer(task.part_buf) + task.q0 * (task.splits - 1) * (HEAD_DIM + PARTIAL_HEAD);
-  if (tail) publish_output(c, task, s, used, partials, span.active - 1, token);
-  else publish_partial(c, task, s, used, partials + (task.split - 1) * size, token.tag(task.part_tag));
+  if (tail) publish_output(c, task, s, partials, span.active - 1, token);
+  else publish_partial(c, task, s, partials + (task.split - 1) * size, token.tag(task.part_tag));
   c.arrive_done(task.done_counter);
   c.meet();  // scratch may be reused
 }

@@ -22,18 +22,16 @@ __device__ __forceinline__ int narrow_packet(int run, int block, int g, int quar
   return (run * SEAT_BLOCKS + block) * 32 + g * 4 + quarter * 2;
 }
 
-// Consumer::read_all for all lanes of a warp at once, and for any actor: none goes on before the packets of all are there. Lanes that went on
-// by themselves would be at a product apart.
+// Waits for packets that have been asked for, all lanes of a warp together: none goes on before the packets of all are there. Lanes that went on
+// by themselves would be at a product apart. For any actor.
 template <int N, class At>
-__device__ __forceinline__ void read_pairs_together(const Abort& abort, uint4 (&v)[N], Expected want, At at) {
+__device__ __forceinline__ void wait_together(const Abort& abort, uint4 (&v)[N], Expected want, At at) {
   auto all_here = [&] {
     bool all = true;
 #pragma unroll
     for (int i = 0; i < N; ++i) all &= want.match(v[i]);
     return __all_sync(~0u, all) != 0;
   };
-#pragma unroll
-  for (int i = 0; i < N; ++i) load_into(v[i], at(i));
   if (all_here()) return;
   wait_until(abort, WAIT_TAG, [&] {
 #pragma unroll
@@ -41,6 +39,12 @@ __device__ __forceinline__ void read_pairs_together(const Abort& abort, uint4 (&
       if (!want.match(v[i])) load_into(v[i], at(i));
     return all_here();
   });
+}
+template <int N, class At>
+__device__ __forceinline__ void read_pairs_together(const Abort& abort, uint4 (&v)[N], Expected want, At at) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) load_into(v[i], at(i));
+  wait_together(abort, v, want, at);
 }
 
 // The reduction slots of a batch: for each warp and seat 16 rows and the sum of squares.

@@ -114,6 +114,13 @@ struct Consumer {
     const bool none = __any_sync(~0u, (read & b.p.zero) != 0u);
     if (lane == 0) barrier_arrive(&b.barriers().empty[taken] + none);
   }
+  // The same for the N chunks from slot `from` on, at once.
+  template <int N>
+  __device__ __forceinline__ void release_chunks(uint32_t from, uint32_t read) {
+    const bool none = __any_sync(~0u, (read & b.p.zero) != 0u);
+    const uint32_t at = from + lane < STAGES ? from + lane : from + lane - STAGES;
+    if (lane < N) barrier_arrive(&b.barriers().empty[at] + none);
+  }
   __device__ __forceinline__ float* wait_reduction_slot(bool is_free = false) {
     Barrier* bar = &b.barriers().slot_free[red];
     const uint32_t parity = red_parity;

@@ -4,9 +4,12 @@
 // nothing passes through shared memory but what is kept for the task's other tiles, and that only through the lane's own words.
 #pragma once
 #include "isa/device/batch.cuh"
-#include "isa/device/plan.cuh"
+#include "isa/device/fetched.cuh"
 
 constexpr int X_BY_SEAT = 256, OUT_BY_SEAT = 512, X_KEPT = 1024;
+constexpr int OPERAND_BYTES = 32 * 8;  // of a fragment and seat block, all lanes
+// The smallest divisor of n that is at least `least`.
+constexpr int smallest_divisor_from(int n, int least) { return n % least ? smallest_divisor_from(n, least + 1) : least; }
 constexpr int PAIRS_AT_ONCE = 8;  // pairs of packets that a lane asks for at a time; with 16 registers run out
 
 // x of a warp's slice as operands.
@@ -36,22 +39,23 @@ struct SeatSlice {
     for (int i = 0; i < (NORMALISED ? SEAT_BLOCKS : 1); ++i) squares[i] = 0.f;
   }
   // Operands of fragments [from, from + N / SEAT_BLOCKS) of the slice, N in all: of each fragment one a seat block. What lies beyond the slice
-  // is read from its last fragment and must not be used. `count_squares`: what is read is added to `squares`.
+  // is read from its last fragment and must not be used. The packets are asked for first, and taken when they are needed.
   template <int N>
-  __device__ __forceinline__ void load(const Abort& abort, uint2 (&operands)[N], int from, int lane, bool count_squares) {
-    constexpr bool WHOLE = P::HIGH_WARPS == 0 && P::HIGH * SEAT_BLOCKS % N == 0;  // nothing lies beyond any warp's slice
+  __device__ __forceinline__ void ask(uint4 (&v)[N * PAIRS], int from, int lane) const {
 #pragma unroll
-    for (int base = 0; base < N; base += AT_ONCE) {
-      constexpr int MOST = min_of(N, AT_ONCE);
-      uint4 v[MOST * PAIRS];
-      read_pairs_together(abort, v, want, [&](int i) { return x + packet<WHOLE>(from, min_of(base + i / PAIRS, N - 1), i % PAIRS, lane); });
+    for (int i = 0; i < N * PAIRS; ++i) load_into(v[i], x + packet<whole(N)>(from, i / PAIRS, i % PAIRS, lane));
+  }
+  // `count_squares`: what is read is added to `squares`.
+  template <int N>
+  __device__ __forceinline__ void take(const Abort& abort, uint4 (&v)[N * PAIRS], uint2 (&operands)[N], int from, int lane, bool count_squares) {
+    wait_together(abort, v, want, [&](int i) { return x + packet<whole(N)>(from, i / PAIRS, i % PAIRS, lane); });
 #pragma unroll
-      for (int i = 0; i < MOST; ++i)
-        if (base + i < N) operands[base + i] = operand<WHOLE>(&v[i * PAIRS], from, base + i, lane, count_squares);
-    }
+    for (int i = 0; i < N; ++i) operands[i] = operand<whole(N)>(&v[i * PAIRS], from, i, lane, count_squares);
   }
 
  private:
+  // N operands at a time never reach beyond any warp's slice.
+  static constexpr bool whole(int n) { return P::HIGH_WARPS == 0 && P::HIGH * SEAT_BLOCKS % n == 0; }
   template <bool WHOLE>
   __device__ __forceinline__ int fragment(int from, int number) const {
     const int at = from + number / SEAT_BLOCKS;
@@ -93,6 +97,15 @@ struct SeatSums {
 #pragma unroll
     for (int i = 0; i < SETS * SEAT_BLOCKS * 4; ++i) acc[i / 4 / SEAT_BLOCKS][i / 4 % SEAT_BLOCKS][i % 4] = 0.f;
   }
+  // Adds fragment `a`, the j-th of its chunk, times `x(block)`, the lane's part of the same columns of each seat block.
+  template <class X>
+  __device__ __forceinline__ void add(int j, const uint4& a, X x) {
+#pragma unroll
+    for (int block = 0; block < SEAT_BLOCKS; ++block) {
+      const uint2 operand = x(block);
+      multiply(acc[j % SETS][block], a, operand.x, operand.y);
+    }
+  }
   // Lane (g, t) has rows g and g + 8 of seats 2t and 2t + 1 of each block.
   __device__ __forceinline__ void store(float* part, int lane) const {
     const int g = lane >> 2, t = lane & 3;
@@ -108,92 +121,124 @@ struct SeatSums {
   }
 };
 
-template <int COLUMNS, int FLAGS>
-__device__ __forceinline__ void multiply_seats(Consumer& c, const MatVecTask& task, const Token& token) {
-  using P = Plan<COLUMNS, FLAGS>;
-  using S = SeatSlice<COLUMNS, FLAGS>;
-  constexpr bool KEPT = FLAGS & X_KEPT;
-  // Chunks whose operands are in registers at a time.
-  constexpr int GROUP_CHUNKS = KEPT ? 1 : min_of(P::CHUNKS, max_of(1, S::AT_ONCE / (SEAT_BLOCKS * P::PER_CHUNK)));
-  constexpr int GROUP_FRAGMENTS = GROUP_CHUNKS * P::PER_CHUNK;
-  constexpr int OWN_BYTES = SCRATCH_BYTES / CONSUMER_WARPS / 16 * 16;  // for all shapes alike: another consumer may be at an earlier task
-  constexpr int OPERAND_BYTES = 32 * 8;
-  static_assert(!KEPT || P::HIGH * SEAT_BLOCKS * OPERAND_BYTES <= OWN_BYTES, "a consumer's share of scratch must hold the slice of x it keeps");
-  uint8_t* kept = reinterpret_cast<uint8_t*>(c.b.scratch()) + c.warp * OWN_BYTES + c.lane * 8;
-  const int last = c.warp < P::HIGH_WARPS ? P::LAST_HIGH : P::LAST_LOW;  // fragments of this warp in the last chunk of a tile
-  const int last_at = (c.warp * P::LAST_LOW + min_of(c.warp, P::HIGH_WARPS)) * FRAGMENT_BYTES;
-  const int tiles = task.tiles;
-
-  c.wait_released();
-  S slice(c.b, task, token, c.warp);
-  if constexpr (KEPT) {
-    constexpr int N = S::AT_ONCE, STEP = max_of(1, N / SEAT_BLOCKS);  // fragments at a time
-#pragma unroll 1
-    for (int from = 0; from < slice.count; from += STEP) {
-      uint2 operands[STEP * SEAT_BLOCKS];
-      slice.load(c.abort, operands, from, c.lane, true);
+// Hands a tile's sums to the storer; those of the squares with the first.
+template <class S>
+__device__ __forceinline__ void store_seats(Consumer& c, S& slice, const SeatSums& sums, bool first) {
+  if constexpr (S::NORMALISED) {
+    if (first) {
 #pragma unroll
-      for (int i = 0; i < STEP * SEAT_BLOCKS; ++i)
-        if (P::HIGH_WARPS == 0 && P::HIGH % STEP == 0 || from + i / SEAT_BLOCKS < slice.count)
-          *reinterpret_cast<uint2*>(kept + (from * SEAT_BLOCKS + i) * OPERAND_BYTES) = operands[i];
+      for (int block = 0; block < SEAT_BLOCKS; ++block) {
+        float& sum = slice.squares[block];
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+      }
     }
-    __syncwarp();
   }
+  c.wait_reduction_slot();
+  __syncwarp();
+  float* part = seat_partial(c.b, c.red, c.warp);
+  sums.store(part, c.lane);
+  if constexpr (S::NORMALISED) {
+    if (first && (c.lane & 3) == 0) {
+#pragma unroll
+      for (int block = 0; block < SEAT_BLOCKS; ++block) part[(block * 8 + (c.lane >> 2)) * SLOT_ROW + TILE_ROWS] = slice.squares[block];
+    }
+  }
+  c.fill_reduction_slot();
+}
+
+// Products with x kept in scratch: it is read once, and every tile of the task takes it from there. The first chunks are in registers before x is.
+template <class P, class S>
+__device__ __forceinline__ void multiply_kept(Consumer& c, S& slice, uint8_t* kept, int tiles) {
+  constexpr int N = S::AT_ONCE, STEP = max_of(1, N / SEAT_BLOCKS);  // fragments at a time
+  using F = Fetched<P, SEAT_BLOCKS <= 2 ? 4 : 2>;
+  F chunks(c.warp);
+#pragma unroll
+  for (int d = 0; d < F::DEPTH; ++d) chunks.fetch(c, d, d + 1 == P::CHUNKS);
+  c.wait_released();
+#pragma unroll 1
+  for (int from = 0; from < slice.count; from += STEP) {
+    uint4 v[STEP * SEAT_BLOCKS * S::PAIRS];
+    uint2 operands[STEP * SEAT_BLOCKS];
+    slice.template ask<STEP * SEAT_BLOCKS>(v, from, c.lane);
+    slice.template take<STEP * SEAT_BLOCKS>(c.abort, v, operands, from, c.lane, true);
+#pragma unroll
+    for (int i = 0; i < STEP * SEAT_BLOCKS; ++i)
+      if (P::HIGH_WARPS == 0 && P::HIGH % STEP == 0 || from + i / SEAT_BLOCKS < slice.count)
+        *reinterpret_cast<uint2*>(kept + (from * SEAT_BLOCKS + i) * OPERAND_BYTES) = operands[i];
+  }
+  __syncwarp();
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
     SeatSums sums;
 #pragma unroll 1
-    for (int group = 0; group < P::CHUNKS; group += GROUP_CHUNKS) {
-      uint2 operands[KEPT ? 1 : GROUP_FRAGMENTS * SEAT_BLOCKS];
-      if constexpr (!KEPT) {
-        if (slice.count) slice.load(c.abort, operands, group * P::PER_CHUNK, c.lane, tile == 0);
+    for (int first = 0; first < P::CHUNKS; first += F::DEPTH) {
+      const bool more = first + F::DEPTH < P::CHUNKS || tile + 1 < tiles;
+#pragma unroll
+      for (int d = 0; d < F::DEPTH; ++d) {
+        const int k = first + d, next = k + F::DEPTH;
+        chunks.each(d, k + 1 == P::CHUNKS, [&](int j, const uint4& a) {
+          sums.add(j, a, [&](int block) {
+            return *reinterpret_cast<const uint2*>(kept + ((k * P::PER_CHUNK + j) * SEAT_BLOCKS + block) * OPERAND_BYTES);
+          });
+        });
+        if (more) chunks.fetch(c, d, next + 1 == P::CHUNKS || next + 1 == 2 * P::CHUNKS);
         __syncwarp();
       }
+    }
+    store_seats(c, slice, sums, tile == 0);
+  }
+}
+
+// Products with x in registers, which is read again for every tile: the packets of the next step are under way while this one's are multiplied.
+template <class P, class S>
+__device__ __forceinline__ void multiply_passing(Consumer& c, S& slice, int tiles) {
+  // A step is some chunks, or an equal part of one: fragments whose operands are in registers at a time.
+  constexpr int MOST = max_of(1, S::AT_ONCE / SEAT_BLOCKS), GROUP = min_of(P::CHUNKS, max_of(1, MOST / P::PER_CHUNK));
+  constexpr int PARTS = GROUP > 1 || MOST >= P::PER_CHUNK ? 1 : smallest_divisor_from(P::PER_CHUNK, ceil_div(P::PER_CHUNK, MOST));
+  constexpr int STEP = GROUP * P::PER_CHUNK / PARTS, N = STEP * SEAT_BLOCKS;
+  Fetched<P, 1> chunk(c.warp);
+  c.wait_released();
+  uint4 v[N * S::PAIRS];
+  slice.template ask<N>(v, 0, c.lane);
+#pragma unroll 1
+  for (int tile = 0; tile < tiles; ++tile) {
+    SeatSums sums;
+#pragma unroll 1
+    for (int group = 0; group < P::CHUNKS; group += GROUP)
 #pragma unroll
-      for (int d = 0; d < GROUP_CHUNKS; ++d) {
-        const int chunk = group + d;
-        if (P::CHUNKS % GROUP_CHUNKS != 0 && chunk >= P::CHUNKS) break;
-        const bool is_last = chunk + 1 == P::CHUNKS;
-        const uint8_t* from = c.wait_chunk() + (is_last ? last_at : c.warp * P::PER_CHUNK * FRAGMENT_BYTES) + c.lane * 16;
+      for (int part = 0; part < PARTS; ++part) {
+        uint2 operands[N];
+        const int from = group * P::PER_CHUNK + part * STEP, next = from + STEP < P::CHUNKS * P::PER_CHUNK ? from + STEP : 0;
+        slice.template take<N>(c.abort, v, operands, from, c.lane, tile == 0);
         __syncwarp();
-        uint32_t read = 0;
+        if (next || tile + 1 < tiles) slice.template ask<N>(v, next, c.lane);
 #pragma unroll
-        for (int j = 0; j < P::PER_CHUNK; ++j) {
-          if (is_last && j >= last) continue;
-          const uint4 a = *reinterpret_cast<const uint4*>(from + j * FRAGMENT_BYTES);
-          read |= a.x;
-#pragma unroll
-          for (int block = 0; block < SEAT_BLOCKS; ++block) {
-            uint2 x;
-            if constexpr (KEPT) x = *reinterpret_cast<const uint2*>(kept + ((chunk * P::PER_CHUNK + j) * SEAT_BLOCKS + block) * OPERAND_BYTES);
-            else x = operands[(d * P::PER_CHUNK + j) * SEAT_BLOCKS + block];
-            multiply(sums.acc[j % SeatSums::SETS][block], a, x.x, x.y);
-          }
-        }
-        c.release_chunk(read);
-      }
-    }
-    if constexpr (S::NORMALISED) {
-      if (tile == 0) {
-#pragma unroll
-        for (int block = 0; block < SEAT_BLOCKS; ++block) {
-          float& sum = slice.squares[block];
-          sum += __shfl_xor_sync(~0u, sum, 1);
-          sum += __shfl_xor_sync(~0u, sum, 2);
+        for (int d = 0; d < GROUP; ++d) {
+          const int k = group + d;
+          if (P::CHUNKS % GROUP != 0 && k >= P::CHUNKS) break;
+          if (part == 0) chunk.fetch(c, 0, k + 1 == P::CHUNKS);
+          chunk.each(0, k + 1 == P::CHUNKS, [&](int j, const uint4& a) {
+            if (PARTS == 1 || j / STEP == part)
+              sums.add(j, a, [&](int block) { return operands[(d * P::PER_CHUNK + j - part * STEP) * SEAT_BLOCKS + block]; });
+          });
         }
       }
-    }
-    c.wait_reduction_slot();
-    __syncwarp();
-    float* part = seat_partial(c.b, c.red, c.warp);
-    sums.store(part, c.lane);
-    if constexpr (S::NORMALISED) {
-      if (tile == 0 && (c.lane & 3) == 0) {
-#pragma unroll
-        for (int block = 0; block < SEAT_BLOCKS; ++block) part[(block * 8 + (c.lane >> 2)) * SLOT_ROW + TILE_ROWS] = slice.squares[block];
-      }
-    }
-    c.fill_reduction_slot();
+    store_seats(c, slice, sums, tile == 0);
+  }
+}
+
+template <int COLUMNS, int FLAGS>
+__device__ __forceinline__ void multiply_seats(Consumer& c, const MatVecTask& task, const Token& token) {
+  using P = Plan<COLUMNS, FLAGS>;
+  using S = SeatSlice<COLUMNS, FLAGS>;
+  S slice(c.b, task, token, c.warp);
+  if constexpr (FLAGS & X_KEPT) {
+    constexpr int OWN_BYTES = SCRATCH_BYTES / CONSUMER_WARPS / 16 * 16;  // for all shapes alike: another consumer may be at an earlier task
+    static_assert(P::HIGH * SEAT_BLOCKS * OPERAND_BYTES <= OWN_BYTES, "a consumer's share of scratch must hold the slice of x it keeps");
+    multiply_kept<P>(c, slice, reinterpret_cast<uint8_t*>(c.b.scratch()) + c.warp * OWN_BYTES + c.lane * 8, task.tiles);
+  } else {
+    multiply_passing<P>(c, slice, task.tiles);
   }
 }
 

@@ -3,8 +3,8 @@
 // Each consumer warp owns a K slice: it reads that slice of x, keeps it as elements in its own part of scratch, and multiplies its fragments of
 // every chunk. Nothing here is block-wide. Shapes are template arguments, so the loops have no run-time choice in them.
 #pragma once
+#include "isa/device/fetched.cuh"
 #include "isa/device/matvec_quantised.cuh"
-#include "isa/device/plan.cuh"
 
 constexpr int KEPT_WORDS = 40;  // registers a lane may spend on its slice of x
 
@@ -149,40 +149,6 @@ struct Sums {
   }
 };
 
-// Fragments of the next chunks that are this warp's, in registers: the first of a task are fetched before x is there, so the ring has room for
-// as many more while a boundary is waited for, and no product waits for shared memory. A chunk always has the same registers.
-// `MOST`: chunks that registers have room for while x is read.
-template <class P, int MOST>
-struct Fetched {
-  static constexpr int DEPTH = MOST >= 4 && P::CHUNKS % 4 == 0 ? 4 : MOST >= 3 && P::CHUNKS % 3 == 0 ? 3 : P::CHUNKS % 2 == 0 ? 2 : 1;
-  static constexpr bool UNIFORM = P::HIGH_WARPS == 0 && P::LAST_HIGH == P::PER_CHUNK;  // the last chunk of a tile is as the others
-  uint4 a[DEPTH][P::PER_CHUNK];
-  const int last, last_at;  // fragments of this warp in the last chunk of a tile, and where they begin
-
-  __device__ __forceinline__ Fetched(int warp)
-      : last(warp < P::HIGH_WARPS ? P::LAST_HIGH : P::LAST_LOW),
-        last_at((warp * P::LAST_LOW + min_of(warp, P::HIGH_WARPS)) * FRAGMENT_BYTES) {}
-  __device__ __forceinline__ bool has(int j, bool is_last) const { return UNIFORM || !is_last || j < last; }
-  // Waits for the next chunk in the ring, reads it and frees its slot.
-  __device__ __forceinline__ void fetch(Consumer& c, int slot, bool is_last, bool landed = false) {
-    const int at = !UNIFORM && is_last ? last_at : c.warp * P::PER_CHUNK * FRAGMENT_BYTES;
-    const uint8_t* from = c.wait_chunk(landed) + at + c.lane * 16;
-    uint32_t read = 0;
-#pragma unroll
-    for (int j = 0; j < P::PER_CHUNK; ++j) {
-      a[slot][j] = has(j, is_last) ? *reinterpret_cast<const uint4*>(from + j * FRAGMENT_BYTES) : uint4{};
-      read |= a[slot][j].x;
-    }
-    c.release_chunk(read);
-  }
-  template <class X>
-  __device__ __forceinline__ void multiply_into(Sums& sums, int slot, bool is_last, X x) const {
-#pragma unroll
-    for (int j = 0; j < P::PER_CHUNK; ++j)
-      if (has(j, is_last)) sums.add(j, a[slot][j], x(j));
-  }
-};
-
 // Where the operands of a slice's fragments come from: registers, where the whole slice fits into some, or scratch.
 template <class P, bool TWO>
 struct Operands {
@@ -210,12 +176,15 @@ struct Operands {
 // none that follow (`MORE`). Without looking at the ring for each, where all are known to have `LANDED`.
 template <bool MORE, bool LANDED, class P, class F, class O>
 __device__ __forceinline__ void multiply_fetched(Consumer& c, F& chunks, const O& operands, Sums& sums, int first) {
+  uint32_t read = 0;
+  const uint32_t slot0 = c.slot;
 #pragma unroll
   for (int d = 0; d < F::DEPTH; ++d) {
     const int k = first + d, next = k + F::DEPTH;
-    chunks.multiply_into(sums, d, k + 1 == P::CHUNKS, [&](int j) { return operands.at(k * P::PER_CHUNK + j); });
-    if constexpr (MORE) chunks.fetch(c, d, next + 1 == P::CHUNKS || next + 1 == 2 * P::CHUNKS, LANDED);
+    chunks.each(d, k + 1 == P::CHUNKS, [&](int j, const uint4& a) { sums.add(j, a, operands.at(k * P::PER_CHUNK + j)); });
+    if constexpr (MORE) read |= chunks.template fetch<LANDED>(c, d, next + 1 == P::CHUNKS || next + 1 == 2 * P::CHUNKS, LANDED);
   }
+  if constexpr (MORE && LANDED) c.template release_chunks<F::DEPTH>(slot0, read);
 }
 
 template <int COLUMNS, int FLAGS>
@@ -245,7 +214,9 @@ __device__ __forceinline__ void multiply_tiles(Consumer& c, const MatVecTask& ta
   c.wait_released();
   float squares = slice.load(c, x, token.expect(task.x_tag), gain, slice_bytes);
   __syncwarp();
-  if constexpr (FLAGS & X_NORM) squares = warp_sum(squares);
+  // Where a tile has one chunk, its products would wait for this sum at their end; else they come first, so that chunks are taken earlier.
+  constexpr bool SUM_LATER = P::CHUNKS > 1;
+  if constexpr ((FLAGS & X_NORM) && !SUM_LATER) squares = warp_sum(squares);
   using O = Operands<P, TWO>;
   O operands;
   operands.begin(slice_bytes, c.lane);
@@ -261,6 +232,7 @@ __device__ __forceinline__ void multiply_tiles(Consumer& c, const MatVecTask& ta
       else if (c.chunks_landed<F::DEPTH>()) multiply_fetched<true, true, P>(c, chunks, operands, sums, first);
       else multiply_fetched<true, false, P>(c, chunks, operands, sums, first);
     }
+    if ((FLAGS & X_NORM) && SUM_LATER && tile == 0) squares = warp_sum(squares);
     float* part = c.wait_reduction_slot(slot_free);
     sums.store(part, c.lane, TWO);
     if ((FLAGS & X_NORM) && c.lane == 1) part[TILE_ROWS] = squares;
