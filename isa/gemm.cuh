@@ -33,10 +33,8 @@ __device__ __forceinline__ void store_gemm(Storer& s, const GemmTask& task, cons
         if (row + 3 < task.rows) publish(to + 3, as_bits(v.w), tag);
       } else {
         uint64_t* to = out + wide_packet(at, block, 0, s.lane);
-        publish(to, as_bits(v.x), tag);
-        publish(to + 1, as_bits(v.y), tag);
-        publish(to + 64, as_bits(v.z), tag);
-        publish(to + 65, as_bits(v.w), tag);
+        publish_pair(to, as_bits(v.x), as_bits(v.y), tag);
+        publish_pair(to + 64, as_bits(v.z), as_bits(v.w), tag);
       }
     }
   }

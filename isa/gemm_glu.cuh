@@ -22,8 +22,7 @@ __device__ __forceinline__ void store_gemm_glu(Storer& s, const GemmGluTask& tas
       const float c = silu(v.z) * __shfl_down_sync(~0u, v.z, 2), d = silu(v.w) * __shfl_down_sync(~0u, v.w, 2);
       if (t < 2) {
         uint64_t* to = out + narrow_packet(at, block, g, t);
-        publish(to, pack2(a, b1), tag);
-        publish(to + 1, pack2(c, d), tag);
+        publish_pair(to, pack2(a, b1), pack2(c, d), tag);
       }
     }
   }

@@ -8,6 +8,7 @@
 
 constexpr int X_BY_SEAT = 256, OUT_BY_SEAT = 512, X_KEPT = 1024;
 constexpr int OPERAND_BYTES = 32 * 8;  // of a fragment and seat block, all lanes
+constexpr int KEPT_SEAT_WORDS = 32;  // registers a lane may spend on its slice of x
 // The smallest divisor of n that is at least `least`.
 constexpr int smallest_divisor_from(int n, int least) { return n % least ? smallest_divisor_from(n, least + 1) : least; }
 constexpr int PAIRS_AT_ONCE = 8;  // pairs of packets that a lane asks for at a time; with 16 registers run out
@@ -147,45 +148,54 @@ __device__ __forceinline__ void store_seats(Consumer& c, S& slice, const SeatSum
   c.fill_reduction_slot();
 }
 
-// Products with x kept in scratch: it is read once, and every tile of the task takes it from there. The first chunks are in registers before x is.
+// Operands of a warp's slice that are read once and serve all tiles of a task: in registers where few are, else in the warp's scratch.
+template <class P>
+struct SeatOperands {
+  static constexpr int COUNT = P::CHUNKS * P::PER_CHUNK * SEAT_BLOCKS;  // those beyond the slice are never used
+  static constexpr bool KEPT = 2 * COUNT <= KEPT_SEAT_WORDS;
+  uint8_t* own;  // the lane's words of scratch
+  uint2 kept[KEPT ? COUNT : 1];
+
+  __device__ __forceinline__ void put(int number, const uint2& operand) {
+    if constexpr (KEPT) kept[number] = operand;
+    else *reinterpret_cast<uint2*>(own + number * OPERAND_BYTES) = operand;
+  }
+  __device__ __forceinline__ uint2 get(int number) const {
+    if constexpr (KEPT) return kept[number];
+    return *reinterpret_cast<const uint2*>(own + number * OPERAND_BYTES);
+  }
+  // operand(block) of a fragment.
+  __device__ __forceinline__ auto at(int fragment) const {
+    return [this, fragment](int block) { return get(fragment * SEAT_BLOCKS + block); };
+  }
+};
+
+// Products with x that is read once. The first chunks are in registers before x is.
 template <class P, class S>
-__device__ __forceinline__ void multiply_kept(Consumer& c, S& slice, uint8_t* kept, int tiles) {
-  constexpr int N = S::AT_ONCE, STEP = max_of(1, N / SEAT_BLOCKS);  // fragments at a time
-  using F = Fetched<P, SEAT_BLOCKS <= 2 ? 4 : 2>;
-  F chunks(c.warp);
+__device__ __forceinline__ void multiply_kept(Consumer& c, S& slice, uint8_t* own, int tiles) {
+  using O = SeatOperands<P>;
+  constexpr int STEP = max_of(1, S::AT_ONCE / SEAT_BLOCKS), N = STEP * SEAT_BLOCKS;  // fragments, and operands, at a time
+  O x{own};
+  Fetched<P, (O::KEPT ? 1 : SEAT_BLOCKS > 2 ? 2 : 4)> chunks(c.warp);
 #pragma unroll
-  for (int d = 0; d < F::DEPTH; ++d) chunks.fetch(c, d, d + 1 == P::CHUNKS);
+  for (int d = 0; d < chunks.DEPTH; ++d) chunks.fetch(c, d, d + 1 == P::CHUNKS);
   c.wait_released();
-#pragma unroll 1
-  for (int from = 0; from < slice.count; from += STEP) {
-    uint4 v[STEP * SEAT_BLOCKS * S::PAIRS];
-    uint2 operands[STEP * SEAT_BLOCKS];
-    slice.template ask<STEP * SEAT_BLOCKS>(v, from, c.lane);
-    slice.template take<STEP * SEAT_BLOCKS>(c.abort, v, operands, from, c.lane, true);
+#pragma unroll(O::KEPT ? P::HIGH : 1)
+  for (int from = 0; from < P::HIGH; from += STEP) {
+    uint4 v[N * S::PAIRS];
+    uint2 operands[N];
+    slice.template ask<N>(v, from, c.lane);
+    slice.template take<N>(c.abort, v, operands, from, c.lane, true);
 #pragma unroll
-    for (int i = 0; i < STEP * SEAT_BLOCKS; ++i)
-      if (P::HIGH_WARPS == 0 && P::HIGH % STEP == 0 || from + i / SEAT_BLOCKS < slice.count)
-        *reinterpret_cast<uint2*>(kept + (from * SEAT_BLOCKS + i) * OPERAND_BYTES) = operands[i];
+    for (int i = 0; i < N; ++i)
+      if (P::HIGH % STEP == 0 || from + i / SEAT_BLOCKS < P::HIGH) x.put(from * SEAT_BLOCKS + i, operands[i]);
   }
   __syncwarp();
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
     SeatSums sums;
-#pragma unroll 1
-    for (int first = 0; first < P::CHUNKS; first += F::DEPTH) {
-      const bool more = first + F::DEPTH < P::CHUNKS || tile + 1 < tiles;
-#pragma unroll
-      for (int d = 0; d < F::DEPTH; ++d) {
-        const int k = first + d, next = k + F::DEPTH;
-        chunks.each(d, k + 1 == P::CHUNKS, [&](int j, const uint4& a) {
-          sums.add(j, a, [&](int block) {
-            return *reinterpret_cast<const uint2*>(kept + ((k * P::PER_CHUNK + j) * SEAT_BLOCKS + block) * OPERAND_BYTES);
-          });
-        });
-        if (more) chunks.fetch(c, d, next + 1 == P::CHUNKS || next + 1 == 2 * P::CHUNKS);
-        __syncwarp();
-      }
-    }
+    multiply_tile<P>(c, chunks, x, sums, tile + 1 == tiles);
+    __syncwarp();
     store_seats(c, slice, sums, tile == 0);
   }
 }
@@ -194,10 +204,13 @@ __device__ __forceinline__ void multiply_kept(Consumer& c, S& slice, uint8_t* ke
 template <class P, class S>
 __device__ __forceinline__ void multiply_passing(Consumer& c, S& slice, int tiles) {
   // A step is some chunks, or an equal part of one: fragments whose operands are in registers at a time.
-  constexpr int MOST = max_of(1, S::AT_ONCE / SEAT_BLOCKS), GROUP = min_of(P::CHUNKS, max_of(1, MOST / P::PER_CHUNK));
-  constexpr int PARTS = GROUP > 1 || MOST >= P::PER_CHUNK ? 1 : smallest_divisor_from(P::PER_CHUNK, ceil_div(P::PER_CHUNK, MOST));
+  constexpr int MOST = max_of(1, S::AT_ONCE / SEAT_BLOCKS), GROUP = MOST / P::PER_CHUNK >= 2 && P::CHUNKS % 2 == 0 ? 2 : 1;
+  constexpr int PARTS = MOST >= P::PER_CHUNK ? 1 : smallest_divisor_from(P::PER_CHUNK, ceil_div(P::PER_CHUNK, MOST));
   constexpr int STEP = GROUP * P::PER_CHUNK / PARTS, N = STEP * SEAT_BLOCKS;
-  Fetched<P, 1> chunk(c.warp);
+  Fetched<P, GROUP> chunks(c.warp);
+  static_assert(chunks.DEPTH == GROUP);
+#pragma unroll
+  for (int d = 0; d < GROUP; ++d) chunks.fetch(c, d, d + 1 == P::CHUNKS);
   c.wait_released();
   uint4 v[N * S::PAIRS];
   slice.template ask<N>(v, 0, c.lane);
@@ -205,7 +218,7 @@ __device__ __forceinline__ void multiply_passing(Consumer& c, S& slice, int tile
   for (int tile = 0; tile < tiles; ++tile) {
     SeatSums sums;
 #pragma unroll 1
-    for (int group = 0; group < P::CHUNKS; group += GROUP)
+    for (int group = 0; group < P::CHUNKS; group += GROUP) {
 #pragma unroll
       for (int part = 0; part < PARTS; ++part) {
         uint2 operands[N];
@@ -214,16 +227,19 @@ __device__ __forceinline__ void multiply_passing(Consumer& c, S& slice, int tile
         __syncwarp();
         if (next || tile + 1 < tiles) slice.template ask<N>(v, next, c.lane);
 #pragma unroll
-        for (int d = 0; d < GROUP; ++d) {
-          const int k = group + d;
-          if (P::CHUNKS % GROUP != 0 && k >= P::CHUNKS) break;
-          if (part == 0) chunk.fetch(c, 0, k + 1 == P::CHUNKS);
-          chunk.each(0, k + 1 == P::CHUNKS, [&](int j, const uint4& a) {
+        for (int d = 0; d < GROUP; ++d)
+          chunks.each(d, group + d + 1 == P::CHUNKS, [&](int j, const uint4& a) {
             if (PARTS == 1 || j / STEP == part)
               sums.add(j, a, [&](int block) { return operands[(d * P::PER_CHUNK + j - part * STEP) * SEAT_BLOCKS + block]; });
           });
-        }
       }
+      const int after = group + GROUP;
+      if (after < P::CHUNKS || tile + 1 < tiles) {
+#pragma unroll
+        for (int d = 0; d < GROUP; ++d) chunks.fetch(c, d, after + d + 1 == P::CHUNKS || after + d + 1 == 2 * P::CHUNKS);
+      }
+      __syncwarp();
+    }
     store_seats(c, slice, sums, tile == 0);
   }
 }
@@ -233,9 +249,9 @@ __device__ __forceinline__ void multiply_seats(Consumer& c, const MatVecTask& ta
   using P = Plan<COLUMNS, FLAGS>;
   using S = SeatSlice<COLUMNS, FLAGS>;
   S slice(c.b, task, token, c.warp);
-  if constexpr (FLAGS & X_KEPT) {
+  if constexpr (FLAGS & X_KEPT || SeatOperands<P>::KEPT) {
     constexpr int OWN_BYTES = SCRATCH_BYTES / CONSUMER_WARPS / 16 * 16;  // for all shapes alike: another consumer may be at an earlier task
-    static_assert(P::HIGH * SEAT_BLOCKS * OPERAND_BYTES <= OWN_BYTES, "a consumer's share of scratch must hold the slice of x it keeps");
+    static_assert(SeatOperands<P>::KEPT || P::HIGH * SEAT_BLOCKS * OPERAND_BYTES <= OWN_BYTES, "a consumer's share of scratch must hold the slice of x it keeps");
     multiply_kept<P>(c, slice, reinterpret_cast<uint8_t*>(c.b.scratch()) + c.warp * OWN_BYTES + c.lane * 8, task.tiles);
   } else {
     multiply_passing<P>(c, slice, task.tiles);

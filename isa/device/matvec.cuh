@@ -172,21 +172,6 @@ struct Operands {
   }
 };
 
-// Multiplies the fetched chunks of a tile, from number `first` on, and fetches as many of those that follow; the last ones of a task have
-// none that follow (`MORE`). Without looking at the ring for each, where all are known to have `LANDED`.
-template <bool MORE, bool LANDED, class P, class F, class O>
-__device__ __forceinline__ void multiply_fetched(Consumer& c, F& chunks, const O& operands, Sums& sums, int first) {
-  uint32_t read = 0;
-  const uint32_t slot0 = c.slot;
-#pragma unroll
-  for (int d = 0; d < F::DEPTH; ++d) {
-    const int k = first + d, next = k + F::DEPTH;
-    chunks.each(d, k + 1 == P::CHUNKS, [&](int j, const uint4& a) { sums.add(j, a, operands.at(k * P::PER_CHUNK + j)); });
-    if constexpr (MORE) read |= chunks.template fetch<LANDED>(c, d, next + 1 == P::CHUNKS || next + 1 == 2 * P::CHUNKS, LANDED);
-  }
-  if constexpr (MORE && LANDED) c.template release_chunks<F::DEPTH>(slot0, read);
-}
-
 template <int COLUMNS, int FLAGS>
 __device__ __forceinline__ void multiply_tiles(Consumer& c, const MatVecTask& task, const Token& token) {
   using P = Plan<COLUMNS, FLAGS>;
@@ -225,13 +210,7 @@ __device__ __forceinline__ void multiply_tiles(Consumer& c, const MatVecTask& ta
   for (int tile = 0; tile < tiles; ++tile) {
     Sums sums;
     const bool slot_free = c.reduction_slot_free();
-#pragma unroll(O::KEPT ? P::CHUNKS : 1)
-    for (int first = 0; first < P::CHUNKS; first += F::DEPTH) {
-      const bool more = first + F::DEPTH < P::CHUNKS || tile + 1 < tiles;
-      if (!more) multiply_fetched<false, false, P>(c, chunks, operands, sums, first);
-      else if (c.chunks_landed<F::DEPTH>()) multiply_fetched<true, true, P>(c, chunks, operands, sums, first);
-      else multiply_fetched<true, false, P>(c, chunks, operands, sums, first);
-    }
+    multiply_tile<P>(c, chunks, operands, sums, tile + 1 == tiles);
     if ((FLAGS & X_NORM) && SUM_LATER && tile == 0) squares = warp_sum(squares);
     float* part = c.wait_reduction_slot(slot_free);
     sums.store(part, c.lane, TWO);

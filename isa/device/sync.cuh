@@ -143,6 +143,13 @@ __device__ __forceinline__ void publish(uint64_t* p, uint32_t value, uint32_t ta
   asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(p), "l"((uint64_t)tag << 32 | value) : "memory");
 }
 
+// Two neighbouring ones; each is one access of its own.
+__device__ __forceinline__ void publish_pair(uint64_t* p, uint32_t first, uint32_t second, uint32_t tag) {
+  asm volatile("st.relaxed.gpu.global.v2.b64 [%0], {%1, %2};" ::"l"(p), "l"((uint64_t)tag << 32 | first),
+               "l"((uint64_t)tag << 32 | second)
+               : "memory");
+}
+
 // What a read expects: tags must equal `tag` under `mask` (mask 0: not checked).
 struct Expected {
   uint32_t tag, mask;
