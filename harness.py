@@ -172,6 +172,7 @@ def generate(
 ) -> dict[str, Any]:
     """Tokens from the megakernel; `verify` compares them with the source model. Rejected for a config that is refused.
 
+    A long prompt is prefilled where the model and the config have a program for that; `prefill` in the result says so, or why not.
     Greedy at temperature 0; else drawn with noise from `seed`, after the filters of transformers in its order (isa.sampling.Sampling).
     `on_token(index, token, text)` hears of each token as it is made. `token` as for `evaluate`.
     """

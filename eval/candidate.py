@@ -40,14 +40,23 @@ class Candidate:
 
 
 def prepare(
-    spec: ModelSpec, place: Place, config: Any, context: int | None = None, chooser: Chooser = "greedy", batch: int = 1
+    spec: ModelSpec,
+    place: Place,
+    config: Any,
+    context: int | None = None,
+    chooser: Chooser = "greedy",
+    batch: int = 1,
+    prefill: bool = False,
 ) -> Candidate:
-    """Takes JSON data as a config through the compiler and the proof, for `batch` rows side by side. Never raises for a bad config."""
+    """Takes JSON data as a config through the compiler and the proof. Never raises for a bad config.
+
+    `batch` tokens are computed side by side, of a row each, or for `prefill` of one sequence.
+    """
     facts = Facts(model=spec.name, gpu=place.target.name, device=place.device, dtype=spec.dtype, device_name=place.device_name, batch=batch)
     parsed = parse_config(config)
     if not isinstance(parsed, Config):
         return Candidate(spec, config, facts, rejections=tuple(map(str, parsed)))
-    program = compile_program(spec, parsed, place.target, context=context, chooser=chooser, batch=batch)
+    program = compile_program(spec, parsed, place.target, context=context, chooser=chooser, batch=batch, prefill=prefill)
     if not isinstance(program, Program):
         return Candidate(spec, config, facts, rejections=tuple(map(str, program)))
     facts = program_facts(facts, program)

@@ -12,6 +12,7 @@ import numpy as np
 from amk.eval.candidate import Candidate, require_program
 from amk.eval.errors import UsageError
 from amk.eval.oracle import relative_error, rounding_points
+from amk.eval.prefill import prefill
 from amk.eval.session import Session
 from amk.eval.tolerance import FP32_ERROR, TIE
 from amk.isa.sampling import F32, GREEDY, STOP_TOKENS, Sampling, kept_tokens, perturbed, scores_of
@@ -94,7 +95,9 @@ def generate(
             machine.decode(tokens[:1], 0)  # a first launch loads the kernel: not the prompt's time
         sampling = replace(sampling, stop_tokens=session.model.spec.stop_tokens[:STOP_TOKENS])
         hearer = Hearer(session.model.spec.stop_tokens, stop, max_tokens, tokenizer, on_token if stream else None)
-        per_token = _decode(machine, tokens, sampling, hearer, launch_tokens(machine_is_quick(session), bool(stop)))
+        done = prefill(session, candidate, machine, tokens)
+        tokens_a_launch = launch_tokens(machine_is_quick(session), bool(stop))
+        per_token = _decode(machine, tokens[done["tokens"] :], done["tokens"], sampling, hearer, tokens_a_launch)
     finally:
         machine.close()
     new = hearer.tokens
@@ -104,6 +107,7 @@ def generate(
         "tokens": [*tokens, *new],
         "generated": new,
         "prompt_tokens": len(tokens),
+        "prefill": done,
         "tokens_per_second": 1e6 / per_token if per_token else None,
         "latency_us_per_token": per_token,
         "divergence_index": None,
@@ -119,9 +123,14 @@ def generate(
     return result | (compare(session, program, tokens, new, sampling) if verify else {})
 
 
-def _decode(machine: DecodeMachine, prompt: list[int], sampling: Sampling, hearer: Hearer, tokens_a_launch: int) -> float | None:
-    """The device's microseconds a token, of the prompt too (None on the CPU). The prompt and as many new tokens as fit share a launch."""
-    pending, position, elapsed = list(prompt), 0, 0.0
+def _decode(
+    machine: DecodeMachine, prompt: list[int], start: int, sampling: Sampling, hearer: Hearer, tokens_a_launch: int
+) -> float | None:
+    """The device's microseconds a token (None on the CPU), of what `prompt` has from position `start` on too.
+
+    That and as many new tokens as fit share a launch.
+    """
+    pending, position, elapsed = list(prompt), start, 0.0
     while hearer.reason is None:
         before = len(pending) - 1  # steps whose choice the prompt overrules
         steps = before + min(tokens_a_launch, hearer.wanted)
@@ -133,7 +142,7 @@ def _decode(machine: DecodeMachine, prompt: list[int], sampling: Sampling, heare
         elapsed += out.elapsed_us or 0.0
         position += len(out.tokens)
         pending = [out.tokens[-1]]
-    return elapsed / position if elapsed else None
+    return elapsed / (position - start) if elapsed else None
 
 
 class Hearer:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from amk.eval.artefacts import write_artefacts
 from amk.eval.baselines import Contest, Entrant, Rival
@@ -28,9 +29,11 @@ from amk.schedule.settings import Chooser
 from amk.vm.build import Binary, BuildFailed, compile_kernel
 from amk.vm.cuda import CudaVM, UnprovenCudaVM
 from amk.vm.image import same_weights
-from amk.vm.interface import DecodeMachine, LaunchFailed
+from amk.vm.interface import DecodeMachine, LaunchFailed, PrefillMachine
 from amk.vm.reference import ReferenceVM
 from amk.vm.source import kernel_source
+
+Loaded: TypeAlias = CudaVM | ReferenceVM  # a candidate's machine on either device
 
 LATENCY_POSITION = 128
 PREDICTION_NOTE = "latency is predicted by the cost model for the data sheet's bandwidth: nothing was measured"
@@ -44,10 +47,21 @@ class Session:
         self.model: Model = resolve(model, progress=progress, token=token)
         self.progress = progress or (lambda _: None)
         self._references: dict[tuple[int, RoundingPoints], Reference] = {}
+        self._stretches: dict[str, Candidate] = {}
         self._bandwidth: float | None = None
 
     def prepare(self, config: Any, context: int | None = None, chooser: Chooser = "greedy", batch: int = 1) -> Candidate:
         return prepare(self.model.spec, self.place, config, context, chooser, batch)
+
+    def prepare_stretch(self, candidate: Candidate, stretch: int) -> Candidate:
+        """The candidate's config for prefill in stretches of so many tokens, proven once a session: every prompt may need it."""
+        assert candidate.program is not None
+        context = candidate.program.program.machine.context
+        key = json.dumps([candidate.asked, context, stretch], sort_keys=True)
+        if key not in self._stretches:
+            self.progress(f"preparing prefill of {stretch} tokens a launch")
+            self._stretches[key] = prepare(self.model.spec, self.place, candidate.asked, context, batch=stretch, prefill=True)
+        return self._stretches[key]
 
     def adopt(self, candidate: Candidate) -> Candidate:
         """The candidate; prepared anew only where the weights are stored in another dtype than the model's description said."""
@@ -74,7 +88,7 @@ class Session:
         predicted = (PREDICTION_NOTE,) if latency and latency.kind == "predicted" else ()
         return judged(facts, judgement, latency, [*candidate.notes, *predicted])
 
-    def load(self, candidate: Candidate, max_steps: int = 512, beside: UnprovenCudaVM | None = None) -> tuple[Facts, CudaVM | ReferenceVM]:
+    def load(self, candidate: Candidate, max_steps: int = 512, beside: UnprovenCudaVM | None = None) -> tuple[Facts, Loaded]:
         """The candidate's machine on this session's device, and its facts with the binary's digest.
 
         It shares the weights of the machine `beside` where its program reads the same bytes.
@@ -89,7 +103,16 @@ class Session:
         machine = CudaVM(candidate.program, self.model.weights, arch=arch, binary=binary, max_steps=max_steps, weights=shared)
         return replace(candidate.facts, binary_digest=binary.digest), machine
 
+    def load_prefill(self, candidate: Candidate, decoder: Loaded) -> PrefillMachine:
+        """The candidate's machine for prefill, with the weights and KV rows of the one that decodes. EnvironmentProblem as for `build`."""
+        assert candidate.program is not None
+        if isinstance(decoder, ReferenceVM):
+            return ReferenceVM(candidate.program, self.model.weights, beside=decoder)
+        binary, arch = self.build(candidate), self.place.target.arch
+        return CudaVM(candidate.program, self.model.weights, arch=arch, binary=binary, beside=decoder)
+
     def build(self, candidate: Candidate) -> Binary:
+        """The candidate's kernel, from the cache where it was built before. EnvironmentProblem if it does not compile."""
         assert candidate.program is not None
         self.progress("building the kernel")
         try:

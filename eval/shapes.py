@@ -38,13 +38,30 @@ class Loop(TypedDict):
     results_tsv: str
 
 
+class Prefill(TypedDict):
+    """How a prompt became KV rows: the first `tokens` of it in `launches` of up to `stretch`, in `elapsed_us` of the device's time.
+
+    Where a `reason` is given there were no such launches, and every token of it was decoded. `elapsed_us` is null on the CPU too.
+    """
+
+    stretch: int | None
+    launches: int
+    tokens: int
+    elapsed_us: float | None
+    reason: str | None
+
+
 class Generate(TypedDict):
-    """Tokens after a prompt, greedy or drawn. `divergence_index` is null when equal or not verified; times are null on the CPU."""
+    """Tokens after a prompt, greedy or drawn. `divergence_index` is null when equal or not verified; times are null on the CPU.
+
+    `latency_us_per_token` and `tokens_per_second` are of the tokens that were decoded: of the prompt, those after `prefill`.
+    """
 
     text: str | None
     tokens: list[int]
     generated: list[int]
     prompt_tokens: int
+    prefill: Prefill
     tokens_per_second: float | None
     latency_us_per_token: float | None
     divergence_index: int | None

@@ -68,10 +68,14 @@ def require_rows(layer: int, layers: int, stop: int, context: int) -> None:
         raise ValueError(f"rows: must be at most {context}, but got {stop}")
 
 
+def has_same_rows(program: Program, beside: Program) -> bool:
+    """Whether a program may run on another's weights and KV rows."""
+    return program.kv == beside.kv and stream_of(beside).begins_with(stream_of(program))
+
+
 def require_same_rows(program: Program, beside: Program) -> None:
     """LaunchFailed("mismatch") unless a program may run on another's weights and KV rows."""
-    alike = stream_of(beside).begins_with(stream_of(program)) and program.kv == beside.kv
-    if not alike:
+    if not has_same_rows(program, beside):
         raise LaunchFailed("mismatch", "the program must have the KV rows and stream the weights of the one beside it, but has others")
 
 
