@@ -202,11 +202,11 @@ struct Storer {
       sum += part[row];
       if (want_squares) ss += part[TILE_ROWS];
     }
-    __syncwarp();
+    if (want_squares) squares = ss + __shfl_xor_sync(~0u, ss, 16);
+    sum += __shfl_xor_sync(~0u, sum, 16);  // all lanes have read
     if (lane == 0) barrier_arrive(&b.barriers().slot_free[red]);
     if (++red == REDUCTION_SLOTS) { red = 0; red_parity ^= 1; }
-    if (want_squares) squares = ss + __shfl_xor_sync(~0u, ss, 16);
-    return sum + __shfl_xor_sync(~0u, sum, 16);
+    return sum;
   }
 };
 

@@ -278,20 +278,27 @@ struct ScaledSeats {
 #pragma unroll
     for (int block = 0; block < SEAT_BLOCKS; ++block) {
       float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-      float squares = 0.f;
 #pragma unroll
       for (int w = 0; w < CONSUMER_WARPS; ++w) {
-        const float* part = seat_partial(s.b, s.red, w) + (block * 8 + g) * SLOT_ROW;
-        const float4 v = *reinterpret_cast<const float4*>(part + t * 4);
+        const float4 v = *reinterpret_cast<const float4*>(partial(s, w, block * 8 + g) + t * 4);
         sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
-        if (normalised && tile == 0) squares += part[TILE_ROWS];
       }
-      if (normalised && tile == 0) scale[block] = rsqrtf(fmaf(squares, inverse_columns, RMS_EPS));
+      if (normalised && tile == 0) {
+        float squares = 0.f;
+#pragma unroll
+        for (int w = 0; w < CONSUMER_WARPS; ++w) squares += partial(s, w, block * 8 + g)[TILE_ROWS];
+        scale[block] = rsqrtf(fmaf(squares, inverse_columns, RMS_EPS));
+      }
       y[block] = make_float4(sum.x * scale[block], sum.y * scale[block], sum.z * scale[block], sum.w * scale[block]);
     }
     __syncwarp();
     if (s.lane == 0) barrier_arrive(&s.b.barriers().slot_free[s.red]);
     if (++s.red == REDUCTION_SLOTS) { s.red = 0; s.red_parity ^= 1; }
+  }
+
+ private:
+  static __device__ __forceinline__ const float* partial(const Storer& s, int warp, int seat) {
+    return seat_partial(s.b, s.red, warp) + seat * SLOT_ROW;
   }
 };
 
