@@ -204,7 +204,8 @@ __device__ __forceinline__ void multiply_kept(Consumer& c, S& slice, uint8_t* ow
 template <class P, class S>
 __device__ __forceinline__ void multiply_passing(Consumer& c, S& slice, int tiles) {
   // A step is some chunks, or an equal part of one: fragments whose operands are in registers at a time.
-  constexpr int MOST = max_of(1, S::AT_ONCE / SEAT_BLOCKS), GROUP = MOST / P::PER_CHUNK >= 2 && P::CHUNKS % 2 == 0 ? 2 : 1;
+  constexpr int AT_ONCE = SEAT_BLOCKS > 2 ? S::AT_ONCE / 2 : S::AT_ONCE;  // of many seats the sums take the registers
+  constexpr int MOST = max_of(1, AT_ONCE / SEAT_BLOCKS), GROUP = MOST / P::PER_CHUNK >= 2 && P::CHUNKS % 2 == 0 ? 2 : 1;
   constexpr int PARTS = MOST >= P::PER_CHUNK ? 1 : smallest_divisor_from(P::PER_CHUNK, ceil_div(P::PER_CHUNK, MOST));
   constexpr int STEP = GROUP * P::PER_CHUNK / PARTS, N = STEP * SEAT_BLOCKS;
   Fetched<P, GROUP> chunks(c.warp);
