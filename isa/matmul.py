@@ -18,8 +18,9 @@ from amk.isa.rounding import round_to
 # Flags beside those of isa.matvec and isa.weight_format.
 X_BY_SEAT = 256  # x lies by seat, else interleaved
 OUT_BY_SEAT = 512  # so does the output
-X_KEPT = 1024  # a warp keeps its slice of x in scratch, for more tiles than one; else it reads x again for every tile
+X_KEPT = 1024  # a warp keeps its slice of x, for more tiles than one; else it reads x again for every tile
 BATCH_FLAGS = X_BY_SEAT | OUT_BY_SEAT | X_KEPT
+KEPT_SEAT_WORDS = 32  # registers a lane may spend on its slice of x; a larger one is kept in scratch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +59,11 @@ class MatMul(MatVec):
         return deinterleave(loaded[0], self.batch, bool(self.flags & X_NARROW))[:width]
 
     def shared_bytes(self, machine: Machine) -> int:
-        """x as elements where it is kept, each consumer warp its own K slice."""
+        """x as elements where it is kept and registers do not hold it, each consumer warp its own K slice."""
         plan = self.plan(machine)
         kept = plan.warps * plan.high * plan.piece.columns * machine.element_bytes * self.batch
-        return kept if self.flags & X_KEPT else 0
+        lane_words = plan.chunks * plan.per_chunk * 2 * self.batch // SEAT_BLOCK
+        return kept if self.flags & X_KEPT and lane_words > KEPT_SEAT_WORDS else 0
 
     def slice_sums(self, memory: Memory, x: F32, columns: slice) -> tuple[F32, Any]:
         first, squares = self.tile0 * WIDE_RUN, np.zeros(self.batch, dtype=np.float32)

@@ -8,6 +8,7 @@ from pathlib import Path
 from amk.isa.abi import TASK_BYTES, record_header, text_hash
 from amk.isa.attention import Attention
 from amk.isa.instruction import Instruction
+from amk.isa.matmul import KEPT_SEAT_WORDS
 from amk.isa.matvec import MatVec
 from amk.isa.registry import headers, instructions
 from amk.schedule.program import Program
@@ -62,7 +63,7 @@ def batch_constants(program: Program) -> dict[str, int]:
     """What only the device code of a batch reads."""
     machine = program.machine
     heads = {"HEADS": machine.heads} if machine.prefill else {}
-    return {} if machine.batch == 1 else {"BATCH": machine.batch, "LAYERS": program.layers} | heads
+    return {} if machine.batch == 1 else {"BATCH": machine.batch, "LAYERS": program.layers, "KEPT_SEAT_WORDS": KEPT_SEAT_WORDS} | heads
 
 
 def _constant_line(name: str, value: int | float | bool) -> str:

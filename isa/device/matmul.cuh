@@ -8,7 +8,6 @@
 
 constexpr int X_BY_SEAT = 256, OUT_BY_SEAT = 512, X_KEPT = 1024;
 constexpr int OPERAND_BYTES = 32 * 8;  // of a fragment and seat block, all lanes
-constexpr int KEPT_SEAT_WORDS = 32;  // registers a lane may spend on its slice of x
 // The smallest divisor of n that is at least `least`.
 constexpr int smallest_divisor_from(int n, int least) { return n % least ? smallest_divisor_from(n, least + 1) : least; }
 constexpr int PAIRS_AT_ONCE = 8;  // pairs of packets that a lane asks for at a time; with 16 registers run out
@@ -152,7 +151,7 @@ __device__ __forceinline__ void store_seats(Consumer& c, S& slice, const SeatSum
 template <class P>
 struct SeatOperands {
   static constexpr int COUNT = P::CHUNKS * P::PER_CHUNK * SEAT_BLOCKS;  // those beyond the slice are never used
-  static constexpr bool KEPT = 2 * COUNT <= KEPT_SEAT_WORDS;
+  static constexpr bool KEPT = 2 * COUNT <= KEPT_SEAT_WORDS;  // as isa.matmul reckons with when it asks for scratch
   uint8_t* own;  // the lane's words of scratch
   uint2 kept[KEPT ? COUNT : 1];
 
