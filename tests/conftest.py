@@ -70,8 +70,8 @@ class ResultsFile:
             if report.outcome != "passed" or time.monotonic() - self.written > 60:
                 self.write(complete=False)
 
-    def pytest_sessionfinish(self) -> None:
-        self.write(complete=True)
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        self.write(complete=exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED))
 
     def write(self, complete: bool) -> None:
         write_results(self.path, {"complete": complete, "tests": self.tests})

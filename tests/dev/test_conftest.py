@@ -56,6 +56,16 @@ def test_results_file_keeps_outcomes_and_what_tests_recorded(run: subprocess.Com
     assert written["tests"]["tests/test_suite.py::test_plain"]["samples_us"] == [1.5, 2.5]
 
 
+@pytest.mark.parametrize(
+    ("status", "complete"),
+    [(pytest.ExitCode.OK, True), (pytest.ExitCode.TESTS_FAILED, True), (pytest.ExitCode.INTERRUPTED, False), (2, False), (3, False)],
+)
+def test_a_run_that_was_interrupted_is_not_complete(status: int, complete: bool, tmp_path: Path) -> None:
+    path = tmp_path / "gpu-tests.json"
+    conftest.ResultsFile(path).pytest_sessionfinish(exitstatus=status)
+    assert json.loads(path.read_text(encoding="utf-8"))["complete"] is complete
+
+
 @pytest.mark.parametrize("hidden", ["", "-1"])
 def test_hidden_cards_are_not_counted(hidden: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
