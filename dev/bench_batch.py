@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from amk.dev.provenance import write_results
+from amk.dev.version import code_digest
 from amk.eval.batch_oracle import judge_batch
 from amk.eval.bench import interleaved, launch_start, quantiles, read_bandwidth_gbs
 from amk.eval.card import choose, live_card
@@ -67,7 +68,8 @@ def measure(name: str, batches: list[int], position: int, judging: bool) -> dict
     one = quantiles(samples[0]).p50
     rows = [
         {
-            "model": name, "batch": machine.batch, "position": position, "step_us": quantiles(taken).p50,
+            "model": name, "batch": machine.batch, "position": position, "context": CONTEXT,
+            "code_sha256": code_digest(machine.program), "step_us": quantiles(taken).p50,
             "over_first": quantiles(taken).p50 / one, "tokens_per_second": 1e6 * machine.batch / quantiles(taken).p50,
             "tolerance_used": share, "registers": machine.kernel.binary.registers, "spill_bytes": machine.kernel.binary.spill_store_bytes,
             "binary_digest": machine.kernel.binary.digest, "samples_us": taken,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from amk.dev.provenance import write_results
+from amk.dev.version import code_digest
 from amk.eval.bench import interleaved, quantiles, read_bandwidth_gbs
 from amk.eval.card import choose, live_card
 from amk.eval.card_lock import live_card_lock
@@ -99,7 +100,9 @@ def measure(name: str, stretches: list[int], count: int, judging: bool) -> dict[
     for row, prefill, share in zip(rows, prefills, used, strict=False):
         whole = -(-(count - 1) // prefill.batch)
         row |= {
-            "stretch": prefill.batch, "launches": whole, "us_a_launch": row["prompt_us"] / whole, "tolerance_used": share,
+            "stretch": prefill.batch, "batch": prefill.batch, "prefill": True, "context": prefill.context,
+            "code_sha256": code_digest(prefill.program), "launches": whole, "us_a_launch": row["prompt_us"] / whole,
+            "tolerance_used": share,
             "registers": prefill.kernel.binary.registers, "spill_bytes": prefill.kernel.binary.spill_store_bytes,
             "binary_digest": prefill.kernel.binary.digest,
         }  # fmt: skip

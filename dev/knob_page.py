@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from amk.dev.readme_table import is_present, line, origin
 from amk.dev.results_check import honest_rows
+from amk.dev.table import is_present, line, origin
 from amk.schedule.knobs import KNOBS, Knob
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"

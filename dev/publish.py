@@ -70,6 +70,8 @@ STEPS: Mapping[str, Step] = {
     "chain": _bench(ONE_B, "chain", 100, "--positions", "128", "--chain"),
     "int8": _bench(f"{ONE_B}@int8", f"{ONE_B}-int8", 300, processes=True),
     "int4": _bench(f"{ONE_B}@int4-g128", f"{ONE_B}-int4-g128", 300, processes=True),
+    "batch": Step("bench_batch", (), "batch-{card}.json", 200),
+    "prefill": Step("bench_prefill", (), "prefill-{card}.json", 200),
     "graph": _bench(f"{ONE_B},{SMOL}", "beside-cuda-graph", 300, "--positions", "128", "--baselines", "cuda-graph"),
     "compile": _bench(f"{ONE_B},{SMOL}", "beside-torch-compile", 580, "--positions", "128", "--baselines", "torch-compile"),
     "quality": Step("quality", (), "quality.json", 400),

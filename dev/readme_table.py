@@ -7,22 +7,21 @@ say which. Of several files with the same line that of the present code stands, 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from amk.dev.batch_table import batch_part, prefill_part
 from amk.dev.results_check import card_name, honest_chains, honest_rows, quality_line
-from amk.dev.version import present_digest
+from amk.dev.table import EARLIER, is_present, line, origin
 from amk.models.registry import describe
-from amk.schedule.targets import TARGETS
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- performance: rendered by dev/readme_table.py -->", "<!-- end of performance -->"
 NOTHING = "*Nothing is measured yet: there is no `results/bench-CARD.json`.*"
 BASELINES = {"cuda-graph": "transformers, CUDA graph", "torch-compile": "torch.compile"}
 HEAD = ("model", "position", "us/token", "share of the floor", *(f"{title}: us (ratio)" for title in BASELINES.values()), "from")
-EARLIER = "\\* measured at an earlier version of the program or its kernel."
 CHAIN = "Without memory traffic, a build that computes nothing and is no result (the chain of dependent steps alone)"
 Row = dict[str, Any]
 
@@ -86,18 +85,12 @@ def table(results: Path) -> str:
     ]
     quality = _read(results / "quality.json")
     parts = [_card_part(card, sources, found, quality) for card in sorted({source.card for source in sources})]
-    return "\n\n".join([*parts, "\n".join(f"{s.number}. {origin(s.name, s.data, 'results')}" for s in sources)])
+    files = "\n".join(f"{s.number}. {origin(s.name, s.data, 'results')}" for s in sources)
+    return "\n\n".join([*parts, files, *batch_part(results), *prefill_part(results)])
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def is_present(row: Mapping[str, Any], card: str) -> bool:
-    """Whether the line's program and kernel are what the code at hand compiles; what does not say so is not."""
-    if "code_sha256" not in row or card not in TARGETS:
-        return False
-    return bool(row["code_sha256"] == present_digest(row["model"], card, row["context"]))
 
 
 def _card_part(card: str, sources: Sequence[Source], found: Sequence[Found], quality: dict[str, Any] | None) -> str:
@@ -155,34 +148,3 @@ def _baseline(name: str, entries: Sequence[Found], best: Found) -> tuple[str, st
         return str(baseline["status"]), entry.source.number
     earlier = "\\*" if best.present and not entry.present else ""
     return f"{baseline['latency_us']:.1f} ({baseline['ratio']:.2f}x{earlier})", entry.source.number
-
-
-def line(cells: Iterable[str]) -> str:
-    """A line of a Markdown table."""
-    return f"| {' | '.join(cells)} |"
-
-
-def origin(name: str, data: Mapping[str, Any], folder: str) -> str:
-    """Results file, card, driver, clocks, plain read, commit and how many processes; `folder` leads to results/."""
-    came = data["provenance"]
-    commit, _, changes = came["commit"].partition("+")
-    reads, processes = data["plain_read_gbs"], data.get("processes", 1)
-    facts = [
-        f"[`results/{name}`]({folder}/{name})",
-        *dict.fromkeys(_card(card) for card in came["cards"]),
-        f"plain read {min(reads):.0f} to {max(reads):.0f} GB/s" + _data_sheet(came["cards"][0]["name"]),
-        f"commit `{commit[:12]}`" + (f" with {changes}" if changes else ""),
-        came["time_utc"][:10],
-        "one process" if processes == 1 else f"medians over {processes} fresh processes",
-    ]
-    return "; ".join(facts) + "."
-
-
-def _data_sheet(device_name: str) -> str:
-    target = TARGETS.get(card_name(device_name))
-    return f" (data sheet: {target.bandwidth_gbs:.0f})" if target else ""
-
-
-def _card(card: Mapping[str, str]) -> str:
-    clocks = f"SM clock {card['clocks.sm']} of {card['clocks.max.sm']}, memory clock {card['clocks.mem']} of {card['clocks.max.mem']}"
-    return f"{card['name']}, driver {card['driver_version']}, {clocks}"

@@ -39,6 +39,49 @@ def honest_chains(name: str, data: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
+def honest_batches(name: str, data: Mapping[str, Any]) -> list[Row]:
+    """The lines of a file of batches, one sequence first; ValueError with every broken rule of the file `name`."""
+    rows = list(data["rows"])
+    first = rows[0]
+    problems = list(_origin_problems(name, data))
+    if first["batch"] != 1:
+        problems.append(f"the first line must be one sequence, but has {first['batch']}")
+    for row in rows:
+        problems += _timed_problems(f"batch {row['batch']}", row, "step_us")
+        if not _same(row["over_first"], row["step_us"] / first["step_us"]):
+            problems.append(f"batch {row['batch']}: over_first must be over the first line, but is {row['over_first']}")
+        if not _same(row["tokens_per_second"], 1e6 * row["batch"] / row["step_us"]):
+            problems.append(f"batch {row['batch']}: tokens_per_second must follow from the step, but is {row['tokens_per_second']}")
+    if problems:
+        raise ValueError(f"results/{name}: " + "; ".join(problems))
+    return rows
+
+
+def honest_prompts(name: str, data: Mapping[str, Any]) -> list[Row]:
+    """The lines of a file of prompts, transformers' among them; ValueError with every broken rule of the file `name`."""
+    rows = list(data["rows"])
+    problems = list(_origin_problems(name, data))
+    for row in rows:
+        problems += _timed_problems(row["entrant"], row, "prompt_us", judged="stretch" in row)
+        if "stretch" in row and not _same(row["us_a_launch"], row["prompt_us"] / row["launches"]):
+            problems.append(f"{row['entrant']}: us_a_launch must be the prompt's time over its launches, but is {row['us_a_launch']}")
+    if not any("stretch" in row for row in rows) or all("stretch" in row for row in rows):
+        problems.append("there must be a prompt by AMK and one by transformers")
+    if problems:
+        raise ValueError(f"results/{name}: " + "; ".join(problems))
+    return rows
+
+
+def _timed_problems(where: str, row: Mapping[str, Any], key: str, judged: bool = True) -> Iterator[str]:
+    """A time is the median of enough samples, of a program that was found correct where it is ours."""
+    if len(row["samples_us"]) < LEAST_SAMPLES:
+        yield f"{where}: a time needs at least {LEAST_SAMPLES} samples, but has {len(row['samples_us'])}"
+    elif not _same(row[key], float(np.median(row["samples_us"]))):
+        yield f"{where}: {key} must be the median of its samples ({float(np.median(row['samples_us']))}), but is {row[key]}"
+    if judged and not (row["tolerance_used"] is not None and row["tolerance_used"] < 1):
+        yield f"{where}: a time needs a correctness pass, but {row['tolerance_used']} of the tolerance was used"
+
+
 def quality_line(quality: Mapping[str, Any] | None, model: str) -> str | None:
     """What the weight format of NAME@FORMAT costs, in words; None where results/quality.json (`quality`) does not say it of a correct
     program of that format beside a correct one that is not quantised, over a text that is long enough.

@@ -24,6 +24,6 @@ def code_digest(program: Program) -> str:
 
 
 @cache
-def present_digest(model: str, card: str, context: int) -> str:
+def present_digest(model: str, card: str, context: int, batch: int = 1, prefill: bool = False) -> str:
     """`code_digest` of a built-in model's default program for a card of the table, as the code at hand compiles it."""
-    return code_digest(lower(describe(model), Config(), TARGETS[card], context=context))
+    return code_digest(lower(describe(model), Config(), TARGETS[card], context=context, batch=batch, prefill=prefill))

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from amk.dev.generate import GENERATED
-from amk.dev.readme_table import BEGIN, EARLIER, END, NOTHING, table, with_table
+from amk.dev.readme_table import BEGIN, END, NOTHING, table, with_table
+from amk.dev.table import EARLIER
 from amk.dev.version import present_digest
 from amk.tests.dev.results_file import CHAIN, results, row
 
