@@ -7,6 +7,7 @@ from typing import Any
 
 from amk.isa.instruction import Instruction
 from amk.isa.machine import KV_STREAM_LAG, Machine
+from amk.schedule.collector import collector_paused
 from amk.schedule.config import config_dict
 from amk.schedule.emit import Queues, buffers_of, emit, matvec_shapes, resolve_names
 from amk.schedule.fuse import fuse
@@ -49,6 +50,7 @@ def lower(
     raise ConfigRejected(result)
 
 
+@collector_paused()
 def compile_program(
     spec: ModelSpec,
     config: Config,

@@ -12,6 +12,7 @@ Incomplete where it is cautious: the proof is of the fullest token (proof/positi
 
 from __future__ import annotations
 
+from amk.schedule.collector import collector_paused
 from amk.schedule.program import Program
 from amk.schedule.proof.ancestors import SET_BYTES, find_ancestors
 from amk.schedule.proof.coverage import check_matrices, check_outputs, check_partials, check_splits, check_stretch
@@ -32,6 +33,7 @@ from amk.schedule.proven import ValidProgram, proven
 __all__ = ["Limits", "Region", "Rejection", "ValidProgram", "validate"]
 
 
+@collector_paused()
 def validate(program: Program, limits: Limits | None = None) -> ValidProgram | tuple[Rejection, ...]:
     """The program as proven within `limits` (default: an H200's), or every reason found why it is not.
 
