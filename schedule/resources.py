@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from amk.isa.abi import TASK_BYTES
 from amk.isa.machine import Machine
 from amk.schedule.program import Program
-from amk.schedule.targets import Target
 
 SCRATCH_ALIGNMENT = 16
 REDUCTION_FLOATS = 20  # a warp's partial sums of 16 rows, padded so that warps meet no bank conflict
@@ -85,11 +84,6 @@ def shared_layout(parts: Program | SharedNeeds) -> SharedLayout:
 def block_threads(machine: Machine) -> int:
     """Threads of a block: consumers and the three service warps."""
     return WARP_THREADS * (machine.consumer_warps + SERVICE_WARPS)
-
-
-def registers_per_thread(machine: Machine, target: Target) -> int:
-    """Registers a thread may have with one block a SM: registers go to warps in units of 8 a thread, and 255 is the most that exist."""
-    return min(255, target.registers_per_sm // block_threads(machine) // 8 * 8)
 
 
 def _aligned(offset: int, alignment: int) -> int:

@@ -22,7 +22,6 @@ class Target:
     memory_bytes: int
     l2_bytes: int
     clock_mhz: int
-    registers_per_sm: int = 65536
 
     @property
     def capability(self) -> int:
@@ -72,7 +71,6 @@ def live_target(
     arch: str,
     sms: int,
     shared_bytes: int,
-    registers_per_sm: int,
     l2_bytes: int,
     memory_bytes: int,
     clock_mhz: int,
@@ -87,7 +85,7 @@ def live_target(
         if known is None:
             raise ValueError(f"bandwidth_gbs: must be given for a card that is not in the table, but {device_name!r} came without it")
         bandwidth_gbs = TARGETS[known].bandwidth_gbs
-    return Target(known or "auto", arch, sms, shared_bytes, bandwidth_gbs, memory_bytes, l2_bytes, clock_mhz, registers_per_sm)
+    return Target(known or "auto", arch, sms, shared_bytes, bandwidth_gbs, memory_bytes, l2_bytes, clock_mhz)
 
 
 def small_target(sms: int = 4, shared_bytes: int = 232448) -> Target:

@@ -27,7 +27,6 @@ def card() -> Target:
         shared_bytes=p.shared_memory_per_block_optin,
         memory_bytes=p.total_memory,
         l2_bytes=p.L2_cache_size,
-        registers_per_sm=p.regs_per_multiprocessor,
         clock_mhz=1980,
     )
 
