@@ -213,11 +213,15 @@ def _tiles(program: Program) -> Iterator[Unsafe]:
 
 
 def _token(program: Program) -> Iterator[Unsafe]:
-    """One task hands out the token, and it has seen the candidate of every task of the head."""
+    """One task hands out the token, embeddings take that one, and it has seen the candidate of every task of the head."""
     tasks = [task for queue in program.queues for task in queue]
     samples = [task for task in tasks if isinstance(task, Sample | SampleBatch | FilterDraw)]
     if len(samples) > 1:
         yield Unsafe("coverage", f"{len(samples)} tasks hand out the token")
+    chosen = {(_place(program, sample.out_buf), sample.out_tag) for sample in samples}
+    for embed in (task for task in tasks if isinstance(task, Embed | EmbedBatch)):
+        if (_place(program, embed.token_buf), embed.token_tag) not in chosen:
+            yield Unsafe("kind", f"{embed.stem} takes packets as its token that hold none")
     for sample in samples:
         if isinstance(sample, FilterDraw) and sample.tiles != -(-program.machine.vocab // TILE_ROWS):
             yield Unsafe("bounds", f"{sample.stem} takes {sample.tiles} tiles of a vocabulary of {program.machine.vocab}")
@@ -229,6 +233,11 @@ def _token(program: Program) -> Iterator[Unsafe]:
             seen = (head.out_buf, head.out_tag) == (sample.in_buf, sample.in_tag)
             if not seen or isinstance(head, GemvHead | GemmHead) and head.out_start + pair > end:
                 yield Unsafe("coverage", "sample does not see the candidate of a head task")
+
+
+def _place(program: Program, buffer: int) -> int:
+    """The packet of the arena at which a buffer begins."""
+    return program.buffers[buffer].offset
 
 
 def _chooser(task: Instruction) -> str:
