@@ -106,7 +106,7 @@ def check_outputs(subject: Subject, m: Matching, report: Report) -> None:
 
 
 def check_tokens(subject: Subject, m: Matching, report: Report) -> None:
-    """What an embedding takes as its token a task that chooses has published: a candidate is packets of the same kind, but no row of a table.
+    """What an embedding takes as its token a task that chooses has published: candidates are packets of the same kind, but no tokens.
 
     So every task of a token comes after the choice of the token before, and nothing of it is published where that choice ended the launch.
     """
