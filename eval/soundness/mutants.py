@@ -16,9 +16,10 @@ from amk.isa.draw_head import DrawHead
 from amk.isa.filter_head import FilterHead
 from amk.isa.gemv_head import GemvHead
 from amk.isa.instruction import Instruction, Kind
+from amk.isa.matmul import OUT_BY_SEAT, X_BY_SEAT, MatMul
 from amk.isa.matvec import MatVec
 from amk.isa.sample import Sample
-from amk.schedule.program import Program, TaskId
+from amk.schedule.program import MatVecShape, Program, TaskId
 
 Mutation: TypeAlias = Callable[[Random, Program], Program | None]
 READ_TAGS = ("token_tag", "x_tag", "res_tag", "in_tag", "gate_tag", "up_tag", "q_tag", "k_tag", "v_tag")
@@ -157,6 +158,18 @@ def other_batch(random: Random, program: Program) -> Program | None:
         spoilt = {"prefill": not program.machine.prefill} if random.random() < 0.5 or batch < 1 else {"batch": batch}
         return _machine(program, **spoilt)
     return _with_task(program, picked[0], batch=program.task(picked[0]).batch + random.choice((-SEAT_BLOCK, -1, 1, SEAT_BLOCK)))
+
+
+def other_order(random: Random, program: Program) -> Program | None:
+    """A product of a batch reads or writes by seat where it did not, or no longer does, and there is device code for that."""
+    picked = _pick(random, program, ("flags",), MatMul)
+    if picked is None:
+        return None
+    task = program.task(picked[0])
+    assert isinstance(task, MatMul)
+    shape = MatVecShape(task.cols, task.flags ^ random.choice((X_BY_SEAT, OUT_BY_SEAT)))
+    shapes = tuple(dict.fromkeys((*program.shapes, shape)))
+    return replace(_with_task(program, picked[0], flags=shape.flags, shape=shapes.index(shape)), shapes=shapes)
 
 
 def other_chooser(random: Random, program: Program) -> Program | None:
@@ -374,6 +387,7 @@ MUTATIONS: dict[str, Mutation] = {
         other_shape,
         other_batch,
         other_chooser,
+        other_order,
         other_buffer,
         swap_entries,
         swap_stream,
@@ -402,6 +416,7 @@ COARSE = frozenset(  # mutations that nearly always break a rule of form, so tha
         "other_shape",
         "other_batch",
         "other_chooser",
+        "other_order",
         "other_buffer",
         "shift_columns",
         "shift_tiles",

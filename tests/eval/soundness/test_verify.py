@@ -94,6 +94,15 @@ def test_lowerings_for_prefill_are_safe() -> None:
         assert check_traces(program, Random(variant), orders=2) is None
 
 
+def test_a_chunk_of_a_stretch_that_nobody_takes_is_found() -> None:
+    """No second token comes to take it for its own."""
+    program = lowering(OF_PREFILL)
+    twice = (*program.streams[0], program.streams[0][-1])
+    wrong = replace(program, streams=(twice, *program.streams[1:]))
+    found = check_traces(wrong, Random(0), orders=2)
+    assert found is not None and found.kind == "ring" and not isinstance(validate(wrong), ValidProgram)
+
+
 @pytest.mark.parametrize(
     "words", [{"head": 0}, {"layer": 1}, {"layer": 7}, {"head": 9}, {"seat0": 4}, {"seat0": 0}, {"q_stride": 8}, {"window": 5}], ids=str
 )
