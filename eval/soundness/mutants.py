@@ -157,7 +157,8 @@ def other_batch(random: Random, program: Program) -> Program | None:
         batch = program.machine.batch + random.choice((-SEAT_BLOCK, SEAT_BLOCK))
         spoilt = {"prefill": not program.machine.prefill} if random.random() < 0.5 or batch < 1 else {"batch": batch}
         return _machine(program, **spoilt)
-    return _with_task(program, picked[0], batch=program.task(picked[0]).batch + random.choice((-SEAT_BLOCK, -1, 1, SEAT_BLOCK)))
+    at, name = picked
+    return _with_task(program, at, **{name: getattr(program.task(at), name) + random.choice((-SEAT_BLOCK, -1, 1, SEAT_BLOCK))})
 
 
 def other_order(random: Random, program: Program) -> Program | None:
