@@ -72,7 +72,7 @@ def _pick(
         for at in _tasks(program)
         if isinstance(task := program.task(at), kind)
         for name in names
-        if hasattr(task, name) and getattr(task, name) != NONE and not (name == "res_tag" and getattr(task, "res_buf", NONE) == NONE)
+        if name in vars(task) and getattr(task, name) != NONE and not (name == "res_tag" and getattr(task, "res_buf", NONE) == NONE)
     ]
     return random.choice(choices) if choices else None
 
