@@ -39,7 +39,7 @@ class EmbedBatch(Instruction):
 
     def writes(self, machine: Machine, position: int) -> list[Access]:
         first, stop = self.col0 * self.batch, (self.col0 + self.cols) * self.batch
-        return [Access(self.out_buf, first, stop, self.out_tag, "f32")]
+        return [Access(self.out_buf, first, stop, self.out_tag, "f32", interleaved=True)]
 
     def run(self, memory: Memory, position: int) -> Publishes:
         sampled = memory.read(self.reads(memory.machine, position)[0])

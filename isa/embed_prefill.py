@@ -32,7 +32,7 @@ class EmbedPrefill(Instruction):
 
     def writes(self, machine: Machine, position: int) -> list[Access]:
         first, stop = self.col0 * self.batch, (self.col0 + self.cols) * self.batch
-        return [Access(self.out_buf, first, stop, self.out_tag, "f32")]
+        return [Access(self.out_buf, first, stop, self.out_tag, "f32", interleaved=True)]
 
     def run(self, memory: Memory, position: int) -> Publishes:
         tokens = [memory.forced_token(seat) or 0 for seat in range(self.batch)]

@@ -22,9 +22,10 @@ class GemmGlu(MatMul):
     def writes(self, machine: Machine, position: int) -> list[Access]:
         packets = NARROW_RUN // machine.narrow * self.batch
         first = self.out_start + self.tile0 * packets
+        starts = range(first, first + self.tiles * packets, packets)
         return [
-            Access(self.out_buf, first + t * packets, first + (t + 1) * packets, self.out_tag, "narrow", "storer", tile=t)
-            for t in range(self.tiles)
+            Access(self.out_buf, at, at + packets, self.out_tag, "narrow", "storer", tile=t, interleaved=True)
+            for t, at in enumerate(starts)
         ]
 
     def run(self, memory: Memory, position: int) -> Publishes:

@@ -10,7 +10,7 @@ import numpy as np
 
 from amk.isa.abi import U16
 from amk.isa.batch import NARROW_RUN, SEAT_BLOCK, WIDE_RUN, deinterleave
-from amk.isa.instruction import F32, Access, Memory
+from amk.isa.instruction import F32, Access, Kind, Memory
 from amk.isa.machine import Machine
 from amk.isa.matvec import X_NARROW, X_NORM, MatVec
 from amk.isa.rounding import round_to
@@ -41,7 +41,8 @@ class MatMul(MatVec):
             spans = [(seat * stride + start, seat * stride + stop) for seat in range(self.batch)]
         else:
             spans = [(start * self.batch, (columns.stop + -columns.stop % run) // per * self.batch)]
-        return [Access(self.x_buf, self.x_start + a, self.x_start + b, self.x_tag, "narrow" if narrow else "f32") for a, b in spans]
+        kind: Kind = "narrow" if narrow else "f32"
+        return [Access(self.x_buf, self.x_start + a, self.x_start + b, self.x_tag, kind, interleaved=not by_seat) for a, b in spans]
 
     def reads(self, machine: Machine, position: int) -> list[Access]:
         return self.x_reads(machine, slice(0, self.cols))

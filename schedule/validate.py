@@ -15,7 +15,7 @@ from __future__ import annotations
 from amk.schedule.collector import collector_paused
 from amk.schedule.program import Program
 from amk.schedule.proof.ancestors import SET_BYTES, find_ancestors
-from amk.schedule.proof.coverage import check_matrices, check_outputs, check_partials, check_splits, check_stretch
+from amk.schedule.proof.coverage import check_matrices, check_outputs, check_partials, check_splits, check_stretch, check_tokens
 from amk.schedule.proof.footprint import Footprint, take_footprint
 from amk.schedule.proof.limits import Limits
 from amk.schedule.proof.packets import match
@@ -74,6 +74,7 @@ def _prove_order(subject: Subject, footprint: Footprint, limits: Limits, report:
     if matching is None:
         return
     check_outputs(subject, matching, report)
+    check_tokens(subject, matching, report)
     check_partials(subject, matching, report)
     nodes = take_nodes(subject, matching)
     order = find_order(subject, matching, nodes, report)

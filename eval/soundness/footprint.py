@@ -124,9 +124,12 @@ def turning_positions(program: Program) -> list[int]:
 def launches(program: Program, tokens: int) -> list[list[Positions]]:
     """Positions of launches of `tokens` tokens that between them pass every change of a footprint, before and after it.
 
-    The seats of a batch begin all at one place, or each at another and in its turn at every one.
+    The seats of a batch begin all at one place, or each at another and in its turn at every one. A launch for prefill is one stretch, and
+    touches the same packets wherever that begins.
     """
     context, batch = program.machine.context, program.machine.batch
+    if program.machine.prefill:
+        return [[(0,) * batch]]
     last = max(0, context - tokens)
     starts = sorted({min(last, max(0, turn - 1)) for turn in turning_positions(program)} | ({last} if _attends(program) else set()))
     seats = {(start,) * batch for start in starts}

@@ -14,7 +14,10 @@ from amk.schedule.settings import Chooser
 from amk.schedule.targets import small_target
 
 VARIANTS = 256  # lowerings that mutants are made of
-BATCH_EVERY = 8  # one in so many is of a batch
+BATCH_EVERY = 8  # one in so many is of a batch, and as many are for prefill
+OF_BATCH, OF_PREFILL = BATCH_EVERY - 1, BATCH_EVERY // 2 - 1  # which ones
+STRETCHES = (SEAT_BLOCK, SEAT_BLOCK, 2 * SEAT_BLOCK)
+LAYERS, LAYERS_PREFILL = (1, 1, 2), (1, 2, 2)  # of the last layer a program for prefill has the KV rows alone
 
 
 def random_lowering(random: Random) -> Program:
@@ -26,18 +29,18 @@ def random_lowering(random: Random) -> Program:
 def lowering(variant: int) -> Program:
     """The program of a model and a config that follow from `variant`; a config that the model rejects gives way to the next."""
     random = Random(f"lowering/{variant}")
-    batch = SEAT_BLOCK if variant % BATCH_EVERY == BATCH_EVERY - 1 else 1
+    turn = variant % BATCH_EVERY
+    batch, prefill = (SEAT_BLOCK, False) if turn == OF_BATCH else (random.choice(STRETCHES), True) if turn == OF_PREFILL else (1, False)
     while True:
-        model, config, target = _model(random), _config(random), small_target(random.randint(2, 8))
-        program = compile_program(
-            model, config, target, context=None, chooser=random.choice(CHOOSERS) if batch == 1 else "greedy", batch=batch
-        )
+        model, config, target = _model(random, LAYERS_PREFILL if prefill else LAYERS), _config(random), small_target(random.randint(2, 8))
+        chooser = random.choice(CHOOSERS) if batch == 1 else "greedy"
+        program = compile_program(model, config, target, context=None, chooser=chooser, batch=batch, prefill=prefill)
         if isinstance(program, Program):
             return program
 
 
-def _model(random: Random) -> ModelSpec:
-    layers, dtype = random.choice((1, 1, 2)), random.choice(DTYPES)
+def _model(random: Random, depths: tuple[int, ...]) -> ModelSpec:
+    layers, dtype = random.choice(depths), random.choice(DTYPES)
     return ModelSpec(
         name="tiny",
         family="llama",

@@ -9,14 +9,27 @@ from typing import Any, TypeAlias
 
 from amk.isa.abi import NONE
 from amk.isa.attention import Attention
+from amk.isa.attention_prefill import AttentionPrefill
+from amk.isa.batch import SEAT_BLOCK
+from amk.isa.draw import Draw
+from amk.isa.draw_head import DrawHead
+from amk.isa.filter_head import FilterHead
+from amk.isa.gemv_head import GemvHead
 from amk.isa.instruction import Instruction, Kind
+from amk.isa.matmul import OUT_BY_SEAT, X_BY_SEAT, MatMul
 from amk.isa.matvec import MatVec
-from amk.schedule.program import Program, TaskId
+from amk.isa.sample import Sample
+from amk.schedule.program import MatVecShape, Program, TaskId
 
 Mutation: TypeAlias = Callable[[Random, Program], Program | None]
 READ_TAGS = ("token_tag", "x_tag", "res_tag", "in_tag", "gate_tag", "up_tag", "q_tag", "k_tag", "v_tag")
 KINDS: tuple[Kind, ...] = ("f32", "narrow", "u32")
+ATTENTION_WORDS = (
+    *("split", "splits", "unit_rows", "window", "kv_head", "layer", "q0", "nq"),
+    *("head", "seat0", "q_stride", "kv_stride"),
+)
 BUFFER_WORDS = ("token_buf", "x_buf", "res_buf", "in_buf", "gate_buf", "up_buf", "q_buf", "k_buf", "v_buf", "part_buf", "out_buf")
+CHOOSERS_ALIKE: tuple[tuple[type[Instruction], ...], ...] = ((GemvHead, DrawHead, FilterHead), (Sample, Draw))  # of the same words
 
 
 def mutate(random: Random, program: Program) -> tuple[str, Program]:
@@ -50,14 +63,16 @@ def _with_queue(program: Program, sm: int, queue: tuple[Instruction, ...], strea
     return replace(program, queues=queues, streams=(*program.streams[:sm], stream, *program.streams[sm + 1 :]))
 
 
-def _pick(random: Random, program: Program, names: tuple[str, ...], kind: type[Any] = object) -> tuple[TaskId, str] | None:
+def _pick(
+    random: Random, program: Program, names: tuple[str, ...], kind: type[Any] | tuple[type[Any], ...] = object
+) -> tuple[TaskId, str] | None:
     """A random task of a kind and one of those words that it has and uses."""
     choices = [
         (at, name)
         for at in _tasks(program)
         if isinstance(task := program.task(at), kind)
         for name in names
-        if hasattr(task, name) and getattr(task, name) != NONE and not (name == "res_tag" and getattr(task, "res_buf", NONE) == NONE)
+        if name in vars(task) and getattr(task, name) != NONE and not (name == "res_tag" and getattr(task, "res_buf", NONE) == NONE)
     ]
     return random.choice(choices) if choices else None
 
@@ -119,10 +134,10 @@ def shift_columns(random: Random, program: Program) -> Program | None:
 
 
 def shift_attention(random: Random, program: Program) -> Program | None:
-    picked = _pick(random, program, ("split", "splits", "unit_rows", "window", "kv_head", "layer", "q0", "nq"), Attention)
+    picked = _pick(random, program, ATTENTION_WORDS, (Attention, AttentionPrefill))
     if picked is None:
         return None
-    step = random.choice((-1, 1)) * (16 if picked[1] == "unit_rows" else 1)
+    step = random.choice((-1, 1)) * {"unit_rows": 16, "seat0": SEAT_BLOCK}.get(picked[1], 1)
     value = getattr(program.task(picked[0]), picked[1]) + step
     return None if value < 0 else _with_task(program, picked[0], **{picked[1]: value})
 
@@ -133,6 +148,41 @@ def other_shape(random: Random, program: Program) -> Program | None:
         return None
     at, name = picked
     return _with_task(program, at, **{name: random.choice((0, 1, 2, getattr(program.task(at), name) + 16))})
+
+
+def other_batch(random: Random, program: Program) -> Program | None:
+    """A task, or the machine, is of more or fewer seats, or the machine does prefill where it did not."""
+    picked = _pick(random, program, ("batch",))
+    if picked is None or random.random() < 0.5:
+        batch = program.machine.batch + random.choice((-SEAT_BLOCK, SEAT_BLOCK))
+        spoilt = {"prefill": not program.machine.prefill} if random.random() < 0.5 or batch < 1 else {"batch": batch}
+        return _machine(program, **spoilt)
+    at, name = picked
+    return _with_task(program, at, **{name: getattr(program.task(at), name) + random.choice((-SEAT_BLOCK, -1, 1, SEAT_BLOCK))})
+
+
+def other_order(random: Random, program: Program) -> Program | None:
+    """A product of a batch reads or writes by seat where it did not, or no longer does, and there is device code for that."""
+    picked = _pick(random, program, ("flags",), MatMul)
+    if picked is None:
+        return None
+    task = program.task(picked[0])
+    assert isinstance(task, MatMul)
+    shape = MatVecShape(task.cols, task.flags ^ random.choice((X_BY_SEAT, OUT_BY_SEAT)))
+    shapes = tuple(dict.fromkeys((*program.shapes, shape)))
+    return replace(_with_task(program, picked[0], flags=shape.flags, shape=shapes.index(shape)), shapes=shapes)
+
+
+def other_chooser(random: Random, program: Program) -> Program | None:
+    """A task of the head, or the sample, chooses in another way, with the same words."""
+    choices = [(at, group) for at in _tasks(program) for group in CHOOSERS_ALIKE if type(program.task(at)) in group]
+    if not choices:
+        return None
+    at, group = random.choice(choices)
+    sm, index = at
+    task, queue = program.task(at), program.queues[sm]
+    words = {f.name: getattr(task, f.name) for f in fields(task)}
+    return _with_queue(program, sm, (*queue[:index], random.choice(group)(**words), *queue[index + 1 :]))
 
 
 def other_buffer(random: Random, program: Program) -> Program | None:
@@ -336,6 +386,9 @@ MUTATIONS: dict[str, Mutation] = {
         shift_columns,
         shift_attention,
         other_shape,
+        other_batch,
+        other_chooser,
+        other_order,
         other_buffer,
         swap_entries,
         swap_stream,
@@ -362,6 +415,9 @@ MUTATIONS: dict[str, Mutation] = {
 COARSE = frozenset(  # mutations that nearly always break a rule of form, so that a few of each are enough
     (
         "other_shape",
+        "other_batch",
+        "other_chooser",
+        "other_order",
         "other_buffer",
         "shift_columns",
         "shift_tiles",

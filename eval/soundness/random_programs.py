@@ -1,28 +1,44 @@
-"""Random small decoders: up to 3 SMs and 6 tasks that together make a token, placed, tagged and synchronised at random but rightly."""
+"""Random small decoders: up to 3 SMs and 6 tasks that together make a token, placed, tagged and synchronised at random but rightly.
+
+Of one token, greedy or with draws, or of a batch (isa/batch.py); where a batch attends, each seat has a task of its own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from random import Random
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from amk.isa.abi import NONE
 from amk.isa.attention import Attention
+from amk.isa.batch import SEAT_BLOCK, WIDE_RUN
+from amk.isa.draw import Draw
+from amk.isa.draw_head import DrawHead
 from amk.isa.embed import Embed
+from amk.isa.embed_batch import EmbedBatch
+from amk.isa.filter_draw import FilterDraw
+from amk.isa.filter_head import TILE_PACKETS, FilterHead
+from amk.isa.gemm import Gemm
+from amk.isa.gemm_glu import GemmGlu
+from amk.isa.gemm_head import GemmHead
 from amk.isa.gemv import Gemv
 from amk.isa.gemv_glu import HALF, GemvGlu
 from amk.isa.gemv_head import GemvHead
 from amk.isa.instruction import Instruction, Kind
 from amk.isa.machine import FRAGMENT_BYTES, TILE_ROWS, Machine
+from amk.isa.matmul import OUT_BY_SEAT, X_BY_SEAT, X_KEPT
 from amk.isa.matvec import X_NARROW, X_NORM
 from amk.isa.rmsnorm import RmsNorm
 from amk.isa.sample import Sample
+from amk.isa.sample_batch import SampleBatch
 from amk.isa.swiglu import SwiGlu
 from amk.schedule.program import Buffer, Constant, DeviceKnobs, KvCache, Matrix, MatVecShape, Program
 
 MAX_TASKS, MAX_SMS = 6, 3
 DEVICE = DeviceKnobs(cache_hint="none", sync="relaxed", poll_sleep_ns=0, release_early=0, weight_feed="bulk")
+Maker: TypeAlias = Callable[..., Instruction]
 Plan: TypeAlias = tuple[str, ...]
 PLANS: tuple[Plan, ...] = (
     ("embed", "head", "sample"),
@@ -36,12 +52,54 @@ PLANS: tuple[Plan, ...] = (
     ("embed", "qkv", "attention", "head", "sample"),
     ("embed", "qkv", "attention", "residual", "head", "sample"),
 )
+BATCH_PLANS: tuple[Plan, ...] = (  # norms and activations of a batch are parts of its products
+    ("embed", "head", "sample"),
+    ("embed", "gemv", "head", "sample"),
+    ("embed", "residual", "head", "sample"),
+    ("embed", "gemv", "residual", "head", "sample"),
+    ("embed", "glu", "head", "sample"),
+    ("embed", "glu", "residual", "head", "sample"),
+)
+ATTENDING_BATCH: Plan = ("embed", "qkv", "attention", "head", "sample")
+ATTENDING_SHARE = 0.06  # of the batches: they have many more interleavings
 LEAST = {"gate_up": 2}  # tasks that a part of a plan needs, where it is not one
 
 
 @dataclass(frozen=True)
+class Family:
+    """The instructions of one kind of program, which take the same words but for what the sample sees: `seen` candidates or tiles."""
+
+    share: int  # in a hundred programs
+    embed: Maker = Embed
+    product: Maker = Gemv
+    glu: Maker = GemvGlu
+    head: Maker = GemvHead
+    sample: Maker = Sample
+    seen: Literal["count", "tiles"] = "count"
+    batch: int = 1
+
+
+FAMILIES = (
+    Family(share=52),
+    Family(share=16, head=DrawHead, sample=Draw),
+    Family(share=16, head=FilterHead, sample=FilterDraw, seen="tiles"),
+    Family(
+        share=16,
+        embed=partial(EmbedBatch, batch=SEAT_BLOCK),
+        product=partial(Gemm, batch=SEAT_BLOCK),
+        glu=partial(GemmGlu, batch=SEAT_BLOCK),
+        head=partial(GemmHead, batch=SEAT_BLOCK),
+        sample=partial(SampleBatch, batch=SEAT_BLOCK),
+        batch=SEAT_BLOCK,
+    ),
+)
+
+
+@dataclass(frozen=True)
 class Value:
-    """`count` elements from the start of a buffer, published with a tag by tasks that arrive at a counter `arrivals` times in all."""
+    """`count` elements (of every seat) from the start of a buffer, published with a tag by tasks that arrive at a counter `arrivals` times
+    in all. Where it lies by seat, each seat's part is a buffer of `seats` too.
+    """
 
     buffer: int
     tag: int
@@ -49,6 +107,7 @@ class Value:
     count: int
     counter: int
     arrivals: int
+    seats: tuple[int, ...] = ()
 
 
 @dataclass
@@ -56,20 +115,32 @@ class Builder:
     """A program as it grows: `tasks` come after what they read."""
 
     random: Random
+    family: Family
     machine: Machine
     tasks: list[Instruction] = field(default_factory=list)
     buffers: list[Buffer] = field(default_factory=list)
     matrices: list[Matrix] = field(default_factory=list)
     shapes: list[MatVecShape] = field(default_factory=list)
+    packets: int = 0
     counters: int = 0
     tags: int = 0
     used: dict[int, int] = field(default_factory=dict)  # buffer: tags in use
     unique_tags: bool = True
 
     def buffer(self, kind: Kind, packets: int) -> int:
-        offset = sum(b.packets for b in self.buffers)
-        self.buffers.append(Buffer(f"b{len(self.buffers)}", kind, offset, packets))
+        """A buffer of `packets` for every seat."""
+        self.buffers.append(Buffer(f"b{len(self.buffers)}", kind, self.packets, packets * self.machine.batch))
+        self.packets += packets * self.machine.batch
         return len(self.buffers) - 1
+
+    def seats(self, buffer: int) -> tuple[int, ...]:
+        """The buffers of each seat's part of one that lies by seat: of one token the buffer itself."""
+        if self.machine.batch == 1:
+            return (buffer,)
+        whole, first = self.buffers[buffer], len(self.buffers)
+        size = whole.packets // self.machine.batch
+        self.buffers += [Buffer(f"{whole.name}@{s}", whole.kind, whole.offset + s * size, size) for s in range(self.machine.batch)]
+        return tuple(range(first, len(self.buffers)))
 
     def tag(self, buffer: int) -> int:
         """A tag that no other value of the buffer has."""
@@ -109,6 +180,8 @@ class Builder:
 
     def read_x(self, x: Value) -> dict[str, int]:
         flags = X_NARROW if x.narrow else self.random.choice((0, X_NORM))
+        if self.machine.batch > 1:
+            flags |= self.random.choice((0, X_KEPT)) | (X_BY_SEAT if x.seats else 0)
         return {"x_buf": x.buffer, "x_tag": x.tag, "flags": flags}
 
     def pieces(self, units: int, wanted: int) -> list[tuple[int, int]]:
@@ -120,16 +193,29 @@ class Builder:
 
 def random_program(random: Random) -> Program:
     """A program that follows the rules unless chance made a bad choice of ring or queue order."""
-    plan = random.choice(PLANS)
-    machine = _machine(random, "attention" in plan)
-    build = Builder(random, machine, unique_tags=random.random() < 0.5)
+    (family,) = random.choices(FAMILIES, [family.share for family in FAMILIES])
+    plan = _plan(random, family)
+    machine = _machine(random, family, "attention" in plan)
+    build = Builder(random, family, machine, unique_tags=random.random() < 0.5)
     parts = _shares(random, plan)
     _fill(build, plan, parts)
     return _place(build, random)
 
 
-def _machine(random: Random, attends: bool) -> Machine:
-    warps, dtype = random.choice((1, 2)), random.choice(("bf16", "bf16", "fp32"))
+def is_small(program: Program) -> bool:
+    """Whether it has MAX_TASKS tasks at most, those of attention of a batch counted once."""
+    attends = program.machine.batch > 1 and program.kv.layers > 0
+    return program.task_count <= MAX_TASKS + (SEAT_BLOCK - 1 if attends else 0)
+
+
+def _plan(random: Random, family: Family) -> Plan:
+    if family.batch == 1:
+        return random.choice(PLANS)
+    return ATTENDING_BATCH if random.random() < ATTENDING_SHARE else random.choice(BATCH_PLANS)
+
+
+def _machine(random: Random, family: Family, attends: bool) -> Machine:
+    warps, dtype = random.choice((1, 2)), random.choice(("bf16", "bf16", "fp32" if family.batch == 1 else "fp16"))
     stages = random.randint(1, 4)
     element = 4 if dtype == "fp32" else 2
     least = max(FRAGMENT_BYTES * warps, 2 * 16 * 16 * element if attends else 0)
@@ -150,6 +236,7 @@ def _machine(random: Random, attends: bool) -> Machine:
         rms_eps=1e-5,
         context=random.choice((16, 48, 64)) if attends else 16,
         tags=0,
+        batch=family.batch,
     )
 
 
@@ -190,7 +277,7 @@ def _fill(build: Builder, plan: Plan, parts: list[int]) -> None:
 def _wait_for_token(build: Builder, token: Value) -> None:
     """Embed waits for the previous token's sampler, or for nothing."""
     wait = build.wait(token)
-    build.tasks = [replace(task, **wait) if isinstance(task, Embed) else task for task in build.tasks]
+    build.tasks = [replace(task, **wait) if task.carried else task for task in build.tasks]
 
 
 def _embed(build: Builder, token: int, token_tag: int, part: int) -> Value:
@@ -198,7 +285,7 @@ def _embed(build: Builder, token: int, token_tag: int, part: int) -> Value:
     out = build.buffer("f32", hidden)
     tag = build.tag(out)
     tasks: list[Instruction] = [
-        Embed(token_buf=token, token_tag=token_tag, out_buf=out, out_tag=tag, col0=16 * first, cols=16 * count)
+        build.family.embed(token_buf=token, token_tag=token_tag, out_buf=out, out_tag=tag, col0=16 * first, cols=16 * count)
         for first, count in build.pieces(hidden // 16, part)
     ]
     return build.value(out, tag, False, hidden, tasks)
@@ -218,20 +305,26 @@ def _norm(build: Builder, values: list[Value], part: int) -> Value:
 def _gemv(build: Builder, values: list[Value], part: int) -> Value:
     """A product of which the next reader may need a part only."""
     whole = _product(build, values[-1], build.random.choice((16, 32, 48)), part)
-    return replace(whole, count=whole.count - 8) if build.random.random() < 0.2 else whole
+    left = whole.count - (8 if build.machine.batch == 1 else WIDE_RUN)
+    return replace(whole, count=left) if left > 0 and build.random.random() < 0.2 else whole
 
 
 def _qkv(build: Builder, values: list[Value], part: int) -> Value:
-    return _product(build, values[-1], (build.machine.heads + 2) * build.machine.head_dim, part)
+    """What attention reads: of a batch by seat."""
+    by_seat = OUT_BY_SEAT if build.machine.batch > 1 else 0
+    out = _product(build, values[-1], (build.machine.heads + 2) * build.machine.head_dim, part, by_seat)
+    return replace(out, seats=build.seats(out.buffer))
 
 
-def _product(build: Builder, x: Value, rows: int, part: int) -> Value:
+def _product(build: Builder, x: Value, rows: int, part: int, order: int = 0) -> Value:
     out = build.buffer("f32", rows)
     tag = build.tag(out)
     read = build.read_x(x)
+    read["flags"] |= order
     words = build.matrix(rows, x.count, read["flags"]) | read
     tasks: list[Instruction] = [
-        Gemv(out_buf=out, out_tag=tag, tile0=a, tiles=n, **words, **build.wait(x)) for a, n in build.pieces(rows // TILE_ROWS, part)
+        build.family.product(out_buf=out, out_tag=tag, tile0=a, tiles=n, **words, **build.wait(x))
+        for a, n in build.pieces(rows // TILE_ROWS, part)
     ]
     return build.value(out, tag, False, rows, tasks)
 
@@ -244,7 +337,8 @@ def _residual(build: Builder, values: list[Value], part: int) -> Value:
     read = build.read_x(x)
     words = build.matrix(res.count, x.count, read["flags"]) | read | {"res_buf": res.buffer, "res_tag": res.tag}
     tasks: list[Instruction] = [
-        Gemv(out_buf=out, out_tag=tag, tile0=a, tiles=n, **words, **build.wait(x)) for a, n in build.pieces(res.count // TILE_ROWS, part)
+        build.family.product(out_buf=out, out_tag=tag, tile0=a, tiles=n, **words, **build.wait(x))
+        for a, n in build.pieces(res.count // TILE_ROWS, part)
     ]
     return build.value(out, tag, False, res.count, tasks)
 
@@ -256,7 +350,7 @@ def _glu(build: Builder, values: list[Value], part: int) -> Value:
     read = build.read_x(x)
     words = build.matrix(2 * inner, x.count, read["flags"], gated=True) | read
     tasks: list[Instruction] = [
-        GemvGlu(out_buf=out, out_tag=tag, tile0=a, tiles=n, **words, **build.wait(x)) for a, n in build.pieces(inner // HALF, part)
+        build.family.glu(out_buf=out, out_tag=tag, tile0=a, tiles=n, **words, **build.wait(x)) for a, n in build.pieces(inner // HALF, part)
     ]
     return build.value(out, tag, True, inner, tasks)
 
@@ -284,34 +378,42 @@ def _swiglu(build: Builder, values: list[Value], part: int) -> Value:
 
 def _attention(build: Builder, values: list[Value], part: int) -> Value:
     x, machine = values[-1], build.machine
-    splits, q_rows = min(part, 2), machine.heads * machine.head_dim
+    splits, q_rows = min(part, 2) if machine.batch == 1 else 1, machine.heads * machine.head_dim
     out = build.buffer("narrow", q_rows // machine.narrow)
     tag = build.tag(out)
-    words = dict.fromkeys(("q_buf", "k_buf", "v_buf"), x.buffer) | dict.fromkeys(("q_tag", "k_tag", "v_tag"), x.tag)
-    words |= {"k_start": q_rows, "v_start": q_rows + machine.head_dim, "out_buf": out, "out_tag": tag}
+    words = dict.fromkeys(("q_tag", "k_tag", "v_tag"), x.tag)
+    words |= {"k_start": q_rows, "v_start": q_rows + machine.head_dim, "out_tag": tag}
     partials = build.buffer("f32", machine.heads * (machine.head_dim + 2)) if splits > 1 else NONE
     words |= {"part_buf": partials, "part_tag": build.tag(partials) if splits > 1 else 0}
-    words |= {"layer": 0, "q0": 0, "nq": machine.heads, "kv_head": 0, "splits": splits, "unit_rows": 16}
+    words |= {"q0": 0, "nq": machine.heads, "kv_head": 0, "splits": splits, "unit_rows": 16}
     words["window"] = build.random.choice((0, 0, 20, 33))
-    tasks: list[Instruction] = [Attention(split=split, **words, **build.wait(x)) for split in reversed(range(splits))]
-    return build.value(out, tag, True, q_rows, tasks)
+    outs = build.seats(out)
+    tasks: list[Instruction] = [
+        Attention(q_buf=own, k_buf=own, v_buf=own, out_buf=outs[seat], layer=seat, split=split, **words, **build.wait(x))
+        for seat, own in enumerate(x.seats)
+        for split in reversed(range(splits))
+    ]
+    return replace(build.value(out, tag, True, q_rows, tasks), seats=outs)
 
 
 def _head(build: Builder, values: list[Value], part: int) -> Value:
     x, rows = values[-1], build.machine.vocab
-    pieces = build.pieces(-(-rows // TILE_ROWS), part)
-    out = build.buffer("u32", 2 * len(pieces))
+    tiles = -(-rows // TILE_ROWS)
+    pieces, by_tile = build.pieces(tiles, part), build.family.seen == "tiles"
+    out = build.buffer("u32", TILE_PACKETS * tiles if by_tile else 2 * len(pieces))
     tag = build.tag(out)
     read = build.read_x(x)
-    words = build.matrix(rows, x.count, read["flags"]) | read
+    words, pair = build.matrix(rows, x.count, read["flags"]) | read, 2 * build.machine.batch
     tasks: list[Instruction] = [
-        GemvHead(out_buf=out, out_tag=tag, tile0=a, tiles=n, out_start=2 * i, **words, **build.wait(x)) for i, (a, n) in enumerate(pieces)
+        build.family.head(out_buf=out, out_tag=tag, tile0=a, tiles=n, out_start=0 if by_tile else pair * i, **words, **build.wait(x))
+        for i, (a, n) in enumerate(pieces)
     ]
-    return build.value(out, tag, False, len(pieces), tasks)
+    return build.value(out, tag, False, tiles if by_tile else len(pieces), tasks)
 
 
-def _sample(build: Builder, pairs: Value, token: int, token_tag: int) -> Value:
-    task = Sample(in_buf=pairs.buffer, in_tag=pairs.tag, out_buf=token, out_tag=token_tag, count=pairs.count, **build.wait(pairs))
+def _sample(build: Builder, scores: Value, token: int, token_tag: int) -> Value:
+    words = {"in_buf": scores.buffer, "in_tag": scores.tag, build.family.seen: scores.count}
+    task = build.family.sample(out_buf=token, out_tag=token_tag, **words, **build.wait(scores))
     return build.value(token, token_tag, False, 1, [task])
 
 
@@ -320,16 +422,16 @@ def _place(build: Builder, random: Random) -> Program:
     queues: list[list[Instruction]] = [[] for _ in range(machine.sms)]
     for task in build.tasks:
         random.choice(queues).append(task)
-    attends = any(isinstance(task, Attention) for task in build.tasks)
+    sequences = machine.batch if any(isinstance(task, Attention) for task in build.tasks) else 0
     return Program(
         machine=machine,
         device=DEVICE,
         buffers=tuple(build.buffers),
-        arena_packets=sum(b.packets for b in build.buffers),
+        arena_packets=build.packets,
         matrices=tuple(build.matrices),
         shapes=tuple(build.shapes),
         constants=(Constant("gain", ("g",), "stack", 0, 64),),
-        kv=KvCache(int(attends), machine.kv_heads, -(-machine.context // 16) * 16),
+        kv=KvCache(sequences, machine.kv_heads, -(-machine.context // 16) * 16),
         counters=tuple(f"c{i}" for i in range(build.counters)),
         queues=tuple(map(tuple, queues)),
         streams=tuple(tuple(i for i, task in enumerate(queue) if task.streamed) for queue in queues),

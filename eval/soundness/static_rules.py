@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import product
 
 from amk.eval.soundness.findings import Unsafe
 from amk.eval.soundness.footprint import turning_positions
 from amk.isa.abi import NONE
 from amk.isa.attention import MAX_GROUP, Attention
-from amk.isa.batch import NARROW_RUN, WIDE_RUN
+from amk.isa.attention_prefill import AttentionPrefill
+from amk.isa.batch import NARROW_RUN, SEAT_BLOCK, WIDE_RUN
 from amk.isa.draw import Draw
 from amk.isa.draw_head import DrawHead
 from amk.isa.embed import Embed
 from amk.isa.embed_batch import EmbedBatch
+from amk.isa.embed_prefill import EmbedPrefill
 from amk.isa.filter_draw import FilterDraw
 from amk.isa.filter_head import FilterHead
 from amk.isa.gemm import Gemm
+from amk.isa.gemm_glu import GemmGlu
 from amk.isa.gemm_head import GemmHead
 from amk.isa.gemv_head import GemvHead
 from amk.isa.instruction import Access, Instruction
@@ -29,6 +33,11 @@ from amk.isa.sample_batch import SampleBatch
 from amk.schedule.program import Program
 
 BLOCK_BYTES = 232_448  # shared memory of a block on an H200, which the validator takes where it is told nothing
+
+OF_A_LAYER = (  # words that all attention_prefill tasks of a layer share
+    *("q_buf", "q_tag", "k_buf", "k_tag", "v_buf", "v_tag", "out_buf", "out_tag"),
+    *("q_stride", "kv_stride", "window", "q_gain", "k_gain"),
+)
 
 
 def static_problem(program: Program) -> Unsafe | None:
@@ -48,7 +57,9 @@ def _problems(program: Program) -> Iterator[Unsafe]:
     yield from _streams(program)
     for position in sorted({*turning_positions(program), program.machine.context - 1}):
         yield from _accesses(program, position)
+        yield from _orders(program, position)
         yield from _kv_coverage(program, position)
+    yield from _stretch(program)
     yield from _tiles(program)
     yield from _token(program)
     yield from _kv_visibility(program)
@@ -62,6 +73,9 @@ def _machine(program: Program) -> Iterator[Unsafe]:
         yield Unsafe("deadlock", "the ring, the copies in flight and the reduction slots must each be at least one")
     if machine.stages * machine.stage_bytes + program.scratch_bytes > BLOCK_BYTES:
         yield Unsafe("resources", f"{machine.stages} stages of {machine.stage_bytes} bytes and the scratch do not fit a block")
+
+    if machine.batch > 1 and machine.batch % SEAT_BLOCK or machine.prefill and machine.batch == 1:
+        yield Unsafe("kind", f"a batch of {machine.batch}: it must be whole blocks of {SEAT_BLOCK} seats, for prefill at least one")
 
 
 def _buffers(program: Program) -> Iterator[Unsafe]:
@@ -83,7 +97,9 @@ def _words(program: Program, task: Instruction) -> Iterator[Unsafe]:
         yield from _matrix(program, task)
     elif isinstance(task, Attention):
         yield from _attention(program, task)
-    elif isinstance(task, Embed | EmbedBatch) and not 0 <= task.col0 < task.col0 + task.cols <= program.machine.hidden:
+    elif isinstance(task, AttentionPrefill):
+        yield from _attention_prefill(program, task)
+    elif isinstance(task, Embed | EmbedBatch | EmbedPrefill) and not 0 <= task.col0 < task.col0 + task.cols <= program.machine.hidden:
         yield Unsafe("bounds", "embed: columns outside the embedding row")
     elif isinstance(task, RmsNorm) and not 0 <= task.col0 < task.col0 + task.count <= task.cols:
         yield Unsafe("bounds", "rmsnorm: columns outside its input")
@@ -94,8 +110,11 @@ def _seats(program: Program, task: Instruction) -> Iterator[Unsafe]:
     batch = program.machine.batch
     if not isinstance(task, Attention) and getattr(task, "batch", 1) != batch:
         yield Unsafe("kind", f"{task.stem}: computes {getattr(task, 'batch', 1)} tokens side by side on a machine of {batch}")
-    if isinstance(task, EmbedBatch) and (task.col0 % WIDE_RUN or task.cols % WIDE_RUN):
-        yield Unsafe("kind", "embed_batch: columns that are no whole runs")
+    own = isinstance(task, EmbedPrefill | AttentionPrefill)
+    if not (own or isinstance(task, Gemm | GemmGlu)) if program.machine.prefill else own:
+        yield Unsafe("kind", f"{task.stem}: on a machine that does {'prefill' if program.machine.prefill else 'no prefill'}")
+    if isinstance(task, EmbedBatch | EmbedPrefill) and (task.col0 % WIDE_RUN or task.cols % WIDE_RUN):
+        yield Unsafe("kind", f"{task.stem}: columns that are no whole runs")
     if not isinstance(task, MatMul):
         return
     narrow, apart = bool(task.flags & X_NARROW), bool(task.flags & X_BY_SEAT)
@@ -150,6 +169,16 @@ def _attention(program: Program, task: Attention) -> Iterator[Unsafe]:
         yield Unsafe("ring", "attention: a KV block does not fit a stage")
 
 
+def _attention_prefill(program: Program, task: AttentionPrefill) -> Iterator[Unsafe]:
+    machine, kv = program.machine, program.kv
+    if not (0 <= task.layer < kv.layers and 0 <= task.head < machine.heads):
+        yield Unsafe("bounds", "attention_prefill: no such layer in the cache or no such query head")
+    if machine.context > kv.rows:
+        yield Unsafe("bounds", f"attention_prefill: {machine.context} positions, but the cache has {kv.rows} rows")
+    if task.seat0 % SEAT_BLOCK or not 0 <= task.seat0 < machine.batch:
+        yield Unsafe("bounds", f"attention_prefill: seats from {task.seat0} of {machine.batch}, in blocks of {SEAT_BLOCK}")
+
+
 def _streams(program: Program) -> Iterator[Unsafe]:
     for sm, (queue, stream) in enumerate(zip(program.queues, program.streams, strict=True)):
         if any(not 0 <= index < len(queue) for index in stream):
@@ -184,6 +213,23 @@ def _access(program: Program, task: Instruction, access: Access, write: bool) ->
         yield Unsafe("resources", f"{task.stem}: tag {access.tag} of {program.machine.tags}")
 
 
+def _orders(program: Program, position: int) -> Iterator[Unsafe]:
+    """A value of a batch is read in the order in which it was written: seats side by side, or one after another."""
+    if program.machine.batch == 1:
+        return
+    written: dict[int, list[Access]] = {}
+    tasks = [task for queue in program.queues for task in queue]
+    for access in (access for task in tasks for access in task.writes(program.machine, position) if access.start < access.stop):
+        written.setdefault(access.tag, []).append(access)
+    reads = [(task, read) for task in tasks for read in task.reads(program.machine, position)]
+    for task, read in reads:
+        low, high = (_place(program, read.buffer) + at for at in (read.start, read.stop))
+        for write in (write for write in written.get(read.tag, ()) if write.interleaved != read.interleaved):
+            base = _place(program, write.buffer)
+            if base + write.start < high and low < base + write.stop:
+                yield Unsafe("kind", f"{task.stem}: reads seats in another order than they were written")
+
+
 def _kv_coverage(program: Program, position: int) -> Iterator[Unsafe]:
     """One tail task a (layer, KV head), and every streamed block of its window attended to once."""
     groups: dict[tuple[int, int], list[Attention]] = {}
@@ -203,6 +249,20 @@ def _kv_coverage(program: Program, position: int) -> Iterator[Unsafe]:
             yield Unsafe("coverage", f"the splits of layer {layer}, KV head {head} do not cover its window once")
 
 
+def _stretch(program: Program) -> Iterator[Unsafe]:
+    """For prefill each query head of each layer is computed once for every seat, and by all tasks of a layer from the same values alike."""
+    machine = program.machine
+    if not machine.prefill:
+        return
+    tasks = [task for queue in program.queues for task in queue if isinstance(task, AttentionPrefill)]
+    computed = Counter((task.layer, task.head, task.seat0) for task in tasks)
+    if computed != Counter(product(range(program.kv.layers), range(machine.heads), range(0, machine.batch, SEAT_BLOCK))):
+        yield Unsafe("coverage", "the attention tasks do not compute every query head of every layer once for every seat")
+    for layer in range(program.kv.layers):
+        if len({tuple(getattr(task, word) for word in OF_A_LAYER) for task in tasks if task.layer == layer}) > 1:
+            yield Unsafe("coverage", f"the attention tasks of layer {layer} differ in what all must share")
+
+
 def _tiles(program: Program) -> Iterator[Unsafe]:
     """Every tile of every matrix is computed once: a tile that nobody computes is an output that is not covered."""
     tasks = [task for queue in program.queues for task in queue if isinstance(task, MatVec)]
@@ -213,11 +273,15 @@ def _tiles(program: Program) -> Iterator[Unsafe]:
 
 
 def _token(program: Program) -> Iterator[Unsafe]:
-    """One task hands out the token, and it has seen the candidate of every task of the head."""
+    """One task hands out the token, embeddings take that one, and it has seen the candidate of every task of the head."""
     tasks = [task for queue in program.queues for task in queue]
     samples = [task for task in tasks if isinstance(task, Sample | SampleBatch | FilterDraw)]
     if len(samples) > 1:
         yield Unsafe("coverage", f"{len(samples)} tasks hand out the token")
+    chosen = {(_place(program, sample.out_buf), sample.out_tag) for sample in samples}
+    for embed in (task for task in tasks if isinstance(task, Embed | EmbedBatch)):
+        if (_place(program, embed.token_buf), embed.token_tag) not in chosen:
+            yield Unsafe("kind", f"{embed.stem} takes packets as its token that hold none")
     for sample in samples:
         if isinstance(sample, FilterDraw) and sample.tiles != -(-program.machine.vocab // TILE_ROWS):
             yield Unsafe("bounds", f"{sample.stem} takes {sample.tiles} tiles of a vocabulary of {program.machine.vocab}")
@@ -229,6 +293,11 @@ def _token(program: Program) -> Iterator[Unsafe]:
             seen = (head.out_buf, head.out_tag) == (sample.in_buf, sample.in_tag)
             if not seen or isinstance(head, GemvHead | GemmHead) and head.out_start + pair > end:
                 yield Unsafe("coverage", "sample does not see the candidate of a head task")
+
+
+def _place(program: Program, buffer: int) -> int:
+    """The packet of the arena at which a buffer begins."""
+    return program.buffers[buffer].offset
 
 
 def _chooser(task: Instruction) -> str:

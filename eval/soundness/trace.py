@@ -209,7 +209,14 @@ class Run:
         if self.problem is None and ended < len(self.actors):
             stuck = [f"{self.names[actor]} for {key}" for key, actors in self.waiting.items() for actor in actors]
             self.problem = Unsafe("deadlock", f"{len(stuck)} actors wait for ever, among them the {'; '.join(stuck[:3])}")
-        return self.problem
+        return self.problem or self._left_over()
+
+    def _left_over(self) -> Unsafe | None:
+        """A launch of one step may end with chunks that a next token would have taken for its own."""
+        for sm, shared in enumerate(self.shared):
+            if len(shared.fed) > min(shared.taken):
+                return Unsafe("ring", f"nobody takes chunk {shared.fed[min(shared.taken)]} of SM {sm}")
+        return None
 
     def _show(self, publish: Publish) -> None:
         """A publish becomes visible."""

@@ -15,8 +15,10 @@ from amk.eval.soundness.explorer import explore
 from amk.eval.soundness.findings import TooLarge, Unsafe
 from amk.eval.soundness.lowerings import random_lowering
 from amk.eval.soundness.mutants import mutate
-from amk.eval.soundness.random_programs import MAX_TASKS, random_program
+from amk.eval.soundness.random_programs import is_small, random_program
 from amk.eval.soundness.trace import check_traces
+from amk.isa.filter_draw import FilterDraw
+from amk.isa.filter_head import FilterHead
 from amk.schedule.program import Program
 from amk.schedule.validate import validate
 
@@ -31,13 +33,14 @@ EXPLORED_TOKENS, TRACED_TOKENS, ORDERS = 3, 2, 64
 class Outcome:
     """One case: what was done to the program, what is wrong with it, and what the validator said.
 
-    `found` is None for a safe program. `reasons` is None where the validator accepted; `raised` is what it raised, which it never may.
+    X is None where the validator accepted; `raised` is what it raised, which it never may.
     """
 
     case: str
     mutations: tuple[str, ...]
     found: str | None
     reasons: tuple[str, ...] | None
+    family: str = "greedy"
     raised: str | None = None
     too_large: bool = False
 
@@ -70,25 +73,34 @@ def _mutated(random: Random, program: Program, times: int) -> tuple[tuple[str, .
 def _small_program(random: Random) -> tuple[tuple[str, ...], Program]:
     while True:
         names, program = _mutated(random, random_program(random), random.choice((0, 1, 1, 1, 2, 2)))
-        if program.task_count <= MAX_TASKS:
+        if is_small(program):
             return names, program
 
 
 def judge(case: Case) -> Outcome:
     """Runs one case."""
     names, program = case_program(case)
-    label = "/".join(map(str, (case[1], case[0], case[2])))
+    label, family = "/".join(map(str, (case[1], case[0], case[2]))), family_of(program)
     try:
         problem = _truth(case, program)
     except TooLarge:
-        return Outcome(label, names, None, None, too_large=True)
+        return Outcome(label, names, None, None, family, too_large=True)
     found = None if problem is None else str(problem)
     try:
         verdict = validate(program)
     except Exception as error:  # the validator may never raise: one that does is a result of this measurement
-        return Outcome(label, names, found, None, f"{type(error).__name__}: {error}")
+        return Outcome(label, names, found, None, family, f"{type(error).__name__}: {error}")
     reasons = tuple(map(str, verdict)) if isinstance(verdict, tuple) else None
-    return Outcome(label, names, found, reasons)
+    return Outcome(label, names, found, reasons, family)
+
+
+def family_of(program: Program) -> str:
+    """How it chooses tokens, or that it computes a batch or a stretch."""
+    if program.machine.batch > 1:
+        return "prefill" if program.machine.prefill else "batch"
+    if not program.draws:
+        return "greedy"
+    return "filter" if any(isinstance(task, FilterHead | FilterDraw) for queue in program.queues for task in queue) else "draw"
 
 
 def _truth(case: Case, program: Program) -> Unsafe | None:
@@ -173,6 +185,10 @@ def summary(outcomes: list[Outcome]) -> dict[str, Any]:
         "safe": len(safe),
         "safe_share": round(len(safe) / max(1, len(judged)), 4),
         "unsafe": dict(sorted(Counter(o.found[1 : o.found.index("]")] for o in judged if o.found is not None).items())),
+        "families": {
+            family: {"cases": cases, "safe": sum(o.family == family for o in safe)}
+            for family, cases in sorted(Counter(o.family for o in judged).items())
+        },
         "mutations": dict(sorted(Counter(name for o in judged for name in o.mutations).items())),
         "false_accepts": [_line(o) for o in judged if o.false_accept],
         "raised": [_line(o) | {"raised": o.raised} for o in judged if o.raised is not None],

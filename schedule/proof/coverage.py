@@ -23,7 +23,7 @@ from amk.isa.sample import Sample
 from amk.isa.sample_batch import SampleBatch
 from amk.schedule.proof.packets import Matching
 from amk.schedule.proof.report import Region, Report
-from amk.schedule.proof.subject import Flags, Ints, Subject
+from amk.schedule.proof.subject import SHOWN, Flags, Ints, Subject
 
 HEAD_OF: dict[type[Instruction], type[Instruction]] = {
     Sample: GemvHead,
@@ -103,6 +103,21 @@ def check_outputs(subject: Subject, m: Matching, report: Report) -> None:
     unseen = np.unique(m.writes.task[m.written.owner[~seen]])
     for task in unseen[np.isin(unseen, heads)].tolist():
         report.add("coverage", f"the candidate of {subject.names([task])} is read by no sample", subject.ids([task]))
+
+
+def check_tokens(subject: Subject, m: Matching, report: Report) -> None:
+    """What an embedding takes as its token a task that chooses has published: candidates are packets of the same kind, but no tokens.
+
+    So every task of a token comes after the choice of the token before, and nothing of it is published where that choice ended the launch.
+    """
+    carried = np.flatnonzero((m.source >= 0) & m.groups.carried[m.read.owner])
+    publisher = m.writes.task[m.written.owner[m.source[carried]]]
+    wrong = ~np.isin(publisher, _ids(subject, *HEAD_OF))
+    pairs = np.unique(np.stack([m.read.owner[carried[wrong]], publisher[wrong]]), axis=1)
+    for group, writer in pairs.T.tolist():
+        tasks = m.groups.tasks(group)
+        said = f"{subject.names(tasks)} takes as its token what {subject.names([writer])} publishes, which chooses none"
+        report.add("kind", said, subject.ids([*tasks[:SHOWN], writer]))
 
 
 def _ids(subject: Subject, *classes: type[Instruction]) -> Ints:

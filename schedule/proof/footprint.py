@@ -12,8 +12,9 @@ from amk.schedule.proof.report import Region, Report
 from amk.schedule.proof.subject import Flags, Ints, Subject
 
 KINDS = {"f32": 0, "narrow": 1, "u32": 2}
-KIND_NAMES = tuple(KINDS)
-FIELDS = attrgetter("buffer", "start", "stop", "tag", "kind", "actor", "carried", "tile")
+INTERLEAVED = len(KINDS)  # added to the kind of packets that hold a batch's seats side by side
+KIND_NAMES = (*KINDS, *(f"interleaved {kind}" for kind in KINDS))
+FIELDS = attrgetter("buffer", "start", "stop", "tag", "kind", "actor", "carried", "tile", "interleaved")
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ def take_footprint(subject: Subject, positions: Ints, report: Report) -> Footpri
 def _columns(lists: list[list[Access]]) -> Accesses:
     task = np.repeat(np.arange(len(lists), dtype=np.int64), [len(accesses) for accesses in lists])
     rows = [FIELDS(access) for accesses in lists for access in accesses]
-    buffer, start, stop, tag, kind, actor, carried, tile = zip(*rows, strict=True) if rows else ((),) * 8
-    kinds = np.array([KINDS[k] for k in kind], dtype=np.int64)
+    buffer, start, stop, tag, kind, actor, carried, tile, interleaved = zip(*rows, strict=True) if rows else ((),) * 9
+    kinds = np.array([KINDS[k] for k in kind], dtype=np.int64) + INTERLEAVED * np.array(interleaved, dtype=np.int64)
     storer = np.array([a == "storer" for a in actor], dtype=bool)
     buffers, starts, stops, tags, tiles = (np.array(column, dtype=np.int64) for column in (buffer, start, stop, tag, tile))
     return Accesses(task, buffers, starts, stops, tags, kinds, storer, np.array(carried, dtype=bool), tiles)
@@ -94,7 +95,7 @@ def _in_bounds(subject: Subject, accesses: Accesses, verb: str, report: Report) 
 def _kinds(subject: Subject, accesses: Accesses, verb: str, report: Report) -> None:
     buffers = subject.program.buffers
     has = np.array([KINDS[b.kind] for b in buffers] or [0], dtype=np.int64)[accesses.buffer]
-    for i in np.flatnonzero(has != accesses.kind).tolist():
+    for i in np.flatnonzero(has != accesses.kind % INTERLEAVED).tolist():
         region = _region(subject, accesses, i)
         asked, held = KIND_NAMES[accesses.kind[i]], KIND_NAMES[has[i]]
         said = f"{subject.names([accesses.task[i]])} {verb} {region} as {asked} packets, but the buffer holds {held}"

@@ -10,22 +10,24 @@ import pytest
 
 from amk.eval.soundness.static_rules import static_problem
 from amk.eval.soundness.trace import check_traces
+from amk.isa.abi import NONE
 from amk.isa.draw import Draw
 from amk.isa.draw_head import DrawHead
+from amk.isa.embed import Embed
 from amk.isa.filter_draw import FilterDraw
-from amk.isa.filter_head import FilterHead
+from amk.isa.filter_head import TILE_PACKETS, FilterHead
 from amk.isa.gemv_head import GemvHead
 from amk.isa.instruction import Instruction
 from amk.isa.sample import Sample
 from amk.schedule.compile import compile_program, lower
 from amk.schedule.digest import program_digest
 from amk.schedule.knobs import Config
-from amk.schedule.program import Program
+from amk.schedule.program import Program, TaskId
 from amk.schedule.proven import ValidProgram
 from amk.schedule.settings import Chooser
 from amk.schedule.targets import small_target
 from amk.schedule.validate import validate
-from amk.tests.schedule.builder import changed, find
+from amk.tests.schedule.builder import Sizes, changed, decoder, find
 from amk.tests.schedule.specs import SMALL
 
 SPEC = replace(SMALL[0], vocab=77, layers=1, windows=())
@@ -93,6 +95,37 @@ def test_a_tile_whose_scores_go_elsewhere_is_missed() -> None:
     built = program("filter", n_tile=16)
     site = find(built, FilterHead)[-1]
     assert "nobody publishes" in rejected(changed(built, site, out_tag=1))
+
+
+@pytest.mark.parametrize("chooser", CHOOSERS)
+def test_an_embedding_takes_the_token_and_no_candidate(chooser: Chooser) -> None:
+    """Both are u32 packets. The other half of the embedding takes the token, so every overwrite stays in order."""
+    built = decoder(Sizes(tiles=3))  # one task of the head: whoever has read its candidate comes after all of it
+    (head_at,), (sample_at,), embeds = find(built, GemvHead), find(built, Sample), find(built, Embed)
+    head, sample = built.task(head_at), built.task(sample_at)
+    if chooser == "draw":
+        built = _placed(_placed(built, head_at, _as(head, DrawHead)), sample_at, _as(sample, Draw))
+    if chooser == "filter":
+        words = {f.name: getattr(sample, f.name) for f in fields(sample) if f.name != "count"}
+        built = _placed(_placed(built, head_at, _as(head, FilterHead)), sample_at, FilterDraw(**words, tiles=3))
+        built = _with_more_room(built, words["in_buf"])
+    assert isinstance(validate(built), ValidProgram)
+    taken = {"token_buf": getattr(sample, "in_buf"), "token_tag": getattr(sample, "in_tag"), "wait_counter": NONE}  # noqa: B009
+    said = rejected(changed(built, embeds[1], **taken))
+    assert said.startswith("[kind]") and "takes as its token" in said
+
+
+def _placed(program: Program, at: TaskId, task: Instruction) -> Program:
+    queues = [list(queue) for queue in program.queues]
+    queues[at[0]][at[1]] = task
+    return replace(program, queues=tuple(map(tuple, queues)))
+
+
+def _with_more_room(program: Program, buffer: int) -> Program:
+    """Scores of three tiles need more packets than candidates do."""
+    grown = replace(program.buffers[buffer], packets=3 * TILE_PACKETS, offset=program.arena_packets)
+    buffers = (*program.buffers[:buffer], grown, *program.buffers[buffer + 1 :])
+    return replace(program, buffers=buffers, arena_packets=grown.offset + grown.packets)
 
 
 @pytest.mark.parametrize("chooser", CHOOSERS)

@@ -163,17 +163,30 @@ def test_an_overwrite_that_only_counters_put_after_the_reader_is_a_race(check: C
 
 
 def test_program_order_of_one_warp_orders_no_overwrite(check: Check) -> None:
-    """The second embed checks the first head's candidate only; that the first embed of its warp waited for both counts for nothing."""
-    embeds: list[Instruction] = [
-        Embed(token_buf=buffer, token_tag=tag, out_buf=HIDDEN, out_tag=1, col0=16 * i, cols=16)
-        for i, (buffer, tag) in enumerate([(TOKEN, 5), (PAIRS, 4)])
-    ]
-    heads = [product(GemvHead, 0, HIDDEN, 1, out_buf=PAIRS, out_tag=4, out_start=2 * i, tile0=i, tiles=1) for i in range(2)]
-    sample = Sample(in_buf=PAIRS, in_tag=4, out_buf=TOKEN, out_tag=5, count=2)
-    program = replace(program_of([*embeds, *heads, sample], []), matrices=(Matrix("m0", ("w0",), "stack", 32, 32),))
-    assert kind_of(check(program)) == "race"
-    both = [embeds[0], replace(embeds[1], token_buf=TOKEN, token_tag=5)]  # type: ignore[call-arg]
-    assert check(replace(program, queues=((*both, *heads, sample), ()))) is None
+    """Down takes the place of inner after the head that reads it, in one queue; but it checks hidden alone."""
+
+    def queue(out: int) -> list[Instruction]:
+        (embed, _, head), (up, late, sample) = decoder()
+        reads = replace(head, x_buf=INNER, x_tag=2, wait_counter=UP)  # type: ignore[call-arg]
+        down = product(Gemv, 1, HIDDEN, 1, out_buf=out, out_tag=3, tile0=0, tiles=2, done_counter=DOWN)
+        return [embed, up, reads, down, replace(late, x_buf=out), sample]  # type: ignore[call-arg]
+
+    assert kind_of(check(program_of(queue(INNER), []))) == "race"
+    assert check(program_of(queue(SPARE), [])) is None
+
+
+def test_an_embedding_that_takes_a_candidate_for_the_token_is_found(check: Check) -> None:
+    """Its packets are u32 too, and the first half of the embedding keeps all in order; but a candidate is no row of the table."""
+    token, pairs = ({"token_buf": buffer, "token_tag": tag} for buffer, tag in ((TOKEN, 5), (PAIRS, 4)))
+    head = product(GemvHead, 0, HIDDEN, 1, out_buf=PAIRS, out_tag=4, tile0=0, tiles=2)
+    sample = Sample(in_buf=PAIRS, in_tag=4, out_buf=TOKEN, out_tag=5, count=1)
+
+    def taking(second: dict[str, int]) -> Program:
+        embeds = [Embed(**words, out_buf=HIDDEN, out_tag=1, col0=16 * i, cols=16) for i, words in enumerate((token, second))]
+        return replace(program_of([*embeds, head, sample], []), matrices=(Matrix("m0", ("w0",), "stack", 32, 32),))
+
+    assert check(taking(token)) is None
+    assert kind_of(check(taking(pairs))) == "kind"
 
 
 def test_an_unchecked_read_is_a_race(check: Check) -> None:
