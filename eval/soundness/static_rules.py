@@ -57,7 +57,7 @@ def _problems(program: Program) -> Iterator[Unsafe]:
     yield from _streams(program)
     for position in sorted({*turning_positions(program), program.machine.context - 1}):
         yield from _accesses(program, position)
-        yield from _orders(program, position)
+        yield from _as_written(program, position)
         yield from _kv_coverage(program, position)
     yield from _stretch(program)
     yield from _tiles(program)
@@ -213,10 +213,8 @@ def _access(program: Program, task: Instruction, access: Access, write: bool) ->
         yield Unsafe("resources", f"{task.stem}: tag {access.tag} of {program.machine.tags}")
 
 
-def _orders(program: Program, position: int) -> Iterator[Unsafe]:
-    """A value of a batch is read in the order in which it was written: seats side by side, or one after another."""
-    if program.machine.batch == 1:
-        return
+def _as_written(program: Program, position: int) -> Iterator[Unsafe]:
+    """A value is read as what was written, through whichever buffer: its kind, and of a batch seats side by side or one after another."""
     written: dict[int, list[Access]] = {}
     tasks = [task for queue in program.queues for task in queue]
     for access in (access for task in tasks for access in task.writes(program.machine, position) if access.start < access.stop):
@@ -224,10 +222,10 @@ def _orders(program: Program, position: int) -> Iterator[Unsafe]:
     reads = [(task, read) for task in tasks for read in task.reads(program.machine, position)]
     for task, read in reads:
         low, high = (_place(program, read.buffer) + at for at in (read.start, read.stop))
-        for write in (write for write in written.get(read.tag, ()) if write.interleaved != read.interleaved):
-            base = _place(program, write.buffer)
-            if base + write.start < high and low < base + write.stop:
-                yield Unsafe("kind", f"{task.stem}: reads seats in another order than they were written")
+        for write in written.get(read.tag, ()):
+            base, alike = _place(program, write.buffer), (write.kind, write.interleaved) == (read.kind, read.interleaved)
+            if not alike and base + write.start < high and low < base + write.stop:
+                yield Unsafe("kind", f"{task.stem}: reads packets of another kind, or seats in another order, than were written")
 
 
 def _kv_coverage(program: Program, position: int) -> Iterator[Unsafe]:
