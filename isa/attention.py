@@ -69,7 +69,7 @@ class Attention(Instruction):
         """Partials of splits [first, stop), both at least 1."""
         size = self.nq * (machine.head_dim + PARTIAL_HEAD)
         base = self.q0 * (self.splits - 1) * (machine.head_dim + PARTIAL_HEAD)
-        return Access(self.part_buf, base + (first - 1) * size, base + (stop - 1) * size, self.part_tag, "f32")
+        return Access(self.part_buf, base + (first - 1) * size, base + (stop - 1) * size, self.part_tag, "f32", paired=True)
 
     def _q(self, machine: Machine) -> Access:
         dim = machine.head_dim

@@ -33,7 +33,7 @@ class FilterDraw(Instruction):
     draws: ClassVar[bool] = True
 
     def reads(self, machine: Machine, position: int) -> list[Access]:
-        return [Access(self.in_buf, 0, TILE_PACKETS * self.tiles, self.in_tag, "u32")]
+        return [Access(self.in_buf, 0, TILE_PACKETS * self.tiles, self.in_tag, "u32", paired=True)]
 
     def writes(self, machine: Machine, position: int) -> list[Access]:
         return [Access(self.out_buf, 0, 1, self.out_tag, "u32")]

@@ -29,7 +29,7 @@ class Gemm(MatMul):
         return start, start + self.tile_rows(tile)
 
     def _residual(self, tile: int) -> Access:
-        return Access(self.res_buf, *self._run(tile), self.res_tag, "f32", "storer", tile=tile, interleaved=True)
+        return Access(self.res_buf, *self._run(tile), self.res_tag, "f32", "storer", tile=tile, interleaved=True, paired=True)
 
     def reads(self, machine: Machine, position: int) -> list[Access]:
         residual = [] if self.res_buf == NONE else [self._residual(t) for t in range(self.tiles)]
@@ -38,7 +38,7 @@ class Gemm(MatMul):
     def writes(self, machine: Machine, position: int) -> list[Access]:
         spans = [(t, span) for t in range(self.tiles) for span in self._spans(t)]
         whole = not self.flags & OUT_BY_SEAT
-        return [Access(self.out_buf, *span, self.out_tag, "f32", "storer", tile=t, interleaved=whole) for t, span in spans]
+        return [Access(self.out_buf, *span, self.out_tag, "f32", "storer", tile=t, interleaved=whole, paired=whole) for t, span in spans]
 
     def _spans(self, tile: int) -> list[tuple[int, int]]:
         return [self._seat_rows(tile, seat) for seat in range(self.batch)] if self.flags & OUT_BY_SEAT else [self._run(tile)]

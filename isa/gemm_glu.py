@@ -24,7 +24,7 @@ class GemmGlu(MatMul):
         first = self.out_start + self.tile0 * packets
         starts = range(first, first + self.tiles * packets, packets)
         return [
-            Access(self.out_buf, at, at + packets, self.out_tag, "narrow", "storer", tile=t, interleaved=True)
+            Access(self.out_buf, at, at + packets, self.out_tag, "narrow", "storer", tile=t, interleaved=True, paired=True)
             for t, at in enumerate(starts)
         ]
 

@@ -24,7 +24,8 @@ class Access:
     `kind` is what the packets must hold: f32 (one fp32), narrow (two 16-bit elements, or one fp32 on an fp32 machine) or u32.
     `carried` reads expect the value of the previous token; on the first token of a launch they read nothing. A read with tag 0
     is not checked by the device. Reads by "storer" belong to one publish: `tile` says which (the publish of the same index).
-    `interleaved` packets hold elements of a batch's seats side by side (isa/batch.py), others those of one vector.
+    `interleaved` packets hold elements of a batch's seats side by side (isa/batch.py), others those of one vector. `paired` ones the device
+    takes two at a time, so `start` must be an even packet of the arena.
     """
 
     buffer: int
@@ -36,6 +37,7 @@ class Access:
     carried: bool = False
     tile: int = 0
     interleaved: bool = False
+    paired: bool = False
 
 
 class Memory(Protocol):

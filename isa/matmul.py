@@ -42,7 +42,8 @@ class MatMul(MatVec):
         else:
             spans = [(start * self.batch, (columns.stop + -columns.stop % run) // per * self.batch)]
         kind: Kind = "narrow" if narrow else "f32"
-        return [Access(self.x_buf, self.x_start + a, self.x_start + b, self.x_tag, kind, interleaved=not by_seat) for a, b in spans]
+        at = self.x_start
+        return [Access(self.x_buf, at + a, at + b, self.x_tag, kind, interleaved=not by_seat, paired=True) for a, b in spans]
 
     def reads(self, machine: Machine, position: int) -> list[Access]:
         return self.x_reads(machine, slice(0, self.cols))

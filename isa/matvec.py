@@ -59,7 +59,7 @@ class MatVec(Instruction):
     def x_read(self, machine: Machine) -> Access:
         narrow = bool(self.flags & X_NARROW)
         packets = -(-self.cols // machine.narrow) if narrow else self.cols
-        return Access(self.x_buf, self.x_start, self.x_start + packets, self.x_tag, "narrow" if narrow else "f32")
+        return Access(self.x_buf, self.x_start, self.x_start + packets, self.x_tag, "narrow" if narrow else "f32", paired=True)
 
     def reads(self, machine: Machine, position: int) -> list[Access]:
         return [self.x_read(machine)]

@@ -26,7 +26,7 @@ class Sample(Instruction):
     polls: ClassVar[bool] = True
 
     def reads(self, machine: Machine, position: int) -> list[Access]:
-        return [Access(self.in_buf, 0, 2 * self.count, self.in_tag, "u32")]
+        return [Access(self.in_buf, 0, 2 * self.count, self.in_tag, "u32", paired=True)]
 
     def writes(self, machine: Machine, position: int) -> list[Access]:
         return [Access(self.out_buf, 0, 1, self.out_tag, "u32")]

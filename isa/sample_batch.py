@@ -30,7 +30,7 @@ class SampleBatch(Instruction):
     batched: ClassVar[bool] = True
 
     def reads(self, machine: Machine, position: int) -> list[Access]:
-        return [Access(self.in_buf, 0, 2 * self.count * self.batch, self.in_tag, "u32")]
+        return [Access(self.in_buf, 0, 2 * self.count * self.batch, self.in_tag, "u32", paired=True)]
 
     def writes(self, machine: Machine, position: int) -> list[Access]:
         return [Access(self.out_buf, 0, self.batch, self.out_tag, "u32")]

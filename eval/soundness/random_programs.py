@@ -131,6 +131,7 @@ class Builder:
         """A buffer of `packets` for every seat."""
         self.buffers.append(Buffer(f"b{len(self.buffers)}", kind, self.packets, packets * self.machine.batch))
         self.packets += packets * self.machine.batch
+        self.packets += self.packets % 2  # what the device takes in pairs begins at an even packet
         return len(self.buffers) - 1
 
     def seats(self, buffer: int) -> tuple[int, ...]:

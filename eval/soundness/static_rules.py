@@ -93,6 +93,7 @@ def _words(program: Program, task: Instruction) -> Iterator[Unsafe]:
             "resources", f"{task.stem}: {task.shared_bytes(program.machine)} bytes of scratch, but there are {program.scratch_bytes}"
         )
     yield from _seats(program, task)
+    yield from _pairs(program, task)
     if isinstance(task, MatVec):
         yield from _matrix(program, task)
     elif isinstance(task, Attention):
@@ -124,6 +125,31 @@ def _seats(program: Program, task: Instruction) -> Iterator[Unsafe]:
         yield Unsafe("kind", f"{task.stem}: writes by seat, but must not")
     if isinstance(task, Gemm) and not task.flags & OUT_BY_SEAT and task.rows % WIDE_RUN:
         yield Unsafe("kind", f"gemm: {task.rows} interleaved rows")
+
+
+def _pairs(program: Program, task: Instruction) -> Iterator[Unsafe]:
+    """What the device takes two packets at a time lies at even ones."""
+    for buffer, start in _taken_in_pairs(program, task):
+        if 0 <= buffer < len(program.buffers) and (program.buffers[buffer].offset + start) % 2:
+            yield Unsafe("bounds", f"{task.stem}: pairs of packets from an odd one of {program.buffers[buffer].name}")
+
+
+def _taken_in_pairs(program: Program, task: Instruction) -> Iterator[tuple[int, int]]:
+    """Buffer, and the packet in it that the first pair begins at."""
+    if isinstance(task, MatVec):
+        apart = task.flags & X_BY_SEAT if isinstance(task, MatMul) else 0
+        for seat in range(program.machine.batch if apart else 1):
+            yield task.x_buf, task.x_start + seat * -(-task.cols // 2)
+    if isinstance(task, Gemm) and not task.flags & OUT_BY_SEAT:
+        yield task.out_buf, task.out_start
+        if task.res_buf != NONE:
+            yield task.res_buf, task.out_start
+    if isinstance(task, GemmGlu):
+        yield task.out_buf, task.out_start
+    if isinstance(task, Sample | SampleBatch | FilterDraw):
+        yield task.in_buf, 0
+    if isinstance(task, Attention) and task.splits > 1:  # a partial has an even number of packets
+        yield task.part_buf, 0
 
 
 def _matrix(program: Program, task: MatVec) -> Iterator[Unsafe]:

@@ -14,7 +14,7 @@ from amk.schedule.proof.subject import Flags, Ints, Subject
 KINDS = {"f32": 0, "narrow": 1, "u32": 2}
 INTERLEAVED = len(KINDS)  # added to the kind of packets that hold a batch's seats side by side
 KIND_NAMES = (*KINDS, *(f"interleaved {kind}" for kind in KINDS))
-FIELDS = attrgetter("buffer", "start", "stop", "tag", "kind", "actor", "carried", "tile", "interleaved")
+FIELDS = attrgetter("buffer", "start", "stop", "tag", "kind", "actor", "carried", "tile", "interleaved", "paired")
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Accesses:
     storer: Flags
     carried: Flags
     tile: Ints
+    paired: Flags
 
     def take(self, which: Flags) -> Accesses:
         return Accesses(*(getattr(self, name)[which] for name in self.__dataclass_fields__))
@@ -62,6 +63,7 @@ def take_footprint(subject: Subject, positions: Ints, report: Report) -> Footpri
         accesses = accesses.take(accesses.stop > accesses.start)
         if sound:
             _kinds(subject, accesses, verb, report)
+            _pairs(subject, accesses, verb, report)
             sound &= _tags(subject, accesses, verb, report)
             kept.append(_placed(subject, accesses))
     return Footprint(*kept) if sound else None
@@ -70,11 +72,12 @@ def take_footprint(subject: Subject, positions: Ints, report: Report) -> Footpri
 def _columns(lists: list[list[Access]]) -> Accesses:
     task = np.repeat(np.arange(len(lists), dtype=np.int64), [len(accesses) for accesses in lists])
     rows = [FIELDS(access) for accesses in lists for access in accesses]
-    buffer, start, stop, tag, kind, actor, carried, tile, interleaved = zip(*rows, strict=True) if rows else ((),) * 9
+    buffer, start, stop, tag, kind, actor, carried, tile, interleaved, paired = zip(*rows, strict=True) if rows else ((),) * 10
     kinds = np.array([KINDS[k] for k in kind], dtype=np.int64) + INTERLEAVED * np.array(interleaved, dtype=np.int64)
     storer = np.array([a == "storer" for a in actor], dtype=bool)
     buffers, starts, stops, tags, tiles = (np.array(column, dtype=np.int64) for column in (buffer, start, stop, tag, tile))
-    return Accesses(task, buffers, starts, stops, tags, kinds, storer, np.array(carried, dtype=bool), tiles)
+    flags = (np.array(column, dtype=bool) for column in (carried, paired))
+    return Accesses(task, buffers, starts, stops, tags, kinds, storer, next(flags), tiles, next(flags))
 
 
 def _in_bounds(subject: Subject, accesses: Accesses, verb: str, report: Report) -> bool:
@@ -90,6 +93,16 @@ def _in_bounds(subject: Subject, accesses: Accesses, verb: str, report: Report) 
         said = f"{subject.names([accesses.task[i]])} {verb} {region}, but the buffer has packets 0:{packets[i]}"
         report.add("bounds", said, subject.ids([accesses.task[i]]), [region])
     return bool(known.all() and inside.all())
+
+
+def _pairs(subject: Subject, accesses: Accesses, verb: str, report: Report) -> None:
+    """What the device takes two packets at a time begins at an even one: it would not be one aligned access of 16 bytes."""
+    offsets = np.array([b.offset for b in subject.program.buffers] or [0], dtype=np.int64)[accesses.buffer]
+    for i in np.flatnonzero(accesses.paired & ((offsets + accesses.start) % 2 != 0)).tolist():
+        region = _region(subject, accesses, i)
+        who, first = subject.names([accesses.task[i]]), offsets[i] + accesses.start[i]
+        said = f"{who} {verb} {region} in pairs, so its first packet in the arena must be even, but is {first}"
+        report.add("bounds", said, subject.ids([accesses.task[i]]), [region])
 
 
 def _kinds(subject: Subject, accesses: Accesses, verb: str, report: Report) -> None:

@@ -238,7 +238,7 @@ def test_overlapping_buffers_are_one_place() -> None:
     apart = replace(second, offset=first.offset + 32)
     beside = replace(program, buffers=(*program.buffers[:2], apart, *program.buffers[3:]))
     assert rejections(beside) == ()
-    over = replace(apart, offset=apart.offset - 1)
+    over = replace(apart, offset=apart.offset - 2)
     assert kinds(replace(program, buffers=(*program.buffers[:2], over, *program.buffers[3:]))) == {"race"}
 
 
@@ -328,7 +328,7 @@ def test_packets_that_nobody_reads_are_overwritten_by_their_own_publish_alone() 
         return b.program()
 
     assert rejections(program(0)) == ()
-    assert "nobody reads the first" in only(program(1), "race").message
+    assert "nobody reads the first" in only(program(2), "race").message
 
 
 # ---- coverage, bounds and kinds ------------------------------------------------------------------------------------------------------

@@ -45,10 +45,10 @@ MACHINE = Machine(
 TOKEN, HIDDEN, INNER, PAIRS, SPARE = range(5)
 BUFFERS = (
     Buffer("token", "u32", 0, 1),
-    Buffer("hidden", "f32", 1, 32),
-    Buffer("inner", "f32", 33, 32),
-    Buffer("pairs", "u32", 65, 4),
-    Buffer("spare", "f32", 69, 32),
+    Buffer("hidden", "f32", 2, 32),
+    Buffer("inner", "f32", 34, 32),
+    Buffer("pairs", "u32", 66, 4),
+    Buffer("spare", "f32", 70, 32),
 )
 EMBED, UP, DOWN, HEAD, SAMPLE = range(5)  # counters, and the places in `decoder` of the first task of each part
 
@@ -196,7 +196,7 @@ def test_an_unchecked_read_is_a_race(check: Check) -> None:
 
 def test_two_writers_that_nothing_orders_are_a_race(check: Check) -> None:
     """The candidates may take the place of inner once it is dead; a head that does not wait for that may not."""
-    shifted = tuple(replace(b, offset=33) if b.name == "pairs" else b for b in BUFFERS)
+    shifted = tuple(replace(b, offset=34) if b.name == "pairs" else b for b in BUFFERS)
     assert check(program_of(*decoder(), buffers=shifted)) is None  # inner is dead when the candidates come
     (embed, down, head0), (up, head1, sample) = decoder()
     early = replace(head1, x_tag=1, wait_counter=EMBED)  # type: ignore[call-arg]
@@ -212,7 +212,7 @@ def test_packets_that_nobody_reads_may_not_be_overwritten_by_another_task(check:
     matrices = tuple(Matrix(f"m{i}", (f"w{i}",), "stack", 32, 24 if i == 1 else 32) for i in range(3))
     apart = replace(program_of([embed, half, head0], [up, head1, sample]), shapes=shapes, matrices=matrices)
     assert check(apart) is None
-    inside = tuple(replace(b, offset=33 + 26) if b.name == "pairs" else b for b in BUFFERS)
+    inside = tuple(replace(b, offset=34 + 26) if b.name == "pairs" else b for b in BUFFERS)
     assert kind_of(check(replace(apart, buffers=inside))) == "race"
 
 
@@ -263,7 +263,7 @@ def attending(**sizes: int) -> Program:
     attention = Attention(**words, out_buf=3, out_tag=1, layer=0, q0=0, nq=1, kv_head=0, split=0, splits=1, unit_rows=16)
     head = GemvHead(shape=1, flags=X_NARROW, weight=1, x_buf=3, x_tag=1, out_buf=4, out_tag=1, tile0=0, tiles=2, cols=16, rows=32)
     sample = Sample(in_buf=4, in_tag=1, out_buf=0, out_tag=1, count=1)
-    buffers = (BUFFERS[0], BUFFERS[1], Buffer("qkv", "f32", 33, 48), Buffer("out", "narrow", 81, 8), Buffer("pairs", "u32", 89, 2))
+    buffers = (BUFFERS[0], BUFFERS[1], Buffer("qkv", "f32", 34, 48), Buffer("out", "narrow", 82, 8), Buffer("pairs", "u32", 90, 2))
     return replace(
         program_of([embed, qkv, sample], [attention, head], machine, buffers),
         matrices=(Matrix("qkv", ("qkv",), "stack", 48, 32), Matrix("head", ("head",), "stack", 32, 16)),

@@ -1,0 +1,75 @@
+"""Where the device takes packets two at a time they lie at an even one: an access of 16 bytes at an odd packet would be misaligned."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from amk.eval.soundness.static_rules import static_problem
+from amk.schedule.compile import lower
+from amk.schedule.knobs import Config
+from amk.schedule.program import Buffer, Program
+from amk.schedule.proven import ValidProgram
+from amk.schedule.targets import small_target
+from amk.schedule.validate import validate
+from amk.tests.schedule.specs import SMALL
+
+KINDS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "draw": {"chooser": "draw"},
+    "filter": {"chooser": "filter"},
+    "batch": {"batch": 8},
+    "prefill": {"batch": 8, "prefill": True},
+}
+
+
+def program(kind: str) -> Program:
+    # Few KV heads and long units: attention is split, so that its parts are merged.
+    return lower(
+        replace(SMALL[0], dtype="bf16", layers=2, windows=(), max_context=512),
+        Config(kv_block=64, page_allocation="linear"),
+        small_target(8),
+        **KINDS[kind],
+    )
+
+
+def moved(program: Program, packets: int) -> Program:
+    """Every buffer, and so every value, `packets` further on."""
+    buffers = tuple(replace(b, offset=b.offset + packets) if b.space == "arena" else b for b in program.buffers)
+    return replace(program, buffers=buffers, arena_packets=program.arena_packets + packets)
+
+
+def overlapping(program: Program, at: int) -> list[Buffer]:
+    """Buffer `at` and those that share packets with it."""
+    own = program.buffers[at]
+    return [b for b in program.buffers if b.offset < own.offset + own.packets and own.offset < b.offset + b.packets]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_arena_at_odd_packets_is_rejected(kind: str) -> None:
+    whole = program(kind)
+    assert isinstance(validate(whole), ValidProgram) and static_problem(whole) is None
+    assert isinstance(validate(moved(whole, 2)), ValidProgram) and static_problem(moved(whole, 2)) is None
+    verdict, found = validate(moved(whole, 1)), static_problem(moved(whole, 1))
+    assert isinstance(verdict, tuple) and {reason.kind for reason in verdict} == {"bounds"}
+    assert "must be even" in verdict[0].message
+    assert found is not None and found.kind == "bounds"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_each_buffer_alone_validator_and_measurement_agree(kind: str) -> None:
+    """Moved behind all others, at an odd packet: refused by both where something takes it in pairs, and by neither else."""
+    whole = program(kind)
+    end = whole.arena_packets + whole.arena_packets % 2
+    kinds = set()
+    for at, buffer in enumerate(whole.buffers):
+        if any("@" in other.name for other in overlapping(whole, at)):
+            continue  # a value by seat, of which each seat's part is a buffer too
+        apart = replace(buffer, offset=end + 1)
+        changed = replace(whole, buffers=(*whole.buffers[:at], apart, *whole.buffers[at + 1 :]), arena_packets=end + 1 + buffer.packets)
+        verdict, found = validate(changed), static_problem(changed)
+        assert isinstance(verdict, ValidProgram) == (found is None), (buffer.name, verdict, found)
+        kinds.add(found is None)
+    assert False in kinds
