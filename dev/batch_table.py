@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from amk.dev.results_check import honest_batches, honest_prompts
-from amk.dev.table import EARLIER, is_present, line, origin
+from amk.dev.table import EARLIER, is_present, origin, table_of
 
 BATCHES = "Several sequences side by side, each at a position of its own, and what a step of all of them takes:"
 PROMPTS = "A prompt to the logits of its last token, beside one forward pass of transformers over it in the same run:"
@@ -19,22 +19,23 @@ Row = dict[str, Any]
 
 def batch_part(results: Path) -> Iterator[str]:
     """Heading, table and origin for each batch-*.json in `results`; ValueError if one breaks a rule of honesty."""
-    for path in sorted(results.glob("batch-*.json")):
-        data = json.loads(path.read_text(encoding="utf-8"))
-        rows, card = honest_batches(path.name, data), path.stem.removeprefix("batch-")
-        yield BATCHES
-        yield _table(BATCH_HEAD, (_batch_cells(row, card) for row in rows))
-        yield _below(path.name, data, rows, card)
+    for name, data, card in _files(results, "batch"):
+        rows = honest_batches(name, data)
+        yield from (BATCHES, table_of(BATCH_HEAD, (_batch_cells(row, card) for row in rows)), _below(name, data, rows, card))
 
 
 def prefill_part(results: Path) -> Iterator[str]:
     """The same for each prefill-*.json."""
-    for path in sorted(results.glob("prefill-*.json")):
-        data = json.loads(path.read_text(encoding="utf-8"))
-        rows, card = honest_prompts(path.name, data), path.stem.removeprefix("prefill-")
-        yield PROMPTS
-        yield _table(PROMPT_HEAD, (_prompt_cells(row, card) for row in rows))
-        yield _below(path.name, data, [row for row in rows if "stretch" in row], card)
+    for name, data, card in _files(results, "prefill"):
+        rows = honest_prompts(name, data)
+        ours = [row for row in rows if "stretch" in row]
+        yield from (PROMPTS, table_of(PROMPT_HEAD, (_prompt_cells(row, card) for row in rows)), _below(name, data, ours, card))
+
+
+def _files(results: Path, kind: str) -> Iterator[tuple[str, Row, str]]:
+    """Name, content and card of each results file KIND-CARD.json."""
+    for path in sorted(results.glob(f"{kind}-*.json")):
+        yield path.name, json.loads(path.read_text(encoding="utf-8")), path.stem.removeprefix(f"{kind}-")
 
 
 def _batch_cells(row: Row, card: str) -> Iterator[str]:
@@ -57,10 +58,6 @@ def _prompt_cells(row: Row, card: str) -> Iterator[str]:
 
 def _mark(row: Row, card: str) -> str:
     return "" if is_present(row, card) else "\\*"
-
-
-def _table(head: Sequence[str], lines: Iterator[Iterator[str]]) -> str:
-    return "\n".join([line(head), line(["---"] * len(head)), *map(line, lines)])
 
 
 def _below(name: str, data: Row, ours: Sequence[Row], card: str) -> str:

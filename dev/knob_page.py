@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from amk.dev.results_check import honest_rows
-from amk.dev.table import is_present, line, origin
+from amk.dev.table import is_present, origin, table_of
 from amk.schedule.knobs import KNOBS, Knob
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -35,10 +35,10 @@ def page(results: Path) -> str:
 def _file_part(path: Path) -> str:
     data = json.loads(path.read_text(encoding="utf-8"))
     rows = honest_rows(path.name, data, "rows")
-    where = [_table(("knob", "has an effect"), ((f"`{k.name}`", _where(k, rows)) for k in KNOBS))]
+    where = [table_of(("knob", "has an effect"), ((f"`{k.name}`", _where(k, rows)) for k in KNOBS))]
     models = sorted({row["model"] for row in rows})
     head = ("knob", "value", *models)
-    values = [_table(head, _value_lines(rows, models))]
+    values = [table_of(head, _value_lines(rows, models))]
     return "\n\n".join([f"{origin(path.name, data, '../results')}{_earlier(path, data)}", *where, *values])
 
 
@@ -47,10 +47,6 @@ def _earlier(path: Path, data: dict[str, Any]) -> str:
     card = path.stem.removeprefix("knob-effects-")
     old = [row["model"] for row in data["defaults"] if not is_present(row, card)]
     return f" Measured at an earlier version of the program or its kernel: {', '.join(sorted(old))}." if old else ""
-
-
-def _table(head: Sequence[str], lines: Iterator[Sequence[str]]) -> str:
-    return "\n".join([line(head), line(["---"] * len(head)), *map(line, lines)])
 
 
 def _where(knob: Knob, rows: Sequence[Row]) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from amk.dev.batch_table import batch_part, prefill_part
 from amk.dev.results_check import card_name, honest_chains, honest_rows, quality_line
-from amk.dev.table import EARLIER, is_present, line, origin
+from amk.dev.table import EARLIER, is_present, origin, table_of
 from amk.models.registry import describe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,14 +101,14 @@ def _card_part(card: str, sources: Sequence[Source], found: Sequence[Found], qua
     lines_of_quality = {model: quality_line(quality, model) for model, _ in groups if describe(model).quantised}
     shown = {key: entries for key, entries in groups.items() if lines_of_quality.get(key[0], "") is not None}
     withheld = [f"{model} at {position}" for model, position in groups if (model, position) not in shown]
-    body = [line(HEAD), line(["---"] * len(HEAD)), *(line(_cells(entries)) for entries in shown.values())]
+    body = table_of(HEAD, map(_cells, shown.values()))
     notes = [EARLIER] if any(not _best(entries).present for entries in shown.values()) else []
     notes += [text for text in dict.fromkeys(lines_of_quality.values()) if text]
     if withheld:
         notes.append(f"Measured and withheld, as `results/quality.json` does not say what the format costs: {', '.join(withheld)}.")
     chains = list(_chains(source for source in sources if source.card == card))
     notes += [f"{CHAIN}: {', '.join(chains)}."] if chains else []
-    return "\n\n".join(["\n".join(body), *notes])
+    return "\n\n".join([body, *notes])
 
 
 def _chains(sources: Iterable[Source]) -> Iterator[str]:

@@ -23,8 +23,7 @@ CLOSE = 1e-6  # relative: a figure that is computed from others in the file
 def honest_rows(name: str, data: Mapping[str, Any], key: str) -> list[Row]:
     """The lines of `data[key]`, those without a latency too; ValueError with every broken rule of the file `name`."""
     problems = [*_origin_problems(name, data), *(p for i, row in enumerate(data[key]) for p in row_problems(f"{key} {i}", row, data))]
-    if problems:
-        raise ValueError(f"results/{name}: " + "; ".join(problems))
+    _refuse(name, problems)
     return list(data[key])
 
 
@@ -52,8 +51,7 @@ def honest_batches(name: str, data: Mapping[str, Any]) -> list[Row]:
             problems.append(f"batch {row['batch']}: over_first must be over the first line, but is {row['over_first']}")
         if not _same(row["tokens_per_second"], 1e6 * row["batch"] / row["step_us"]):
             problems.append(f"batch {row['batch']}: tokens_per_second must follow from the step, but is {row['tokens_per_second']}")
-    if problems:
-        raise ValueError(f"results/{name}: " + "; ".join(problems))
+    _refuse(name, problems)
     return rows
 
 
@@ -67,9 +65,14 @@ def honest_prompts(name: str, data: Mapping[str, Any]) -> list[Row]:
             problems.append(f"{row['entrant']}: us_a_launch must be the prompt's time over its launches, but is {row['us_a_launch']}")
     if not any("stretch" in row for row in rows) or all("stretch" in row for row in rows):
         problems.append("there must be a prompt by AMK and one by transformers")
+    _refuse(name, problems)
+    return rows
+
+
+def _refuse(name: str, problems: Sequence[str]) -> None:
+    """ValueError with every broken rule of the file `name`, if there is one."""
     if problems:
         raise ValueError(f"results/{name}: " + "; ".join(problems))
-    return rows
 
 
 def _timed_problems(where: str, row: Mapping[str, Any], key: str, judged: bool = True) -> Iterator[str]:

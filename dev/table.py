@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from amk.dev.results_check import card_name
@@ -23,6 +23,11 @@ def is_present(row: Mapping[str, Any], card: str) -> bool:
 def line(cells: Iterable[str]) -> str:
     """A line of a Markdown table."""
     return f"| {' | '.join(cells)} |"
+
+
+def table_of(head: Sequence[str], lines: Iterable[Iterable[str]]) -> str:
+    """A Markdown table of `lines` under `head`."""
+    return "\n".join([line(head), line(["---"] * len(head)), *map(line, lines)])
 
 
 def origin(name: str, data: Mapping[str, Any], folder: str) -> str:

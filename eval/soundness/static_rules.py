@@ -178,12 +178,17 @@ def _matrix(program: Program, task: MatVec) -> Iterator[Unsafe]:
         yield Unsafe("ring", f"{task.stem}: a chunk does not fit a stage")
 
 
+def _cached_rows(program: Program, task: Instruction) -> Iterator[Unsafe]:
+    positions, rows = program.machine.context, program.kv.rows
+    if positions > rows:
+        yield Unsafe("bounds", f"{task.stem}: {positions} positions, but the cache has {rows} rows")
+
+
 def _attention(program: Program, task: Attention) -> Iterator[Unsafe]:
     machine, kv = program.machine, program.kv
     if not (0 <= task.layer < kv.layers and 0 <= task.kv_head < kv.heads):
         yield Unsafe("bounds", "attention: no such layer or KV head in the cache")
-    if machine.context > kv.rows:
-        yield Unsafe("bounds", f"attention: {machine.context} positions, but the cache has {kv.rows} rows")
+    yield from _cached_rows(program, task)
     if not (1 <= task.nq <= MAX_GROUP and 0 <= task.split < task.splits):
         yield Unsafe("kind", "attention: heads or split outside the task's group")
     group = machine.heads // machine.kv_heads
@@ -199,8 +204,7 @@ def _attention_prefill(program: Program, task: AttentionPrefill) -> Iterator[Uns
     machine, kv = program.machine, program.kv
     if not (0 <= task.layer < kv.layers and 0 <= task.head < machine.heads):
         yield Unsafe("bounds", "attention_prefill: no such layer in the cache or no such query head")
-    if machine.context > kv.rows:
-        yield Unsafe("bounds", f"attention_prefill: {machine.context} positions, but the cache has {kv.rows} rows")
+    yield from _cached_rows(program, task)
     if task.seat0 % SEAT_BLOCK or not 0 <= task.seat0 < machine.batch:
         yield Unsafe("bounds", f"attention_prefill: seats from {task.seat0} of {machine.batch}, in blocks of {SEAT_BLOCK}")
 
