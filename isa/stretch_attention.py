@@ -15,7 +15,7 @@ from amk.isa.abi import I32, U16
 from amk.isa.instruction import Access, Instruction, Memory, Publishes
 from amk.isa.machine import Machine
 from amk.isa.rounding import round_to
-from amk.isa.stretch import BY_HEAD, SEAT_BLOCK, ordered
+from amk.isa.stretch import BY_HEAD, SEAT_BLOCK, X_ORDERS, ordered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +45,14 @@ class StretchAttention(Instruction):
     def reads(self, machine: Machine, position: int) -> list[Access]:
         q, kv = (n * machine.head_dim // machine.narrow * self.batch for n in (machine.heads, 2 * machine.kv_heads))
         return [
-            Access(self.q_buf, 0, q, self.q_tag, "narrow", gated=True),
-            Access(self.kv_buf, 0, kv, self.kv_tag, "narrow", gated=True),
+            Access(self.q_buf, 0, q, self.q_tag, "narrow", gated=True, order="q"),
+            Access(self.kv_buf, 0, kv, self.kv_tag, "narrow", gated=True, order="kv"),
         ]
 
     def writes(self, machine: Machine, position: int) -> list[Access]:
         size = machine.heads // machine.kv_heads * machine.head_dim * SEAT_BLOCK // machine.narrow
         start = (self.kv_head * (self.batch // SEAT_BLOCK) + self.seat0 // SEAT_BLOCK) * size
-        return [Access(self.out_buf, start, start + size, self.out_tag, "narrow", gated=True)]
+        return [Access(self.out_buf, start, start + size, self.out_tag, "narrow", gated=True, order=X_ORDERS[BY_HEAD])]
 
     def run(self, memory: Memory, position: int) -> Publishes:
         machine = memory.machine

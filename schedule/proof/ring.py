@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from amk.isa.attention import Attention
-from amk.isa.attention_prefill import AttentionPrefill
 from amk.isa.instruction import Instruction
 from amk.isa.machine import KV_BLOCK_ROWS, KV_STREAM_LAG, piece_of
 from amk.isa.matmul import MatMul
@@ -117,7 +116,7 @@ def scratch_bytes(subject: Subject) -> Ints:
     asked: dict[Any, int] = {}
     needs = np.zeros(len(subject.tasks), dtype=np.int64)
     for words in subject.words:
-        names = {MatMul: ("cols", "flags", "batch"), MatVec: ("cols", "flags"), Attention: ("nq",), AttentionPrefill: ("batch",)}
+        names = {MatMul: ("cols", "flags", "batch"), MatVec: ("cols", "flags"), Attention: ("nq",)}
         shared = next((keys for cls, keys in names.items() if issubclass(words.cls, cls)), None)
         if shared is None and words.cls.shared_bytes is Instruction.shared_bytes:
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from math import isfinite
 from typing import Any
 
@@ -17,6 +18,7 @@ from amk.schedule.proof.report import Region, Report
 from amk.schedule.resources import block_threads
 
 MOST = (1 << 31) - 1
+COPY_PACKETS = 4  # of 4 bytes each, in the least copy of a stretch's x
 PACKET_KINDS = ("f32", "narrow", "u32")
 LAYOUTS = ("stack", "interleave8")
 POSITIVE = ("sms", "consumer_warps", "stages", "stage_bytes", "inflight", "reduction_slots", "hidden", "vocab", "heads", "kv_heads")
@@ -119,6 +121,7 @@ def _batch(machine: Machine, report: Report) -> None:
 
 
 def _buffers(program: Program, report: Report) -> None:
+    before = report.found.total()
     for number, buffer in enumerate(program.buffers):
         where = f"buffer {number} ({buffer.name})"
         known = _text(report, f"{where}: kind", buffer.kind, PACKET_KINDS) and _text(
@@ -129,6 +132,23 @@ def _buffers(program: Program, report: Report) -> None:
             region = Region(str(buffer.name), 0, buffer.packets)
             end = buffer.offset + buffer.packets
             report.add("bounds", f"{where} ends at packet {end}, but the arena has {program.arena_packets}", regions=[region])
+    if program.machine.prefill is True and before == report.found.total():
+        _apart(program.buffers, report)
+
+
+def _apart(buffers: tuple[Buffer, ...], report: Report) -> None:
+    """Of a stretch: copies take whole 16 bytes, and a value's packets lie in an order of its own, so two values share all packets or none."""
+    for number, buffer in enumerate(buffers):
+        if buffer.offset % COPY_PACKETS:
+            said = f"begins at packet {buffer.offset}, but in a stretch must at a multiple of {COPY_PACKETS}: 16 bytes"
+            report.add("bounds", f"buffer {number} ({buffer.name}) {said}", regions=[Region(str(buffer.name), 0, buffer.packets)])
+    held = sorted((b for b in buffers if b.packets and b.space == "arena"), key=lambda b: (b.offset, b.offset + b.packets))
+    for one, other in pairwise(held):
+        alike = (one.offset, one.packets, one.kind) == (other.offset, other.packets, other.kind)
+        if other.offset < one.offset + one.packets and not alike:
+            regions = [Region(str(b.name), 0, b.packets) for b in (one, other)]
+            said = f"{regions[0]} ({one.kind}) at packet {one.offset} and {regions[1]} ({other.kind}) at packet {other.offset}"
+            report.add("kind", f"buffers {said} share some packets, but in a stretch must share none, or all in one kind", regions=regions)
 
 
 def _matrices(program: Program, limits: Limits, report: Report) -> None:
