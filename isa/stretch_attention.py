@@ -12,6 +12,7 @@ from typing import ClassVar
 import numpy as np
 
 from amk.isa.abi import I32, U16
+from amk.isa.attention import PARTIAL_HEAD
 from amk.isa.instruction import Access, Instruction, Memory, Publishes
 from amk.isa.machine import Machine
 from amk.isa.rounding import round_to
@@ -53,6 +54,11 @@ class StretchAttention(Instruction):
         size = machine.heads // machine.kv_heads * machine.head_dim * SEAT_BLOCK // machine.narrow
         start = (self.kv_head * (self.batch // SEAT_BLOCK) + self.seat0 // SEAT_BLOCK) * size
         return [Access(self.out_buf, start, start + size, self.out_tag, "narrow", gated=True, order=X_ORDERS[BY_HEAD])]
+
+    def shared_bytes(self, machine: Machine) -> int:
+        """q as elements, and of each consumer warp one partial for every query head of each seat."""
+        queries, dim = SEAT_BLOCK * (machine.heads // machine.kv_heads), machine.padded_head_dim
+        return 4 * machine.consumer_warps * queries * (dim + PARTIAL_HEAD) + queries * dim * machine.element_bytes
 
     def run(self, memory: Memory, position: int) -> Publishes:
         machine = memory.machine
