@@ -27,8 +27,8 @@ class Access:
     is not checked by the device. Reads by "storer" belong to one publish: `tile` says which (the publish of the same index).
     `interleaved` packets hold elements of a batch's seats side by side (isa/batch.py), others those of one vector. `paired` ones the device
     takes two at a time, so `start` must be an even packet of the arena.
-    `gated` packets carry no tag on the device (isa/stretch.py): a read of them waits for nothing but its task's counter, whose arrivals release
-    what was published before; `tag` says which value is meant, and `order` which element is where in it: whoever reads it takes that for granted.
+    `gated` packets carry no tag on the device (isa/stretch.py): a read of them waits for nothing but its task's counter, whose arrivals
+    release what was published before; `tag` says which value is meant, and `order` which element is where in it.
     """
 
     buffer: int

@@ -14,8 +14,7 @@ from amk.isa.matvec import MatVec
 from amk.isa.weight_format import FORMAT_FLAGS, format_of
 from amk.schedule.proof.report import Region, Report
 from amk.schedule.proof.subject import Flags, Ints, Subject, Words
-
-COPY_BYTES = 16  # copies into the ring begin at multiples of this, and are multiples of it long
+from amk.schedule.proof.tables import COPY_BYTES
 
 
 def check_streams(subject: Subject, silent: Flags, report: Report) -> None:
@@ -87,8 +86,8 @@ def _own_chunks(subject: Subject, tasks: list[int], report: Report) -> None:
     machine = subject.program.machine
     for number in tasks:
         largest = max(subject.tasks[number].chunk_bytes(machine, machine.context - 1), default=0)
-        if largest > machine.stage_bytes:
-            said = f"streams a chunk of {largest} bytes, but a stage has {machine.stage_bytes}"
+        if largest > machine.slot_bytes:
+            said = f"streams a chunk of {largest} bytes, but a slot of the ring has {machine.slot_bytes}"
             report.add("ring", f"{subject.names([number])} {said}", subject.ids([number]))
 
 

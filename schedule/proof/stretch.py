@@ -10,7 +10,6 @@ import numpy as np
 
 from amk.isa.abi import NONE
 from amk.isa.instruction import Instruction
-from amk.isa.machine import TILE_ROWS
 from amk.isa.seat_norm import SeatNorm
 from amk.isa.seat_qkv import SeatQkv
 from amk.isa.stretch import GROUP_ROWS, GROUP_TILES, SEAT_BLOCK
@@ -104,9 +103,7 @@ def _asked(subject: Subject, tasks: list[int]) -> bool:
     return any(isinstance(task, SeatQkv) and task.q_buf != NONE for task in map(subject.tasks.__getitem__, tasks))
 
 
-def _once(
-    subject: Subject, what: str, tasks: list[int], names: tuple[str, ...], wanted: list[tuple[int, ...]], report: Report
-) -> None:
+def _once(subject: Subject, what: str, tasks: list[int], names: tuple[str, ...], wanted: Iterable[tuple[int, ...]], report: Report) -> None:
     """Tasks of one phase are told apart by the words `names`: each wanted value is there once, and all other words are the same."""
     takers: dict[tuple[int, ...], list[int]] = {key: [] for key in wanted}
     for number in tasks:
@@ -160,8 +157,8 @@ def _phases(subject: Subject, m: Matching) -> Iterator[tuple[list[int], list[int
     for found, groups, tasks in ((readers, m.groups.of, m.groups.reads.task), (writers, m.read.owner[known], writer)):
         for group, task in np.unique(np.stack([groups, tasks]), axis=1).T.tolist():
             found[group].append(task)
-    for group, tasks in readers.items():
-        yield tasks, writers[group]
+    for group, members in readers.items():
+        yield members, writers[group]
 
 
 def _unlike_takers(subject: Subject, readers: list[int]) -> list[int]:
@@ -196,6 +193,6 @@ def _check_layer(subject: Subject, number: int, task: StretchAttention, writers:
     for writer in writers:
         found = subject.tasks[writer]
         if isinstance(found, SeatQkv) and found.layer != task.layer:
-            said = f"{subject.names([number])} is in layer {task.layer}, but takes what {subject.names([writer])} publishes of layer {found.layer}"
+            said = f"{subject.names([number])} takes what {subject.names([writer])} publishes, but is in another layer"
             report.add("kind", said, subject.ids([number, writer]))
             return

@@ -18,7 +18,8 @@ from amk.schedule.proof.report import Region, Report
 from amk.schedule.resources import block_threads
 
 MOST = (1 << 31) - 1
-COPY_PACKETS = 4  # of 4 bytes each, in the least copy of a stretch's x
+COPY_BYTES = 16  # the least copy into the ring; larger ones are multiples of it
+COPY_PACKETS = COPY_BYTES // 4  # of a stretch, whose packets are 4 bytes
 PACKET_KINDS = ("f32", "narrow", "u32")
 LAYOUTS = ("stack", "interleave8")
 POSITIVE = ("sms", "consumer_warps", "stages", "stage_bytes", "inflight", "reduction_slots", "hidden", "vocab", "heads", "kv_heads")
@@ -107,6 +108,8 @@ def _machine(machine: Machine, limits: Limits, report: Report) -> None:
         _batch(machine, report)
     if type(machine.prefill) is not bool or machine.prefill and machine.batch == 1:
         report.add("kind", f"machine.prefill must be False, or True for a batch of more than 1, but is {machine.prefill!r:.20}")
+    if _integers(report, "machine", machine, ("slot",), 0):
+        _slot(machine, report)
     heads = (machine.heads, machine.kv_heads)
     if all(_integer(n, 1, MOST) for n in heads) and heads[0] % heads[1]:
         report.add("kind", f"machine.heads must be a multiple of kv_heads, but they are {heads[0]} and {heads[1]}")
@@ -118,6 +121,14 @@ def _batch(machine: Machine, report: Report) -> None:
         report.add("kind", f"machine.batch must be 1 or a multiple of {SEAT_BLOCK}, but is {machine.batch}")
     if machine.dtype == "fp32":
         report.add("kind", "machine.dtype must be bf16 or fp16 for a batch, but is fp32")
+
+
+def _slot(machine: Machine, report: Report) -> None:
+    """A ring slot of a size of its own: of a stretch alone, and whole copies."""
+    if machine.slot and machine.prefill is not True:
+        report.add("ring", f"machine.slot must be 0 but for prefill: a slot is a stage; but is {machine.slot}")
+    elif machine.slot % COPY_BYTES:
+        report.add("ring", f"machine.slot must be a multiple of {COPY_BYTES} bytes, but is {machine.slot}")
 
 
 def _buffers(program: Program, report: Report) -> None:
@@ -137,7 +148,7 @@ def _buffers(program: Program, report: Report) -> None:
 
 
 def _apart(buffers: tuple[Buffer, ...], report: Report) -> None:
-    """Of a stretch: copies take whole 16 bytes, and a value's packets lie in an order of its own, so two values share all packets or none."""
+    """Of a stretch: copies take whole 16 bytes. A value's packets lie in an order of its own, so two share all of them or none."""
     for number, buffer in enumerate(buffers):
         if buffer.offset % COPY_PACKETS:
             said = f"begins at packet {buffer.offset}, but in a stretch must at a multiple of {COPY_PACKETS}: 16 bytes"
