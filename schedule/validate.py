@@ -5,7 +5,8 @@ missing, nothing out of bounds, kinds and shapes that agree, device code for eve
 compiler's own dependency code is used.
 
 Assumed, not proven: the device code does what each instruction states about itself (`reads`, `writes`, `chunk_bytes`), the hardware
-shows a packet's value with its tag and what came before an arrival to who has seen it (docs/machine.md), positions rise by one from token to token, and only attention's footprint depends on the position.
+shows a packet's value with its tag, and what was published before an arrival to who has waited for that, positions rise by one from
+token to token, and only attention's footprint depends on the position.
 Numerics are the oracle's.
 Incomplete where it is cautious: the proof is of the fullest token (proof/positions.py), which at contexts of mixed windows may never occur.
 """

@@ -16,7 +16,7 @@ from amk.schedule.targets import small_target
 VARIANTS = 256  # lowerings that mutants are made of
 BATCH_EVERY = 8  # one in so many is of a batch, and as many are for prefill
 OF_BATCH, OF_PREFILL = BATCH_EVERY - 1, BATCH_EVERY // 2 - 1  # which ones
-STRETCHES = (SEAT_BLOCK, SEAT_BLOCK, 2 * SEAT_BLOCK)
+STRETCHES = (SEAT_BLOCK, 2 * SEAT_BLOCK, 4 * SEAT_BLOCK)
 LAYERS, LAYERS_PREFILL = (1, 1, 2), (1, 2, 2)  # of the last layer a program for prefill has the KV rows alone
 
 
