@@ -18,7 +18,7 @@ struct StretchScratch {
 // Running softmax of one warp over blocks of 16 rows, seats in the 8 columns: a lane has columns 2t and 2t + 1.
 struct StretchSoftmax {
   static constexpr int STEPS = HD / 16;
-  static constexpr bool V_EARLY = STEPS <= 4;  // V is asked for before the scores where registers allow
+  static constexpr bool V_EARLY = STEPS <= 4;  // V comes with K where registers allow
   uint2 q[STEPS];
   float m[2], l[2], o[STEPS][4];
 
@@ -35,17 +35,24 @@ struct StretchSoftmax {
     m[0] = m[1] = NEG_INF;
     l[0] = l[1] = 0.f;
   }
-  // The first `count` rows of `block`, row r at position `first` + r, for the seats from position `seat` on.
-  __device__ __forceinline__ void add(const uint8_t* block, int first, int count, int seat, int window, int lane) {
-    const int g = lane >> 2, t = lane & 3;
-    uint4 early[V_EARLY ? STEPS : 1];
-    float d[4] = {0.f, 0.f, 0.f, 0.f};
-    if constexpr (V_EARLY) {
+  // What a warp asks for of a block while it is at the block before.
+  struct Fetched {
+    uint4 k[STEPS], v[V_EARLY ? STEPS : 1];
+    __device__ __forceinline__ void fetch(const uint8_t* block, int lane) {
 #pragma unroll
-      for (int i = 0; i < STEPS; ++i) early[i] = fragment(block + KV_HALF_BYTES, i, lane);
+      for (int i = 0; i < STEPS; ++i) k[i] = streamed(block, i, lane);
+      if constexpr (V_EARLY) {
+#pragma unroll
+        for (int i = 0; i < STEPS; ++i) v[i] = streamed(block + KV_HALF_BYTES, i, lane);
+      }
     }
+  };
+  // The first `count` rows of `block`, of which `fetched` was asked for, row r at position `first` + r, for the seats from position `seat` on.
+  __device__ __forceinline__ void add(const Fetched& fetched, const uint8_t* block, int first, int count, int seat, int window, int lane) {
+    const int g = lane >> 2, t = lane & 3;
+    float d[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-    for (int i = 0; i < STEPS; ++i) multiply(d, fragment(block, i, lane), q[i].x, q[i].y);
+    for (int i = 0; i < STEPS; ++i) multiply(d, fetched.k[i], q[i].x, q[i].y);
     float p[4];
 #pragma unroll
     for (int col = 0; col < 2; ++col) {
@@ -69,7 +76,7 @@ struct StretchSoftmax {
     const uint32_t b0 = transposed(pack2(p[0], p[1])), b1 = transposed(pack2(p[2], p[3]));
 #pragma unroll
     for (int i = 0; i < STEPS; ++i) {
-      uint4 v = V_EARLY ? early[V_EARLY ? i : 0] : fragment(block + KV_HALF_BYTES, i, lane);
+      uint4 v = V_EARLY ? fetched.v[V_EARLY ? i : 0] : streamed(block + KV_HALF_BYTES, i, lane);
       if (count < KV_BLOCK_ROWS) clear_rows(v, count, lane);
       multiply(o[i], v, b0, b1);
     }
@@ -92,6 +99,10 @@ struct StretchSoftmax {
   }
 
  private:
+  // The L1 cache keeps nothing: rows of the stretch are other SMs'.
+  static __device__ __forceinline__ uint4 streamed(const uint8_t* half, int i, int lane) {
+    return __ldcg(reinterpret_cast<const uint4*>(half) + i * 32 + lane);
+  }
   static __device__ __forceinline__ uint32_t transposed(uint32_t v) {
     uint32_t r;
     asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(r) : "r"(v));
@@ -136,12 +147,18 @@ __device__ __forceinline__ void consume_stretch_attention(Consumer& c, const Str
     constexpr int STRIDE = HEADS * HEAD_DIM * ELEMENT_BYTES;
     const int place = (task.seat0 * HEADS + task.kv_head * HEADS_A_KV_HEAD + head) * HEAD_DIM;
     StretchSoftmax softmax(value(b, task.q_buf) + place * ELEMENT_BYTES, STRIDE, c.lane);
+    auto block_at = [&](int i) {
+      return i < old_blocks ? kv_block(b.p, task.layer, task.kv_head, first + i) : stretch_block(own, task.kv_head, i - old_blocks);
+    };
+    StretchSoftmax::Fetched next;
+    if (share < blocks) next.fetch(block_at(share), c.lane);
 #pragma unroll 1
     for (int i = share; i < blocks; i += HEAD_WARPS) {
+      const StretchSoftmax::Fetched fetched = next;
       const bool is_old = i < old_blocks;
       const int row = is_old ? (first + i) * KV_BLOCK_ROWS : (i - old_blocks) * KV_BLOCK_ROWS;  // of the sequence, or of the stretch
-      const uint8_t* block = is_old ? kv_block(b.p, task.layer, task.kv_head, first + i) : stretch_block(own, task.kv_head, i - old_blocks);
-      softmax.add(block, is_old ? row : start + row, min_of(KV_BLOCK_ROWS, (is_old ? start : rows) - row), seat, task.window, c.lane);
+      if (i + HEAD_WARPS < blocks) next.fetch(block_at(i + HEAD_WARPS), c.lane);
+      softmax.add(fetched, block_at(i), is_old ? row : start + row, min_of(KV_BLOCK_ROWS, (is_old ? start : rows) - row), seat, task.window, c.lane);
     }
     softmax.finish(s, share, head, c.lane);
   }
