@@ -124,7 +124,7 @@ __device__ __forceinline__ void multiply_group(Consumer& c, const Task& task, Gr
     const uint8_t* slot = c.wait_chunk();
     uint32_t read = 0;
     if constexpr (Run<P>::UNIFORM) {
-#pragma unroll
+#pragma unroll 2
       for (int j = 0; j < P::PER_CHUNK; ++j) read |= sums.add(slot, j, c.lane);
     } else {
       const int count = Run<P>(r).count;
