@@ -9,7 +9,9 @@
 //                      wait a moment) and barrier_tested (which does not)
 //   FEEDER_LANES       lanes of the feeder's warp that run: 1, or all 32 in step
 //   FULL_ARRIVALS      arrivals at a stage's `full` barrier that say that its chunk has landed
-//   copy_chunk         starts the copy of a chunk (a multiple of 16 bytes); `full` gets its arrivals when all of it is in the stage
+//   begin_copies, copy_piece, end_copies
+//                      start the copy of a chunk of some bytes, piece by piece (multiples of 16 bytes); `full` gets its arrivals when all of
+//                      it is in the slot
 //   order_copies       what this warp has acquired is seen by the copies that it starts next
 
 constexpr int CONSUMER_THREADS = CONSUMER_WARPS * 32;
@@ -38,7 +40,7 @@ struct Block {
   bool appends_rows;  // has tail tasks: it tells the feeders when its token has ended
 
   __device__ Barriers& barriers() const { return *reinterpret_cast<Barriers*>(shared + BARRIER_OFFSET); }
-  __device__ uint8_t* stage(int slot) const { return shared + slot * STAGE_BYTES; }
+  __device__ uint8_t* stage(int slot) const { return shared + slot * SLOT_BYTES; }
   __device__ float* scratch() const { return reinterpret_cast<float*>(shared + SCRATCH_OFFSET); }
   __device__ float* partial(int slot, int warp) const {
     return reinterpret_cast<float*>(shared + REDUCTION_OFFSET) + (slot * CONSUMER_WARPS + warp) * SLOT_ROW;
@@ -218,6 +220,7 @@ struct Feeder {
   uint32_t slot = 0, empty_parity = 1;
   uint32_t oldest = 0, oldest_parity = 0;
   uint32_t under_way = 0;
+  uint32_t entry = 0;  // of the stream
 
   __device__ Feeder(const Block& b)
       : b(b), abort{reinterpret_cast<uint32_t*>(b.p.abort), b.p.spin_limit, FEEDER, b.sm, 0, 0} {}
@@ -241,16 +244,27 @@ struct Feeder {
     --under_way;
     return true;
   }
-  // Streams one chunk into the next slot; false when the launch is being aborted.
-  __device__ __forceinline__ bool stream(const uint8_t* source, uint32_t bytes) {
-    if (under_way == INFLIGHT && !wait_landed()) return false;
-    Barriers& bars = b.barriers();
-    Barrier* empty = &bars.empty[slot];
+  // The next slot, for a chunk of `bytes`, once it is free; null when the launch is being aborted. Copies into it come between this and `started`.
+  __device__ __forceinline__ uint8_t* begin(uint32_t bytes) {
+    if (under_way == INFLIGHT && !wait_landed()) return nullptr;
+    Barrier* empty = &b.barriers().empty[slot];
     const uint32_t parity = empty_parity;
-    if (!wait(WAIT_EMPTY, [=] { return barrier_passed(empty, parity); })) return false;
-    copy_chunk(bars.full[slot], b.stage(slot), source, bytes);
+    if (!wait(WAIT_EMPTY, [=] { return barrier_passed(empty, parity); })) return nullptr;
+    begin_copies(full(), bytes);
+    return b.stage(slot);
+  }
+  __device__ __forceinline__ Barrier& full() const { return b.barriers().full[slot]; }
+  __device__ __forceinline__ void started() {
+    end_copies(full());
     ++under_way;
     if (++slot == STAGES) { slot = 0; empty_parity ^= 1; }
+  }
+  // Streams one chunk into the next slot; false when the launch is being aborted.
+  __device__ __forceinline__ bool stream(const uint8_t* source, uint32_t bytes) {
+    uint8_t* to = begin(bytes);
+    if (!to) return false;
+    copy_piece(full(), to, source, bytes);
+    started();
     return true;
   }
   // Copies that have been started must land before the block may end, aborted or not.
