@@ -11,7 +11,7 @@ from amk.vm.kv import has_same_rows
 # that is decoded takes 0.3 to 3.4 ms. So a session's first prompt gains from some thousands of tokens on and those that follow at once;
 # below this many they would gain less than anybody notices.
 LEAST_PROMPT = 256
-STRETCHES = (32, 16, 8)  # tokens of a launch, best first; 64 would take more than twice the proof of 32, and spill registers
+STRETCHES = (128, 64, 32)  # tokens of a launch, best first
 
 
 def prefill(session: Session, candidate: Candidate, decoder: Loaded, prompt: list[int]) -> Prefill:

@@ -80,12 +80,12 @@ def latency_us(program: Program, target: Target, position: int, bandwidth: float
     """
     gbs = bandwidth if bandwidth is not None else READ_SHARE * target.bandwidth_gbs
     m, clock = program.machine, REFERENCE_MHZ / target.clock_mhz
-    rate = min(gbs * 1e3 / m.sms, m.inflight * m.stage_bytes / COPY_US)  # bytes per us of one SM
+    rate = min(gbs * 1e3 / m.sms, m.inflight * m.slot_bytes / COPY_US)  # bytes per us of one SM
     phases, used = _phase_bytes(program, position)
     use = CHUNK_CYCLES / target.clock_mhz / CHUNK_BYTES  # us per byte
     ahead: F64 = np.zeros(m.sms)
-    first, ahead = _token(phases, used, ahead, rate, use, BOUNDARY_US * clock, float(m.stages * m.stage_bytes))
-    steady, _ = _token(phases, used, ahead, rate, use, BOUNDARY_US * clock, float(m.stages * m.stage_bytes))
+    first, ahead = _token(phases, used, ahead, rate, use, BOUNDARY_US * clock, float(m.stages * m.slot_bytes))
+    steady, _ = _token(phases, used, ahead, rate, use, BOUNDARY_US * clock, float(m.stages * m.slot_bytes))
     return max(steady, floor_us(program, position, gbs))
 
 
