@@ -61,18 +61,21 @@ __device__ __forceinline__ bool stream_group(Feeder& f, const Task& task, const 
   if (!f.wait(WAIT_COUNTER, [=] { return reached(load_acquire(counter), threshold); })) return false;
   order_copies();
   const uint8_t *weights = reinterpret_cast<const uint8_t*>(b.p.weights), *x = value(b, task.x_buf);
-  const uint32_t* places = reinterpret_cast<const uint32_t*>(b.shared + PLACES_OFFSET) + f.entry * GROUP_TILES;
+  const uint32_t* places = reinterpret_cast<const uint32_t*>(b.shared + PLACES_OFFSET) + f.products++ * GROUP_TILES;  // a launch is one stretch
   const int tiles = task.tiles;
 #pragma unroll 1
   for (int r = task.run0; r < task.run0 + task.runs; ++r) {
     const Run<P> run(r);
     const uint32_t tile_bytes = run.count * FRAGMENT_BYTES, x_bytes = run.count * FRAGMENT_ROW_BYTES;
-    uint8_t* to = f.begin(tiles * tile_bytes + x_bytes);
-    if (!to) return false;
+    if (!f.wait_slot()) return false;
+    Barrier& full = b.barriers().full[f.slot];
+    uint8_t* to = b.stage(f.slot);
+    begin_copies(full, tiles * tile_bytes + x_bytes);
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile)
-      copy_piece(f.full(), to + tile * TILE_STRIDE, weights + (uint64_t)places[tile] * FRAGMENT_BYTES + run.offset, tile_bytes);
-    copy_piece(f.full(), to + SLOT_X, x + (uint64_t)run.first * FRAGMENT_ROW_BYTES, x_bytes);
+      copy_piece(full, to + tile * TILE_STRIDE, weights + (uint64_t)places[tile] * FRAGMENT_BYTES + run.offset, tile_bytes);
+    copy_piece(full, to + SLOT_X, x + (uint64_t)run.first * FRAGMENT_ROW_BYTES, x_bytes);
+    end_copies(full);
     f.started();
   }
   return true;
