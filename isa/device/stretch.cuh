@@ -27,6 +27,24 @@ __device__ __forceinline__ uint64_t sum_at(int share, int rows, int seat, int ro
   return ((uint64_t)(share * groups + row / GROUP_ROWS) * BATCH + seat) * GROUP_ROWS + row % GROUP_ROWS;
 }
 
+// Four rows of a seat, N times: quad i from row `row(i)` on, shares of the product's sums added in order. All are asked for before the first is added.
+template <int N, class Row>
+__device__ __forceinline__ void add_shares(float4 (&total)[N], const float* sums, int shares, int rows, int seat, Row row) {
+  float4 v[N][MOST_SHARES];
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+#pragma unroll
+    for (int share = 0; share < MOST_SHARES; ++share)
+      if (share < shares) v[i][share] = __ldcg(reinterpret_cast<const float4*>(sums + sum_at(share, rows, seat, row(i))));
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    total[i] = v[i][0];
+#pragma unroll
+    for (int share = 1; share < MOST_SHARES; ++share)
+      if (share < shares) total[i].x += v[i][share].x, total[i].y += v[i][share].y, total[i].z += v[i][share].z, total[i].w += v[i][share].w;
+  }
+}
+
 // All consumers have published: whoever acquires the counter sees it.
 __device__ __forceinline__ void release_done(Consumer& c, uint16_t counter) {
   c.meet();
