@@ -110,22 +110,33 @@ struct GroupSums {
 #pragma unroll
     for (int i = 0; i < 2 * BLOCKS * 4; ++i) acc[i / (4 * BLOCKS)][i / 4 % BLOCKS][i % 4] = 0.f;
   }
-  // Adds fragment j of the run in a slot; returns words that depend on all that was read.
-  __device__ __forceinline__ uint32_t add(const uint8_t* slot, int j, int lane) {
-    const uint8_t* w = slot + tile * TILE_STRIDE + j * FRAGMENT_BYTES + lane * 16;
-    const uint8_t* x = slot + SLOT_X + j * FRAGMENT_ROW_BYTES + block * 256 + lane * 16;
-    const uint4 a = *reinterpret_cast<const uint4*>(w), b = *reinterpret_cast<const uint4*>(w + TILE_STRIDE);
-    uint32_t read = a.x | b.x;
+  // A fragment of each of the two tiles, and x of the same columns.
+  struct Operands {
+    uint4 a, b, x[BLOCKS / 2];
+    // Returns words that depend on all that was read.
+    __device__ __forceinline__ uint32_t load(const uint8_t* w, const uint8_t* from) {
+      a = *reinterpret_cast<const uint4*>(w), b = *reinterpret_cast<const uint4*>(w + TILE_STRIDE);
+      uint32_t read = a.x | b.x;
 #pragma unroll
-    for (int i = 0; i < BLOCKS; i += 2) {
-      const uint4 v = *reinterpret_cast<const uint4*>(x + i * 256);
-      read |= v.x;
-      multiply(acc[0][i], a, v.x, v.y);
-      multiply(acc[1][i], b, v.x, v.y);
-      multiply(acc[0][i + 1], a, v.z, v.w);
-      multiply(acc[1][i + 1], b, v.z, v.w);
+      for (int i = 0; i < BLOCKS / 2; ++i) {
+        x[i] = *reinterpret_cast<const uint4*>(from + i * 512);
+        read |= x[i].x;
+      }
+      return read;
     }
-    return read;
+  };
+  // Fragment j of the run in a slot.
+  __device__ __forceinline__ uint32_t load(Operands& o, const uint8_t* slot, int j, int lane) const {
+    return o.load(slot + tile * TILE_STRIDE + j * FRAGMENT_BYTES + lane * 16, slot + SLOT_X + j * FRAGMENT_ROW_BYTES + block * 256 + lane * 16);
+  }
+  __device__ __forceinline__ void add(const Operands& o) {
+#pragma unroll
+    for (int i = 0; i < BLOCKS / 2; ++i) {
+      multiply(acc[0][2 * i], o.a, o.x[i].x, o.x[i].y);
+      multiply(acc[1][2 * i], o.b, o.x[i].x, o.x[i].y);
+      multiply(acc[0][2 * i + 1], o.a, o.x[i].z, o.x[i].w);
+      multiply(acc[1][2 * i + 1], o.b, o.x[i].z, o.x[i].w);
+    }
   }
   // visit(tile of the group, seat, sums): lane (g, t) has rows g and g + 8 of seats `seat` and `seat` + 1: sums[0] and [1], then [2] and [3].
   template <class Visit>
@@ -137,22 +148,42 @@ struct GroupSums {
   }
 };
 
+// The operands of a fragment are asked for before those of the one before are multiplied, those of a run's first one before the last of the
+// run before.
 template <int COLUMNS, int FLAGS, class Task>
 __device__ __forceinline__ void multiply_group(Consumer& c, const Task& task, GroupSums& sums) {
   using P = Plan<COLUMNS, FLAGS>;
+  const int stop = task.run0 + task.runs;
+  GroupSums::Operands now, next;
+  const uint8_t* slot = c.wait_chunk();
+  uint32_t read = sums.load(now, slot, 0, c.lane);
 #pragma unroll 1
-  for (int r = task.run0; r < task.run0 + task.runs; ++r) {
-    const uint8_t* slot = c.wait_chunk();
-    uint32_t read = 0;
-    if constexpr (Run<P>::UNIFORM) {
-#pragma unroll 2
-      for (int j = 0; j < P::PER_CHUNK; ++j) read |= sums.add(slot, j, c.lane);
+  for (int r = task.run0; r < stop; ++r) {
+    const int count = Run<P>::UNIFORM ? P::PER_CHUNK : Run<P>(r).count;
+    if constexpr (Run<P>::UNIFORM && P::PER_CHUNK % 2 == 0) {
+#pragma unroll
+      for (int j = 0; j < P::PER_CHUNK; j += 2) {
+        read |= sums.load(next, slot, j + 1, c.lane);
+        sums.add(now);
+        if (j + 2 < P::PER_CHUNK) read |= sums.load(now, slot, j + 2, c.lane);
+        else {
+          c.release_chunk(read);
+          if (r + 1 < stop) read = sums.load(now, slot = c.wait_chunk(), 0, c.lane);
+        }
+        sums.add(next);
+      }
     } else {
-      const int count = Run<P>(r).count;
 #pragma unroll 1
-      for (int j = 0; j < count; ++j) read |= sums.add(slot, j, c.lane);
+      for (int j = 0; j < count; ++j) {
+        if (j + 1 < count) read |= sums.load(next, slot, j + 1, c.lane);
+        else {
+          c.release_chunk(read);
+          if (r + 1 < stop) read = sums.load(next, slot = c.wait_chunk(), 0, c.lane);
+        }
+        sums.add(now);
+        now = next;
+      }
     }
-    c.release_chunk(read);
   }
 }
 
