@@ -236,6 +236,16 @@ struct Feeder {
     __syncwarp();
     return here;
   }
+  // One look, for every lane alike.
+  template <class Ready>
+  __device__ __forceinline__ bool here(Ready ready) const {
+    if constexpr (FEEDER_LANES == 1) return ready();
+    bool is_here = false;
+    if ((threadIdx.x & 31) == 0) is_here = ready();
+    is_here = __shfl_sync(~0u, is_here, 0);
+    __syncwarp();
+    return is_here;
+  }
   __device__ __forceinline__ bool wait_landed() {
     Barrier* bar = &b.barriers().full[oldest];
     const uint32_t parity = oldest_parity;

@@ -68,34 +68,76 @@ struct Run {
   }
 };
 
-// The feeder's side of a product: run after run of each tile, and the x that goes with it.
+// The feeder's side of a product: run after run of each tile, and the x that goes with it. Weights depend on nothing: as many runs of them as the
+// ring holds are asked for before x is there.
+template <class P, class Task>
+struct GroupFeed {
+  Feeder& f;
+  const Task& task;
+  const uint32_t* places;  // of the tiles, in fragments
+  const uint8_t* x;
+  uint32_t slot;           // whose x is asked for next
+  int run;                 // the run in it
+  bool open = false;       // x is there
+
+  __device__ __forceinline__ GroupFeed(Feeder& f, const Task& task)
+      : f(f), task(task),
+        places(reinterpret_cast<const uint32_t*>(f.b.shared + PLACES_OFFSET) + f.products++ * GROUP_TILES),  // a launch is one stretch
+        x(value(f.b, task.x_buf)), slot(f.slot), run(task.run0) {}
+
+  __device__ __forceinline__ void copy_weights(const Run<P>& r) {
+    const uint8_t* weights = reinterpret_cast<const uint8_t*>(f.b.p.weights) + r.offset;
+    const uint32_t bytes = r.count * FRAGMENT_BYTES;
+    Barrier& full = f.b.barriers().full[f.slot];
+    begin_copies(full, task.tiles * bytes + r.count * FRAGMENT_ROW_BYTES);
+#pragma unroll 1
+    for (int tile = 0; tile < task.tiles; ++tile)
+      copy_piece(full, f.b.stage(f.slot) + tile * TILE_STRIDE, weights + (uint64_t)places[tile] * FRAGMENT_BYTES, bytes);
+  }
+  // x of the runs before `stop` whose x has not been asked for.
+  __device__ __forceinline__ void copy_x(int stop) {
+#pragma unroll 1
+    for (; run < stop; ++run) {
+      const Run<P> r(run);
+      Barrier& full = f.b.barriers().full[slot];
+      copy_piece(full, f.b.stage(slot) + SLOT_X, x + (uint64_t)r.first * FRAGMENT_ROW_BYTES, r.count * FRAGMENT_ROW_BYTES);
+      end_copies(full);
+      if (++slot == STAGES) slot = 0;
+    }
+  }
+  // Looks whether all of x has been released, or waits for it: false when the launch is being aborted.
+  __device__ __forceinline__ bool look(const Token& token, bool must) {
+    const uint32_t* counter = f.b.counter(task.wait_counter);
+    const uint32_t threshold = task.wait_count * token.epoch;
+    bool here = false;
+    if (must) {
+      if (!f.wait(WAIT_COUNTER, [=] { return reached(load_acquire(counter), threshold); })) return false;
+      here = true;
+    } else {
+      here = f.here([=] { return reached(load_acquire(counter), threshold); });
+    }
+    if (here) order_copies();
+    open = here;
+    return true;
+  }
+};
 template <int COLUMNS, int FLAGS, class Task>
 __device__ __forceinline__ bool stream_group(Feeder& f, const Task& task, const Token& token) {
   using P = Plan<COLUMNS, FLAGS>;
   static_assert(P::PER_CHUNK <= SLOT_FRAGMENTS, "a slot holds a run of each tile of a group");
-  const Block& b = f.b;
-  const uint32_t* counter = b.counter(task.wait_counter);
-  const uint32_t threshold = task.wait_count * token.epoch;
-  if (!f.wait(WAIT_COUNTER, [=] { return reached(load_acquire(counter), threshold); })) return false;
-  order_copies();
-  const uint8_t *weights = reinterpret_cast<const uint8_t*>(b.p.weights), *x = value(b, task.x_buf);
-  const uint32_t* places = reinterpret_cast<const uint32_t*>(b.shared + PLACES_OFFSET) + f.products++ * GROUP_TILES;  // a launch is one stretch
-  const int tiles = task.tiles;
+  GroupFeed<P, Task> feed(f, task);
+  const int stop = task.run0 + task.runs;
 #pragma unroll 1
-  for (int r = task.run0; r < task.run0 + task.runs; ++r) {
-    const Run<P> run(r);
-    const uint32_t tile_bytes = run.count * FRAGMENT_BYTES, x_bytes = run.count * FRAGMENT_ROW_BYTES;
+  for (int r = task.run0; r < stop; ++r) {
+    if (!feed.open && !feed.look(token, r - feed.run == INFLIGHT)) return false;
+    if (feed.open) feed.copy_x(r);
     if (!f.wait_slot()) return false;
-    Barrier& full = b.barriers().full[f.slot];
-    uint8_t* to = b.stage(f.slot);
-    begin_copies(full, tiles * tile_bytes + x_bytes);
-#pragma unroll 1
-    for (int tile = 0; tile < tiles; ++tile)
-      copy_piece(full, to + tile * TILE_STRIDE, weights + (uint64_t)places[tile] * FRAGMENT_BYTES + run.offset, tile_bytes);
-    copy_piece(full, to + SLOT_X, x + (uint64_t)run.first * FRAGMENT_ROW_BYTES, x_bytes);
-    end_copies(full);
+    feed.copy_weights(Run<P>(r));
+    if (feed.open) feed.copy_x(r + 1);
     f.started();
   }
+  if (!feed.open && !feed.look(token, true)) return false;
+  feed.copy_x(stop);
   return true;
 }
 
