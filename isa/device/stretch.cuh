@@ -27,22 +27,17 @@ __device__ __forceinline__ uint64_t sum_at(int share, int rows, int seat, int ro
   return ((uint64_t)(share * groups + row / GROUP_ROWS) * BATCH + seat) * GROUP_ROWS + row % GROUP_ROWS;
 }
 
-// Four rows of a seat, N times: quad i from row `row(i)` on, shares of the product's sums added in order. All are asked for before the first is added.
-template <int N, class Row>
-__device__ __forceinline__ void add_shares(float4 (&total)[N], const float* sums, int shares, int rows, int seat, Row row) {
-  float4 v[N][MOST_SHARES];
+__device__ __forceinline__ void add_to(float4& sum, const float4& v) { sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w; }
+// Rows `row` to row + 3 of a seat: shares of the product's sums added in order. All are asked for before the first is added.
+__device__ __forceinline__ float4 added_shares(const float* sums, int shares, int rows, int seat, int row) {
+  float4 v[MOST_SHARES];
 #pragma unroll
-  for (int i = 0; i < N; ++i)
+  for (int share = 0; share < MOST_SHARES; ++share)
+    if (share < shares) v[share] = __ldcg(reinterpret_cast<const float4*>(sums + sum_at(share, rows, seat, row)));
 #pragma unroll
-    for (int share = 0; share < MOST_SHARES; ++share)
-      if (share < shares) v[i][share] = __ldcg(reinterpret_cast<const float4*>(sums + sum_at(share, rows, seat, row(i))));
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    total[i] = v[i][0];
-#pragma unroll
-    for (int share = 1; share < MOST_SHARES; ++share)
-      if (share < shares) total[i].x += v[i][share].x, total[i].y += v[i][share].y, total[i].z += v[i][share].z, total[i].w += v[i][share].w;
-  }
+  for (int share = 1; share < MOST_SHARES; ++share)
+    if (share < shares) add_to(v[0], v[share]);
+  return v[0];
 }
 
 // All consumers have published: whoever acquires the counter sees it.
@@ -75,24 +70,32 @@ struct GroupFeed {
   Feeder& f;
   const Task& task;
   const uint32_t* places;  // of the tiles, in fragments
-  const uint8_t* x;
-  uint32_t slot;           // whose x is asked for next
-  int run;                 // the run in it
-  bool open = false;       // x is there
+  const int lane;
+  const uint8_t *tile, *x;  // the lane's tile, where each lane copies one
+  uint32_t slot;            // whose x is asked for next
+  int run;                  // the run in it
+  bool open = false;        // x is there
 
   __device__ __forceinline__ GroupFeed(Feeder& f, const Task& task)
       : f(f), task(task),
         places(reinterpret_cast<const uint32_t*>(f.b.shared + PLACES_OFFSET) + f.products++ * GROUP_TILES),  // a launch is one stretch
-        x(value(f.b, task.x_buf)), slot(f.slot), run(task.run0) {}
+        lane(threadIdx.x & 31), tile(tile_at(lane % GROUP_TILES)), x(value(f.b, task.x_buf)), slot(f.slot), run(task.run0) {}
 
+  __device__ __forceinline__ const uint8_t* tile_at(int i) const {
+    return reinterpret_cast<const uint8_t*>(f.b.p.weights) + (uint64_t)places[i] * FRAGMENT_BYTES;
+  }
   __device__ __forceinline__ void copy_weights(const Run<P>& r) {
-    const uint8_t* weights = reinterpret_cast<const uint8_t*>(f.b.p.weights) + r.offset;
     const uint32_t bytes = r.count * FRAGMENT_BYTES;
     Barrier& full = f.b.barriers().full[f.slot];
+    uint8_t* to = f.b.stage(f.slot);
     begin_copies(full, task.tiles * bytes + r.count * FRAGMENT_ROW_BYTES);
+    __syncwarp();
+    if constexpr (PIECE_A_LANE) {
+      if (lane < task.tiles) copy_piece(full, to + lane * TILE_STRIDE, tile + r.offset, bytes);
+    } else {
 #pragma unroll 1
-    for (int tile = 0; tile < task.tiles; ++tile)
-      copy_piece(full, f.b.stage(f.slot) + tile * TILE_STRIDE, weights + (uint64_t)places[tile] * FRAGMENT_BYTES, bytes);
+      for (int i = 0; i < task.tiles; ++i) copy_piece(full, to + i * TILE_STRIDE, tile_at(i) + r.offset, bytes);
+    }
   }
   // x of the runs before `stop` whose x has not been asked for.
   __device__ __forceinline__ void copy_x(int stop) {
@@ -100,7 +103,7 @@ struct GroupFeed {
     for (; run < stop; ++run) {
       const Run<P> r(run);
       Barrier& full = f.b.barriers().full[slot];
-      copy_piece(full, f.b.stage(slot) + SLOT_X, x + (uint64_t)r.first * FRAGMENT_ROW_BYTES, r.count * FRAGMENT_ROW_BYTES);
+      if (!PIECE_A_LANE || lane == 0) copy_piece(full, f.b.stage(slot) + SLOT_X, x + (uint64_t)r.first * FRAGMENT_ROW_BYTES, r.count * FRAGMENT_ROW_BYTES);
       end_copies(full);
       if (++slot == STAGES) slot = 0;
     }
