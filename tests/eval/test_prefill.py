@@ -86,8 +86,8 @@ UNFUSED = {"fusion_grouping": ["qkv"]}
     ("model", "config", "shared_kib", "reason"),
     [
         ("toy", {}, 227, "there is no program for prefill: model dtype: must be bf16 or fp16 for a batch, but got 'fp32'"),
-        ("toy-2L@int8", {}, 227, "there is no program for prefill: batch: must be 1 for quantised weights, but got 8"),
-        ("toy-2L", UNFUSED, 227, "there is no program for prefill: fusion_grouping: must be norm and gate_up among them for a batch"),
+        ("toy-2L@int8", {}, 227, "there is no program for prefill: batch: must be 1 for quantised weights, but got 32"),
+        ("toy-2L", UNFUSED, 227, "there is no program for prefill: fusion_grouping: must be qkv and gate_up among them for prefill"),
         ("small", {}, 40, "there is no program for prefill: smem_bytes_per_block: must be such that one stage of 8192 bytes fits"),
         # The filters' scratch leaves a ring of smaller stages than those that the program for prefill is made with.
         ("toy-2L", {}, 70, "it must stream the weights as the program that decodes, but its stages have 16384 bytes, and those 8192"),

@@ -189,7 +189,7 @@ def test_an_assignment_of_the_decoders_units_leaves_the_stretch_alone() -> None:
 
 
 def test_sums_and_x_of_a_model_are_of_these_sizes() -> None:
-    """tiny: hidden 64; q, k, v 32 rows (one group); 36 columns of gate and up are 5 tiles of 8 and 48 columns of x; runs of one fragment."""
+    """tiny: hidden 64; q, k, v have 32 rows (a group); 36 columns of gate and up are 5 tiles of 8, and 48 of x; a run a fragment."""
     program = lower(TINY, Config(), small_target(), batch=32, prefill=True)
     sizes = {b.name: _per_seat(b) for b in program.buffers if b.name.startswith("L0.")}
     assert sizes == {
