@@ -43,7 +43,8 @@ class Shifted(ReferenceVM):
 
     def prefill(self, tokens: Any, position: int) -> None:
         super().prefill(tokens[:BATCH], position)
-        super().prefill(tokens[BATCH:], position + BATCH + 1)
+        if tokens[BATCH:]:
+            super().prefill(tokens[BATCH:], position + BATCH + 1)
 
 
 class Forgetful(ReferenceVM):
