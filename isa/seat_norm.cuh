@@ -32,13 +32,22 @@ __device__ __forceinline__ void consume_seat_norm(Consumer& c, const SeatNormTas
   } else {
     const float* residual = reinterpret_cast<const float*>(value(b, task.res_buf)) + task.seat * HIDDEN;
     const float* sums = reinterpret_cast<const float*>(value(b, task.sums_buf));
-    row.each(c, [&](int column, float4& h) {
-      float4 total = __ldcg(reinterpret_cast<const float4*>(sums + sum_at(0, HIDDEN, task.seat, column)));
-#pragma unroll 4
-      for (int share = 1; share < task.shares; ++share) add_to(total, __ldcg(reinterpret_cast<const float4*>(sums + sum_at(share, HIDDEN, task.seat, column))));
-      h = __ldcg(reinterpret_cast<const float4*>(residual + column));
-      add_to(h, total);
-    });
+    // The quads of threads that have none are those of the last column: nobody publishes them.
+    constexpr int AT_ONCE = SeatRow::QUADS < 2 ? 1 : 2;
+#pragma unroll
+    for (int i = 0; i < SeatRow::QUADS; i += AT_ONCE) {
+      float4 total[AT_ONCE], before[AT_ONCE];
+      auto column = [&](int j) { return min_of(SeatRow::column(c, i + j), HIDDEN - 4); };
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; ++j) before[j] = __ldcg(reinterpret_cast<const float4*>(residual + column(j)));
+      add_shares(total, sums, task.shares, HIDDEN, task.seat, column);
+#pragma unroll
+      for (int j = 0; j < AT_ONCE; ++j)
+        if (i + j < SeatRow::QUADS) {
+          row.h[i + j] = before[j];
+          add_to(row.h[i + j], total[j]);
+        }
+    }
   }
   float squares = 0.f;
   float* stream = reinterpret_cast<float*>(value(b, task.h_buf)) + task.seat * HIDDEN;

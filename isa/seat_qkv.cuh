@@ -1,4 +1,4 @@
-// seat_qkv: a seat's q, k and v, one warp a head: shares added, head norm, RoPE; k and v go to the stretch's KV blocks and to the cache's.
+// seat_qkv: a seat's q, k and v, shares added; one warp a head: head norm, RoPE; k and v go to the stretch's KV blocks and to the cache's.
 #pragma once
 #include "isa/attention.cuh"
 #include "isa/device/stretch.cuh"
@@ -8,23 +8,37 @@ constexpr int KV_ROWS = KV_BLOCKS * KV_BLOCK_ROWS;  // of the cache, and of the 
 // The stretch's KV blocks have the cache's form: rows 16 i to 16 i + 15 of the stretch of a KV head.
 __device__ __forceinline__ uint8_t* stretch_block(uint8_t* kv, int head, int i) { return kv + ((uint64_t)head * (BATCH / KV_BLOCK_ROWS) + i) * KV_BLOCK_BYTES; }
 
-// A head's rows of a seat: shares added in order, then the bias.
-__device__ __forceinline__ HeadRow summed_head(const Consumer& c, const SeatQkvTask& task, int head) {
-  constexpr int ROWS = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
+constexpr int QKV_ROWS = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
+
+// All rows of a seat in scratch: shares added in order, then the bias.
+__device__ __forceinline__ void sum_rows(const Consumer& c, const SeatQkvTask& task) {
+  constexpr int AT_ONCE = 2, QUADS = QKV_ROWS / 4;
+  static_assert(QKV_ROWS % 4 == 0, "rows are added four at a time");
   const float* sums = reinterpret_cast<const float*>(value(c.b, task.sums_buf));
+#pragma unroll 1
+  for (int first = c.warp * 32 + c.lane; first < QUADS; first += AT_ONCE * CONSUMER_THREADS) {
+    float4 total[AT_ONCE];
+    auto row = [&](int i) { return min_of(first + i * CONSUMER_THREADS, QUADS - 1) * 4; };
+    add_shares(total, sums, task.shares, QKV_ROWS, task.seat, row);
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      if (task.bias >= 0) {
+        const float4 bias = __ldg(reinterpret_cast<const float4*>(c.b.constant(task.bias + row(i))));
+        total[i].x += bias.x, total[i].y += bias.y, total[i].z += bias.z, total[i].w += bias.w;
+      }
+      *reinterpret_cast<float4*>(c.b.scratch() + row(i)) = total[i];
+    }
+  }
+}
+__device__ __forceinline__ HeadRow summed_head(const Consumer& c, int head) {
+  const float* from = c.b.scratch() + head * HEAD_DIM;
   HeadRow row;
-  auto sum = [&](int at) {
-    float total = __ldcg(sums + sum_at(0, ROWS, task.seat, at));
-#pragma unroll 4
-    for (int share = 1; share < task.shares; ++share) total += __ldcg(sums + sum_at(share, ROWS, task.seat, at));
-    return task.bias >= 0 ? total + __ldg(c.b.constant(task.bias + at)) : total;
-  };
 #pragma unroll
   for (int i = 0; i < HeadRow::PAIRS; ++i) {
     const int d = c.lane + 32 * i;
     const bool has = HeadRow::HALF % 32 == 0 || d < HeadRow::HALF;
-    row.low[i] = has ? sum(head * HEAD_DIM + d) : 0.f;
-    row.high[i] = has ? sum(head * HEAD_DIM + HeadRow::HALF + d) : 0.f;
+    row.low[i] = has ? from[d] : 0.f;
+    row.high[i] = has ? from[HeadRow::HALF + d] : 0.f;
   }
   return row;
 }
@@ -39,9 +53,11 @@ __device__ __forceinline__ void consume_seat_qkv(Consumer& c, const SeatQkvTask&
   for (int i = 0; i < HeadRow::PAIRS; ++i)
     angle[i] = c.lane + 32 * i < HeadRow::HALF ? __ldg(table + c.lane + 32 * i) : make_float2(0.f, 0.f);
   c.wait_released();
+  sum_rows(c, task);
+  c.meet();
 #pragma unroll 1
   for (int head = (attends ? 0 : HEADS) + c.warp; head < HEADS + 2 * KV_HEADS; head += CONSUMER_WARPS) {
-    HeadRow values = summed_head(c, task, head);
+    HeadRow values = summed_head(c, head);
     if (head < HEADS + KV_HEADS) {
       if constexpr (QK_NORM) values.normalise(b.constant(head < HEADS ? task.q_gain : task.k_gain), c.lane);
       values.rotate(angle);

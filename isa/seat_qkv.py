@@ -59,6 +59,10 @@ class SeatQkv(Instruction):
             Access(self.kv_buf, self.seat * kv, (self.seat + 1) * kv, self.kv_tag, "narrow", gated=True),
         ]
 
+    def shared_bytes(self, machine: Machine) -> int:
+        """The seat's rows as fp32."""
+        return 4 * self.rows(machine)
+
     def run(self, memory: Memory, position: int) -> Publishes:
         machine = memory.machine
         sums = memory.read(self.reads(machine, position)[0])

@@ -35,7 +35,7 @@ struct StretchSoftmax {
     m[0] = m[1] = NEG_INF;
     l[0] = l[1] = 0.f;
   }
-  // What a warp asks for of a block while it is at the block before.
+  // What a warp asks for of a block while it is at those before.
   struct Fetched {
     uint4 k[STEPS], v[V_EARLY ? STEPS : 1];
     __device__ __forceinline__ void fetch(const uint8_t* block, int lane) {
@@ -150,15 +150,22 @@ __device__ __forceinline__ void consume_stretch_attention(Consumer& c, const Str
     auto block_at = [&](int i) {
       return i < old_blocks ? kv_block(b.p, task.layer, task.kv_head, first + i) : stretch_block(own, task.kv_head, i - old_blocks);
     };
-    StretchSoftmax::Fetched next;
-    if (share < blocks) next.fetch(block_at(share), c.lane);
-#pragma unroll 1
-    for (int i = share; i < blocks; i += HEAD_WARPS) {
-      const StretchSoftmax::Fetched fetched = next;
+    auto add = [&](const StretchSoftmax::Fetched& fetched, int i) {
       const bool is_old = i < old_blocks;
       const int row = is_old ? (first + i) * KV_BLOCK_ROWS : (i - old_blocks) * KV_BLOCK_ROWS;  // of the sequence, or of the stretch
-      if (i + HEAD_WARPS < blocks) next.fetch(block_at(i + HEAD_WARPS), c.lane);
       softmax.add(fetched, block_at(i), is_old ? row : start + row, min_of(KV_BLOCK_ROWS, (is_old ? start : rows) - row), seat, task.window, c.lane);
+    };
+    // Two blocks are under way: one is asked for in the registers of the one that has just been added.
+    StretchSoftmax::Fetched even, odd;
+    if (share < blocks) even.fetch(block_at(share), c.lane);
+    if (share + HEAD_WARPS < blocks) odd.fetch(block_at(share + HEAD_WARPS), c.lane);
+#pragma unroll 1
+    for (int i = share; i < blocks; i += 2 * HEAD_WARPS) {
+      add(even, i);
+      if (i + 2 * HEAD_WARPS < blocks) even.fetch(block_at(i + 2 * HEAD_WARPS), c.lane);
+      if (i + HEAD_WARPS >= blocks) break;
+      add(odd, i + HEAD_WARPS);
+      if (i + 3 * HEAD_WARPS < blocks) odd.fetch(block_at(i + 3 * HEAD_WARPS), c.lane);
     }
     softmax.finish(s, share, head, c.lane);
   }

@@ -11,7 +11,7 @@ from amk.isa.instruction import Instruction
 from amk.isa.matmul import KEPT_SEAT_WORDS
 from amk.isa.matvec import MatVec
 from amk.isa.registry import headers, instructions
-from amk.isa.stretch import GROUP_TILES
+from amk.isa.stretch import GROUP_TILES, MOST_SHARES
 from amk.schedule.program import Program
 from amk.schedule.resources import SharedLayout, shared_layout
 from amk.vm.params import param_dtype, param_fields
@@ -73,7 +73,7 @@ def batch_constants(program: Program) -> dict[str, int]:
     if machine.batch == 1:
         return {}
     layout = shared_layout(program)
-    stretch = {"HEADS": machine.heads, "PLACES_OFFSET": layout.places, "PLACE_BYTES": PLACE_BYTES, "IMAGE_PLACES": image_places(program)}
+    stretch = {"HEADS": machine.heads, "MOST_SHARES": MOST_SHARES, "PLACES_OFFSET": layout.places, "PLACE_BYTES": PLACE_BYTES, "IMAGE_PLACES": image_places(program)}
     return {"BATCH": machine.batch, "LAYERS": program.layers, "KEPT_SEAT_WORDS": KEPT_SEAT_WORDS} | (stretch if machine.prefill else {})
 
 

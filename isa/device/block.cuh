@@ -220,7 +220,7 @@ struct Feeder {
   uint32_t slot = 0, empty_parity = 1;
   uint32_t oldest = 0, oldest_parity = 0;
   uint32_t under_way = 0;
-  uint32_t entry = 0;  // of the stream
+  uint32_t products = 0;  // of a stretch, streamed so far
 
   __device__ Feeder(const Block& b)
       : b(b), abort{reinterpret_cast<uint32_t*>(b.p.abort), b.p.spin_limit, FEEDER, b.sm, 0, 0} {}
@@ -244,26 +244,24 @@ struct Feeder {
     --under_way;
     return true;
   }
-  // The next slot, for a chunk of `bytes`, once it is free; null when the launch is being aborted. Copies into it come between this and `started`.
-  __device__ __forceinline__ uint8_t* begin(uint32_t bytes) {
-    if (under_way == INFLIGHT && !wait_landed()) return nullptr;
+  // Waits until the next slot is free; false when the launch is being aborted. Between this and `started` come the copies into it.
+  __device__ __forceinline__ bool wait_slot() {
+    if (under_way == INFLIGHT && !wait_landed()) return false;
     Barrier* empty = &b.barriers().empty[slot];
     const uint32_t parity = empty_parity;
-    if (!wait(WAIT_EMPTY, [=] { return barrier_passed(empty, parity); })) return nullptr;
-    begin_copies(full(), bytes);
-    return b.stage(slot);
+    return wait(WAIT_EMPTY, [=] { return barrier_passed(empty, parity); });
   }
-  __device__ __forceinline__ Barrier& full() const { return b.barriers().full[slot]; }
   __device__ __forceinline__ void started() {
-    end_copies(full());
     ++under_way;
     if (++slot == STAGES) { slot = 0; empty_parity ^= 1; }
   }
   // Streams one chunk into the next slot; false when the launch is being aborted.
   __device__ __forceinline__ bool stream(const uint8_t* source, uint32_t bytes) {
-    uint8_t* to = begin(bytes);
-    if (!to) return false;
-    copy_piece(full(), to, source, bytes);
+    if (!wait_slot()) return false;
+    Barrier& full = b.barriers().full[slot];
+    begin_copies(full, bytes);
+    copy_piece(full, b.stage(slot), source, bytes);
+    end_copies(full);
     started();
     return true;
   }

@@ -27,6 +27,24 @@ __device__ __forceinline__ uint64_t sum_at(int share, int rows, int seat, int ro
   return ((uint64_t)(share * groups + row / GROUP_ROWS) * BATCH + seat) * GROUP_ROWS + row % GROUP_ROWS;
 }
 
+// Four rows of a seat, N times: quad i from row `row(i)` on, shares of the product's sums added in order. All are asked for before the first is added.
+template <int N, class Row>
+__device__ __forceinline__ void add_shares(float4 (&total)[N], const float* sums, int shares, int rows, int seat, Row row) {
+  float4 v[N][MOST_SHARES];
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+#pragma unroll
+    for (int share = 0; share < MOST_SHARES; ++share)
+      if (share < shares) v[i][share] = __ldcg(reinterpret_cast<const float4*>(sums + sum_at(share, rows, seat, row(i))));
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    total[i] = v[i][0];
+#pragma unroll
+    for (int share = 1; share < MOST_SHARES; ++share)
+      if (share < shares) total[i].x += v[i][share].x, total[i].y += v[i][share].y, total[i].z += v[i][share].z, total[i].w += v[i][share].w;
+  }
+}
+
 // All consumers have published: whoever acquires the counter sees it.
 __device__ __forceinline__ void release_done(Consumer& c, uint16_t counter) {
   c.meet();
@@ -61,18 +79,21 @@ __device__ __forceinline__ bool stream_group(Feeder& f, const Task& task, const 
   if (!f.wait(WAIT_COUNTER, [=] { return reached(load_acquire(counter), threshold); })) return false;
   order_copies();
   const uint8_t *weights = reinterpret_cast<const uint8_t*>(b.p.weights), *x = value(b, task.x_buf);
-  const uint32_t* places = reinterpret_cast<const uint32_t*>(b.shared + PLACES_OFFSET) + f.entry * GROUP_TILES;
+  const uint32_t* places = reinterpret_cast<const uint32_t*>(b.shared + PLACES_OFFSET) + f.products++ * GROUP_TILES;  // a launch is one stretch
   const int tiles = task.tiles;
 #pragma unroll 1
   for (int r = task.run0; r < task.run0 + task.runs; ++r) {
     const Run<P> run(r);
     const uint32_t tile_bytes = run.count * FRAGMENT_BYTES, x_bytes = run.count * FRAGMENT_ROW_BYTES;
-    uint8_t* to = f.begin(tiles * tile_bytes + x_bytes);
-    if (!to) return false;
+    if (!f.wait_slot()) return false;
+    Barrier& full = b.barriers().full[f.slot];
+    uint8_t* to = b.stage(f.slot);
+    begin_copies(full, tiles * tile_bytes + x_bytes);
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile)
-      copy_piece(f.full(), to + tile * TILE_STRIDE, weights + (uint64_t)places[tile] * FRAGMENT_BYTES + run.offset, tile_bytes);
-    copy_piece(f.full(), to + SLOT_X, x + (uint64_t)run.first * FRAGMENT_ROW_BYTES, x_bytes);
+      copy_piece(full, to + tile * TILE_STRIDE, weights + (uint64_t)places[tile] * FRAGMENT_BYTES + run.offset, tile_bytes);
+    copy_piece(full, to + SLOT_X, x + (uint64_t)run.first * FRAGMENT_ROW_BYTES, x_bytes);
+    end_copies(full);
     f.started();
   }
   return true;
@@ -124,7 +145,7 @@ __device__ __forceinline__ void multiply_group(Consumer& c, const Task& task, Gr
     const uint8_t* slot = c.wait_chunk();
     uint32_t read = 0;
     if constexpr (Run<P>::UNIFORM) {
-#pragma unroll
+#pragma unroll 2
       for (int j = 0; j < P::PER_CHUNK; ++j) read |= sums.add(slot, j, c.lane);
     } else {
       const int count = Run<P>(r).count;

@@ -50,7 +50,6 @@ __device__ __forceinline__ bool feed(Feeder& f) {
       const int index = b.entry(i);
       const uint8_t* task = b.task(index);
       f.abort.task = index;
-      f.entry = i;
       TRACE(trace_task(b.sm, index, step);)
       if (stuck_here(FEEDER, f.abort, b.p) && !f.wait(0, [] { return false; })) return false;
       if (streams_rows(task) && !rows_waited) {
