@@ -16,7 +16,6 @@ struct SeatRow {
       if (has(column(c, i))) visit(column(c, i), h[i]);
   }
 };
-__device__ __forceinline__ void add_to(float4& sum, const float4& v) { sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w; }
 
 __device__ __forceinline__ void consume_seat_norm(Consumer& c, const SeatNormTask& task, const Token&) {
   const Block& b = c.b;
@@ -32,21 +31,12 @@ __device__ __forceinline__ void consume_seat_norm(Consumer& c, const SeatNormTas
   } else {
     const float* residual = reinterpret_cast<const float*>(value(b, task.res_buf)) + task.seat * HIDDEN;
     const float* sums = reinterpret_cast<const float*>(value(b, task.sums_buf));
-    // The quads of threads that have none are those of the last column: nobody publishes them.
-    constexpr int AT_ONCE = SeatRow::QUADS < 2 ? 1 : 2;
 #pragma unroll
-    for (int i = 0; i < SeatRow::QUADS; i += AT_ONCE) {
-      float4 total[AT_ONCE], before[AT_ONCE];
-      auto column = [&](int j) { return min_of(SeatRow::column(c, i + j), HIDDEN - 4); };
-#pragma unroll
-      for (int j = 0; j < AT_ONCE; ++j) before[j] = __ldcg(reinterpret_cast<const float4*>(residual + column(j)));
-      add_shares(total, sums, task.shares, HIDDEN, task.seat, column);
-#pragma unroll
-      for (int j = 0; j < AT_ONCE; ++j)
-        if (i + j < SeatRow::QUADS) {
-          row.h[i + j] = before[j];
-          add_to(row.h[i + j], total[j]);
-        }
+    for (int i = 0; i < SeatRow::QUADS; ++i) {
+      const int column = min_of(SeatRow::column(c, i), HIDDEN - 4);  // of a thread that has none, the last: nobody publishes it
+      const float4 before = __ldcg(reinterpret_cast<const float4*>(residual + column));
+      row.h[i] = before;
+      add_to(row.h[i], added_shares(sums, task.shares, HIDDEN, task.seat, column));
     }
   }
   float squares = 0.f;

@@ -12,22 +12,14 @@ constexpr int QKV_ROWS = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
 
 // All rows of a seat in scratch: shares added in order, then the bias.
 __device__ __forceinline__ void sum_rows(const Consumer& c, const SeatQkvTask& task) {
-  constexpr int AT_ONCE = 2, QUADS = QKV_ROWS / 4;
+  constexpr int QUADS = QKV_ROWS / 4;
   static_assert(QKV_ROWS % 4 == 0, "rows are added four at a time");
   const float* sums = reinterpret_cast<const float*>(value(c.b, task.sums_buf));
-#pragma unroll 1
-  for (int first = c.warp * 32 + c.lane; first < QUADS; first += AT_ONCE * CONSUMER_THREADS) {
-    float4 total[AT_ONCE];
-    auto row = [&](int i) { return min_of(first + i * CONSUMER_THREADS, QUADS - 1) * 4; };
-    add_shares(total, sums, task.shares, QKV_ROWS, task.seat, row);
-#pragma unroll
-    for (int i = 0; i < AT_ONCE; ++i) {
-      if (task.bias >= 0) {
-        const float4 bias = __ldg(reinterpret_cast<const float4*>(c.b.constant(task.bias + row(i))));
-        total[i].x += bias.x, total[i].y += bias.y, total[i].z += bias.z, total[i].w += bias.w;
-      }
-      *reinterpret_cast<float4*>(c.b.scratch() + row(i)) = total[i];
-    }
+#pragma unroll 2
+  for (int quad = c.warp * 32 + c.lane; quad < QUADS; quad += CONSUMER_THREADS) {
+    float4 total = added_shares(sums, task.shares, QKV_ROWS, task.seat, quad * 4);
+    if (task.bias >= 0) add_to(total, __ldg(reinterpret_cast<const float4*>(c.b.constant(task.bias + quad * 4))));
+    reinterpret_cast<float4*>(c.b.scratch())[quad] = total;
   }
 }
 __device__ __forceinline__ HeadRow summed_head(const Consumer& c, int head) {

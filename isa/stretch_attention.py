@@ -56,10 +56,9 @@ class StretchAttention(Instruction):
         return [Access(self.out_buf, start, start + size, self.out_tag, "narrow", gated=True)]
 
     def shared_bytes(self, machine: Machine) -> int:
-        """Of each query head and consumer warp that has it, for 8 seats: maximum, sum and output as fp32."""
-        group = machine.heads // machine.kv_heads
-        parts = group * max(1, machine.consumer_warps // group)
-        return 4 * parts * SEAT_BLOCK * (machine.padded_head_dim + PARTIAL_HEAD)
+        """q of the query heads as elements; of each consumer warp, for 8 seats of one head, maximum, sum and output as fp32."""
+        q = machine.heads // machine.kv_heads * SEAT_BLOCK * machine.padded_head_dim * machine.element_bytes
+        return q + 4 * machine.consumer_warps * SEAT_BLOCK * (machine.padded_head_dim + PARTIAL_HEAD)
 
     def run(self, memory: Memory, position: int) -> Publishes:
         machine = memory.machine

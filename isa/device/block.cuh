@@ -8,6 +8,7 @@
 //   Barrier            where actors of a block meet, with barrier_init, barrier_init_done, barrier_arrive, barrier_passed (which may
 //                      wait a moment) and barrier_tested (which does not)
 //   FEEDER_LANES       lanes of the feeder's warp that run: 1, or all 32 in step
+//   PIECE_A_LANE       a piece of a chunk is copied by the one lane that asks for it, not by all lanes together
 //   FULL_ARRIVALS      arrivals at a stage's `full` barrier that say that its chunk has landed
 //   begin_copies, copy_piece, end_copies
 //                      start the copy of a chunk of some bytes, piece by piece (multiples of 16 bytes); `full` gets its arrivals when all of
@@ -235,6 +236,16 @@ struct Feeder {
     here = __shfl_sync(~0u, here, 0);
     __syncwarp();
     return here;
+  }
+  // One look, for every lane alike.
+  template <class Ready>
+  __device__ __forceinline__ bool here(Ready ready) const {
+    if constexpr (FEEDER_LANES == 1) return ready();
+    bool is_here = false;
+    if ((threadIdx.x & 31) == 0) is_here = ready();
+    is_here = __shfl_sync(~0u, is_here, 0);
+    __syncwarp();
+    return is_here;
   }
   __device__ __forceinline__ bool wait_landed() {
     Barrier* bar = &b.barriers().full[oldest];

@@ -3,6 +3,7 @@
 #include "isa/device/sync_mbarrier.cuh"
 
 constexpr int FEEDER_LANES = 32, FULL_ARRIVALS = 32;
+constexpr bool PIECE_A_LANE = false;
 
 __device__ __forceinline__ void barrier_init_done() {}  // the __syncthreads that follows is enough
 __device__ __forceinline__ bool barrier_passed(Barrier* bar, uint32_t parity) { return test_barrier(bar, parity); }

@@ -3,6 +3,7 @@
 #include "isa/device/sync_words.cuh"
 
 constexpr int FEEDER_LANES = 32, FULL_ARRIVALS = 1;
+constexpr bool PIECE_A_LANE = false;
 
 __device__ __forceinline__ void barrier_init_done() {}  // the __syncthreads that follows is enough
 

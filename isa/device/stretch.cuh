@@ -27,22 +27,17 @@ __device__ __forceinline__ uint64_t sum_at(int share, int rows, int seat, int ro
   return ((uint64_t)(share * groups + row / GROUP_ROWS) * BATCH + seat) * GROUP_ROWS + row % GROUP_ROWS;
 }
 
-// Four rows of a seat, N times: quad i from row `row(i)` on, shares of the product's sums added in order. All are asked for before the first is added.
-template <int N, class Row>
-__device__ __forceinline__ void add_shares(float4 (&total)[N], const float* sums, int shares, int rows, int seat, Row row) {
-  float4 v[N][MOST_SHARES];
+__device__ __forceinline__ void add_to(float4& sum, const float4& v) { sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w; }
+// Rows `row` to row + 3 of a seat: shares of the product's sums added in order. All are asked for before the first is added.
+__device__ __forceinline__ float4 added_shares(const float* sums, int shares, int rows, int seat, int row) {
+  float4 v[MOST_SHARES];
 #pragma unroll
-  for (int i = 0; i < N; ++i)
+  for (int share = 0; share < MOST_SHARES; ++share)
+    if (share < shares) v[share] = __ldcg(reinterpret_cast<const float4*>(sums + sum_at(share, rows, seat, row)));
 #pragma unroll
-    for (int share = 0; share < MOST_SHARES; ++share)
-      if (share < shares) v[i][share] = __ldcg(reinterpret_cast<const float4*>(sums + sum_at(share, rows, seat, row(i))));
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    total[i] = v[i][0];
-#pragma unroll
-    for (int share = 1; share < MOST_SHARES; ++share)
-      if (share < shares) total[i].x += v[i][share].x, total[i].y += v[i][share].y, total[i].z += v[i][share].z, total[i].w += v[i][share].w;
-  }
+  for (int share = 1; share < MOST_SHARES; ++share)
+    if (share < shares) add_to(v[0], v[share]);
+  return v[0];
 }
 
 // All consumers have published: whoever acquires the counter sees it.
@@ -68,34 +63,84 @@ struct Run {
   }
 };
 
-// The feeder's side of a product: run after run of each tile, and the x that goes with it.
+// The feeder's side of a product: run after run of each tile, and the x that goes with it. Weights depend on nothing: as many runs of them as the
+// ring holds are asked for before x is there.
+template <class P, class Task>
+struct GroupFeed {
+  Feeder& f;
+  const Task& task;
+  const uint32_t* places;  // of the tiles, in fragments
+  const int lane;
+  const uint8_t *tile, *x;  // the lane's tile, where each lane copies one
+  uint32_t slot;            // whose x is asked for next
+  int run;                  // the run in it
+  bool open = false;        // x is there
+
+  __device__ __forceinline__ GroupFeed(Feeder& f, const Task& task)
+      : f(f), task(task),
+        places(reinterpret_cast<const uint32_t*>(f.b.shared + PLACES_OFFSET) + f.products++ * GROUP_TILES),  // a launch is one stretch
+        lane(threadIdx.x & 31), tile(tile_at(lane % GROUP_TILES)), x(value(f.b, task.x_buf)), slot(f.slot), run(task.run0) {}
+
+  __device__ __forceinline__ const uint8_t* tile_at(int i) const {
+    return reinterpret_cast<const uint8_t*>(f.b.p.weights) + (uint64_t)places[i] * FRAGMENT_BYTES;
+  }
+  __device__ __forceinline__ void copy_weights(const Run<P>& r) {
+    const uint32_t bytes = r.count * FRAGMENT_BYTES;
+    Barrier& full = f.b.barriers().full[f.slot];
+    uint8_t* to = f.b.stage(f.slot);
+    begin_copies(full, task.tiles * bytes + r.count * FRAGMENT_ROW_BYTES);
+    __syncwarp();
+    if constexpr (PIECE_A_LANE) {
+      if (lane < task.tiles) copy_piece(full, to + lane * TILE_STRIDE, tile + r.offset, bytes);
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < task.tiles; ++i) copy_piece(full, to + i * TILE_STRIDE, tile_at(i) + r.offset, bytes);
+    }
+  }
+  // x of the runs before `stop` whose x has not been asked for.
+  __device__ __forceinline__ void copy_x(int stop) {
+#pragma unroll 1
+    for (; run < stop; ++run) {
+      const Run<P> r(run);
+      Barrier& full = f.b.barriers().full[slot];
+      if (!PIECE_A_LANE || lane == 0) copy_piece(full, f.b.stage(slot) + SLOT_X, x + (uint64_t)r.first * FRAGMENT_ROW_BYTES, r.count * FRAGMENT_ROW_BYTES);
+      end_copies(full);
+      if (++slot == STAGES) slot = 0;
+    }
+  }
+  // Looks whether all of x has been released, or waits for it: false when the launch is being aborted.
+  __device__ __forceinline__ bool look(const Token& token, bool must) {
+    const uint32_t* counter = f.b.counter(task.wait_counter);
+    const uint32_t threshold = task.wait_count * token.epoch;
+    bool here = false;
+    if (must) {
+      if (!f.wait(WAIT_COUNTER, [=] { return reached(load_acquire(counter), threshold); })) return false;
+      here = true;
+    } else {
+      here = f.here([=] { return reached(load_acquire(counter), threshold); });
+    }
+    if (here) order_copies();
+    open = here;
+    return true;
+  }
+};
 template <int COLUMNS, int FLAGS, class Task>
 __device__ __forceinline__ bool stream_group(Feeder& f, const Task& task, const Token& token) {
   using P = Plan<COLUMNS, FLAGS>;
   static_assert(P::PER_CHUNK <= SLOT_FRAGMENTS, "a slot holds a run of each tile of a group");
-  const Block& b = f.b;
-  const uint32_t* counter = b.counter(task.wait_counter);
-  const uint32_t threshold = task.wait_count * token.epoch;
-  if (!f.wait(WAIT_COUNTER, [=] { return reached(load_acquire(counter), threshold); })) return false;
-  order_copies();
-  const uint8_t *weights = reinterpret_cast<const uint8_t*>(b.p.weights), *x = value(b, task.x_buf);
-  const uint32_t* places = reinterpret_cast<const uint32_t*>(b.shared + PLACES_OFFSET) + f.products++ * GROUP_TILES;  // a launch is one stretch
-  const int tiles = task.tiles;
+  GroupFeed<P, Task> feed(f, task);
+  const int stop = task.run0 + task.runs;
 #pragma unroll 1
-  for (int r = task.run0; r < task.run0 + task.runs; ++r) {
-    const Run<P> run(r);
-    const uint32_t tile_bytes = run.count * FRAGMENT_BYTES, x_bytes = run.count * FRAGMENT_ROW_BYTES;
+  for (int r = task.run0; r < stop; ++r) {
+    if (!feed.open && !feed.look(token, r - feed.run == INFLIGHT)) return false;
+    if (feed.open) feed.copy_x(r);
     if (!f.wait_slot()) return false;
-    Barrier& full = b.barriers().full[f.slot];
-    uint8_t* to = b.stage(f.slot);
-    begin_copies(full, tiles * tile_bytes + x_bytes);
-#pragma unroll 1
-    for (int tile = 0; tile < tiles; ++tile)
-      copy_piece(full, to + tile * TILE_STRIDE, weights + (uint64_t)places[tile] * FRAGMENT_BYTES + run.offset, tile_bytes);
-    copy_piece(full, to + SLOT_X, x + (uint64_t)run.first * FRAGMENT_ROW_BYTES, x_bytes);
-    end_copies(full);
+    feed.copy_weights(Run<P>(r));
+    if (feed.open) feed.copy_x(r + 1);
     f.started();
   }
+  if (!feed.open && !feed.look(token, true)) return false;
+  feed.copy_x(stop);
   return true;
 }
 
@@ -110,22 +155,33 @@ struct GroupSums {
 #pragma unroll
     for (int i = 0; i < 2 * BLOCKS * 4; ++i) acc[i / (4 * BLOCKS)][i / 4 % BLOCKS][i % 4] = 0.f;
   }
-  // Adds fragment j of the run in a slot; returns words that depend on all that was read.
-  __device__ __forceinline__ uint32_t add(const uint8_t* slot, int j, int lane) {
-    const uint8_t* w = slot + tile * TILE_STRIDE + j * FRAGMENT_BYTES + lane * 16;
-    const uint8_t* x = slot + SLOT_X + j * FRAGMENT_ROW_BYTES + block * 256 + lane * 16;
-    const uint4 a = *reinterpret_cast<const uint4*>(w), b = *reinterpret_cast<const uint4*>(w + TILE_STRIDE);
-    uint32_t read = a.x | b.x;
+  // A fragment of each of the two tiles, and x of the same columns.
+  struct Operands {
+    uint4 a, b, x[BLOCKS / 2];
+    // Returns words that depend on all that was read.
+    __device__ __forceinline__ uint32_t load(const uint8_t* w, const uint8_t* from) {
+      a = *reinterpret_cast<const uint4*>(w), b = *reinterpret_cast<const uint4*>(w + TILE_STRIDE);
+      uint32_t read = a.x | b.x;
 #pragma unroll
-    for (int i = 0; i < BLOCKS; i += 2) {
-      const uint4 v = *reinterpret_cast<const uint4*>(x + i * 256);
-      read |= v.x;
-      multiply(acc[0][i], a, v.x, v.y);
-      multiply(acc[1][i], b, v.x, v.y);
-      multiply(acc[0][i + 1], a, v.z, v.w);
-      multiply(acc[1][i + 1], b, v.z, v.w);
+      for (int i = 0; i < BLOCKS / 2; ++i) {
+        x[i] = *reinterpret_cast<const uint4*>(from + i * 512);
+        read |= x[i].x;
+      }
+      return read;
     }
-    return read;
+  };
+  // Fragment j of the run in a slot.
+  __device__ __forceinline__ uint32_t load(Operands& o, const uint8_t* slot, int j, int lane) const {
+    return o.load(slot + tile * TILE_STRIDE + j * FRAGMENT_BYTES + lane * 16, slot + SLOT_X + j * FRAGMENT_ROW_BYTES + block * 256 + lane * 16);
+  }
+  __device__ __forceinline__ void add(const Operands& o) {
+#pragma unroll
+    for (int i = 0; i < BLOCKS / 2; ++i) {
+      multiply(acc[0][2 * i], o.a, o.x[i].x, o.x[i].y);
+      multiply(acc[1][2 * i], o.b, o.x[i].x, o.x[i].y);
+      multiply(acc[0][2 * i + 1], o.a, o.x[i].z, o.x[i].w);
+      multiply(acc[1][2 * i + 1], o.b, o.x[i].z, o.x[i].w);
+    }
   }
   // visit(tile of the group, seat, sums): lane (g, t) has rows g and g + 8 of seats `seat` and `seat` + 1: sums[0] and [1], then [2] and [3].
   template <class Visit>
@@ -137,22 +193,42 @@ struct GroupSums {
   }
 };
 
+// The operands of a fragment are asked for before those of the one before are multiplied, those of a run's first one before the last of the
+// run before.
 template <int COLUMNS, int FLAGS, class Task>
 __device__ __forceinline__ void multiply_group(Consumer& c, const Task& task, GroupSums& sums) {
   using P = Plan<COLUMNS, FLAGS>;
+  const int stop = task.run0 + task.runs;
+  GroupSums::Operands now, next;
+  const uint8_t* slot = c.wait_chunk();
+  uint32_t read = sums.load(now, slot, 0, c.lane);
 #pragma unroll 1
-  for (int r = task.run0; r < task.run0 + task.runs; ++r) {
-    const uint8_t* slot = c.wait_chunk();
-    uint32_t read = 0;
-    if constexpr (Run<P>::UNIFORM) {
-#pragma unroll 2
-      for (int j = 0; j < P::PER_CHUNK; ++j) read |= sums.add(slot, j, c.lane);
+  for (int r = task.run0; r < stop; ++r) {
+    const int count = Run<P>::UNIFORM ? P::PER_CHUNK : Run<P>(r).count;
+    if constexpr (Run<P>::UNIFORM && P::PER_CHUNK % 2 == 0) {
+#pragma unroll
+      for (int j = 0; j < P::PER_CHUNK; j += 2) {
+        read |= sums.load(next, slot, j + 1, c.lane);
+        sums.add(now);
+        if (j + 2 < P::PER_CHUNK) read |= sums.load(now, slot, j + 2, c.lane);
+        else {
+          c.release_chunk(read);
+          if (r + 1 < stop) read = sums.load(now, slot = c.wait_chunk(), 0, c.lane);
+        }
+        sums.add(next);
+      }
     } else {
-      const int count = Run<P>(r).count;
 #pragma unroll 1
-      for (int j = 0; j < count; ++j) read |= sums.add(slot, j, c.lane);
+      for (int j = 0; j < count; ++j) {
+        if (j + 1 < count) read |= sums.load(next, slot, j + 1, c.lane);
+        else {
+          c.release_chunk(read);
+          if (r + 1 < stop) read = sums.load(next, slot = c.wait_chunk(), 0, c.lane);
+        }
+        sums.add(now);
+        now = next;
+      }
     }
-    c.release_chunk(read);
   }
 }
 
