@@ -6,7 +6,8 @@ from itertools import product
 
 import pytest
 
-from amk.schedule.shares import MAX_SHARES, share_count, share_runs
+from amk.isa.stretch import MOST_SHARES
+from amk.schedule.shares import share_count, share_runs
 
 
 def longest(groups: int, runs: int, sms: int, shares: int) -> int:
@@ -18,7 +19,7 @@ def longest(groups: int, runs: int, sms: int, shares: int) -> int:
 @pytest.mark.parametrize(("groups", "runs", "sms"), list(product((1, 3, 24, 128, 300), (1, 2, 7, 32, 128), (1, 4, 132))))
 def test_no_other_number_of_shares_ends_earlier_and_no_smaller_one_as_early(groups: int, runs: int, sms: int) -> None:
     chosen = share_count(groups, runs, sms)
-    times = {shares: longest(groups, runs, sms, shares) for shares in range(1, min(runs, MAX_SHARES) + 1)}
+    times = {shares: longest(groups, runs, sms, shares) for shares in range(1, min(runs, MOST_SHARES) + 1)}
     assert chosen == min(times, key=lambda shares: (times[shares], shares))
 
 

@@ -17,9 +17,10 @@ from amk.isa.stretch_attention import StretchAttention
 from amk.isa.stretch_matmul import StretchMatMul
 from amk.schedule.compile import compile_program, effective_config, lower
 from amk.schedule.config import parse_config
+from amk.schedule.cost import latency_us, streamed_bytes
 from amk.schedule.digest import schedule_id
 from amk.schedule.knobs import Config
-from amk.schedule.model import ModelSpec
+from amk.schedule.model import ModelSpec, weight_shapes
 from amk.schedule.program import Buffer, Program
 from amk.schedule.resources import SharedLayout, shared_layout
 from amk.schedule.settings import STRETCHES
@@ -189,7 +190,7 @@ def test_an_assignment_of_the_decoders_units_leaves_the_stretch_alone() -> None:
 
 
 def test_sums_and_x_of_a_model_are_of_these_sizes() -> None:
-    """tiny: hidden 64; q, k, v 32 rows (one group); 36 columns of gate and up are 5 tiles of 8 and 48 columns of x; runs of one fragment."""
+    """tiny: hidden 64; q, k, v have 32 rows (a group); 36 columns of gate and up are 5 tiles of 8, and 48 of x; a run a fragment."""
     program = lower(TINY, Config(), small_target(), batch=32, prefill=True)
     sizes = {b.name: _per_seat(b) for b in program.buffers if b.name.startswith("L0.")}
     assert sizes == {
@@ -209,3 +210,18 @@ def test_sums_and_x_of_a_model_are_of_these_sizes() -> None:
 
 def _per_seat(buffer: Buffer) -> int:
     return buffer.packets // 32
+
+
+@pytest.mark.parametrize("spec", (*SPECS, LLAMA_1B), ids=lambda s: s.name)
+def test_a_stretch_reads_the_matrices_of_its_layers_once(spec: ModelSpec) -> None:
+    """All but the output head, and of the last layer q, k and v alone."""
+    shapes = {name: shape for name, shape in weight_shapes(spec).items() if len(shape) == 2 and name not in ("embed", "head")}
+    last = f"L{spec.layers - 1}."
+    wanted = {name: shape for name, shape in shapes.items() if not name.startswith(last) or name[len(last) :] in "qkv"}
+    program = lower(spec, Config(), small_target(8), context=256, batch=128, prefill=True)
+    element, layers = program.machine.element_bytes, spec.layers - 1
+    matrices = element * sum(rows * cols for rows, cols in wanted.values())
+    assert streamed_bytes(program, 0) == matrices + element * 128 * spec.hidden
+    rows = sum(min(100, (window or 999) - 1) for window in spec.windows[:layers])
+    assert streamed_bytes(program, 100) - streamed_bytes(program, 0) == 2 * element * rows * spec.kv_rows
+    assert latency_us(program, TARGETS["h200"], 0) > 0

@@ -20,8 +20,10 @@ from amk.isa.stretch_sums import StretchSums
 from amk.schedule.compile import ConfigRejected, lower
 from amk.schedule.knobs import Config
 from amk.schedule.program import Program
+from amk.schedule.settings import STRETCHES
 from amk.schedule.stream import stream_of
 from amk.schedule.targets import small_target
+from amk.tests.schedule.test_stretch_lowering import config_of, spec_of
 from amk.tests.vm.test_reference import BF16_ERROR, SHAPES, error
 from amk.vm.image import pack_program, unpack_program
 from amk.vm.interface import LaunchFailed
@@ -82,6 +84,22 @@ def test_rows_and_what_is_decoded_from_them_are_the_plain_decoders(
 def typical_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """The median token's: where two attention scores nearly tie, rounding of x may move one token's logits by several times that."""
     return float(np.median([error(a, b) for a, b in zip(found, expected, strict=True)]))
+
+
+@pytest.mark.parametrize("seed", range(9))
+def test_rows_are_as_near_to_the_plain_decoders_as_decoded_ones(seed: int, make_source: Any, plain: Any) -> None:
+    """Random models, configs and cards, the prompt in two parts: with the same rounding rows differ from the plain decoder's by as much."""
+    spec = replace(spec_of(seed), max_context=220)
+    source, tokens = make_source(spec, seed), random.Random(seed).choices(range(spec.vocab), k=190)
+    target, batch, cut = small_target(1 + seed % 7), STRETCHES[seed % 3], random.Random(seed).randrange(1, 189)
+    one, other = (UnprovenVM(lower(spec, config_of(seed), target), source) for _ in range(2))
+    prefill = UnprovenVM(lower(spec, config_of(seed), target, batch=batch, prefill=True), source, beside=other)
+    one.decode(tokens, 0)
+    prefill.prefill(tokens[:cut], 0)
+    prefill.prefill(tokens[cut:], cut)
+    true = plain(spec, source, tokens)
+    decoded, prefilled = (np.median([row_errors(vm, true, i, i + 1) for i in range(190)], axis=0) for vm in (one, other))
+    assert (prefilled < 1.25 * decoded).all()
 
 
 def test_late_stretches_see_the_rows_that_decoding_left(make_spec: Any, make_source: Any, plain: Any) -> None:
