@@ -1,11 +1,13 @@
-"""What each knob does on the live card: every value offered, in turns with the default. Writes results/knob-effects-CARD.json.
+"""What each knob does on the live card: some of its values, in turns with the default. Writes results/knob-effects-CARD.json.
 
-    python amk_bootstrap.py amk.dev.knob_effects [--models A,B] [--knobs NAME,NAME] [--out FILE]
+    python amk_bootstrap.py amk.dev.knob_effects [--models A,B] [--knobs NAME,NAME] [--share K/N] [--all] [--out FILE]
 
 Kernels are built ahead, in a process a core. Every program is judged by the oracle before it is timed. One knob's values are timed in one
 round: the default, the default once more from another place in memory, each value, and again. What the two defaults differ by, or what
 the samples of default and value scatter, whichever is more, is the noise that an effect must exceed. The file is written anew after each
 knob; a file of the same commit and card is gone on with, and what was asked for takes the place of what it has.
+
+On N cards at once, a process each measures the knobs of `--share K/N` into a file of its own (--out); dev/knob_file.py puts them together.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -24,9 +26,9 @@ from typing import Any
 import numpy as np
 
 from amk.dev.judged import JudgedMachine, NotCorrect, judged
+from amk.dev.knob_file import Keeper
 from amk.dev.noise import noise_us
 from amk.dev.prebuild import Build, ahead
-from amk.dev.provenance import provenance, write_results
 from amk.eval.bench import interleaved, launch_start, launch_us, refuse_company
 from amk.eval.candidate import Candidate
 from amk.eval.card import choose, live_card
@@ -45,17 +47,29 @@ POSITION = 128
 # How attention is shared out matters more the later the position.
 LATE_POSITION, LATE_KNOBS = 1024, ("tiling.attention.kv_block", "kernel_knobs.kv_splits")
 SAMPLES = 9
-# Of a knob with a wide range: values from end to end.
-SOME_OF = {"pipelining_depth": (1, 2, 4, 8, 12), "smem_bytes_per_block": (32768, 65536, 131072)}
+# Of a knob with more than three other values: those that are tried. Of a set: without each of its entries.
+SOME_OF: dict[str, tuple[Any, ...]] = {
+    "tiling.gemv.N_tile": (32, 64, 128),
+    "tiling.attention.kv_block": (16, 64, 256),
+    "pipelining_depth": (2, 4, 8),
+    "smem_bytes_per_block": (32768, 65536, 131072),
+    "kernel_knobs.stage_bytes": (8192, 32768),
+    "kernel_knobs.release_early": (0, 4, 8),
+    "kernel_knobs.kv_splits": (1, 4, 8),
+    "kernel_knobs.weight_feed": ("cp_async", "plain"),  # auto is bulk where there is that
+}
+# Of a range, where every value is asked for: from end to end.
+WIDE = {"pipelining_depth": (1, 2, 4, 8, 12), "smem_bytes_per_block": (32768, 65536, 131072)}
 TWIN = "default again"
 Row = dict[str, Any]
 
 
-def other_values(knob: Knob) -> list[Any]:
-    """The values that are tried: every choice but the default, some of a range, a set without each of its entries and empty."""
+def other_values(knob: Knob, every: bool = False) -> list[Any]:
+    """The values that are tried beside the default: two or three, or `every` choice (of a range some, of a set the empty one too)."""
     if knob.type == "set":
-        return [*combinations(knob.choices, len(knob.choices) - 1), ()]
-    return [value for value in SOME_OF.get(knob.name, knob.choices) if value != knob.default]
+        return [*combinations(knob.choices, len(knob.choices) - 1), *([()] if every else [])]
+    tried = WIDE.get(knob.name, knob.choices) if every else SOME_OF.get(knob.name, knob.choices)
+    return [value for value in tried if value != knob.default]
 
 
 def shown(value: Any) -> str:
@@ -106,21 +120,21 @@ class Bench:
         for entry in (self.default, self.twin):
             entry.machine.close()
 
-    def knob_rows(self, knob: Knob, candidates: Sequence[Candidate]) -> list[Row]:
-        """A row for each value of a knob and position; values without a program of their own say whose they have."""
+    def knob_rows(self, knob: Knob, values: Mapping[str, Candidate]) -> list[Row]:
+        """A row for each value (as shown) of a knob and position; values without a program of their own say whose they have."""
         rows: list[Row] = []
         held: list[tuple[Row, JudgedMachine]] = []
         seen = {self.default.facts["schedule_id"]: shown(knob.default)}
         try:
-            for value, candidate in zip(other_values(knob), candidates, strict=True):
-                head = {"model": self.session.model.spec.name, "knob": knob.name, "value": shown(value)}
+            for value, candidate in values.items():
+                head = {"model": self.session.model.spec.name, "knob": knob.name, "value": value}
                 same = seen.get(candidate.facts.schedule_id or "")
                 if same is not None:
                     rows.append(head | {"latency_us": None, "same_program_as": same})
                     continue
                 entry = self._judged(head, candidate, rows)
                 if entry is not None:
-                    seen[entry.facts["schedule_id"]] = shown(value)
+                    seen[entry.facts["schedule_id"]] = value
                     held.append((head, entry))
             for position in positions(knob) if held else ():
                 rows += timed_rows(held, self.default, self.twin, position, self.session.bandwidth())
@@ -141,70 +155,37 @@ class Bench:
             return None
 
 
-def configs(model: str, knobs: Sequence[Knob]) -> dict[tuple[str, str, str], dict[str, Any]]:
+Values = Mapping[Knob, Sequence[Any]]  # of each knob, those that are tried
+
+
+def configs(model: str, tried: Values) -> dict[tuple[str, str, str], dict[str, Any]]:
     """The configs of a model by model, knob and value; the default's under the empty name."""
     found = {
-        (knob.name, shown(value)): config_dict(with_value(Config(), knob.name, value)) for knob in knobs for value in other_values(knob)
+        (knob.name, shown(value)): config_dict(with_value(Config(), knob.name, value)) for knob, values in tried.items() for value in values
     }
     return {(model, "", ""): {}} | {(model, *key): config for key, config in found.items()}
 
 
-def measure(models: Sequence[str], knobs: Sequence[Knob], keeper: Keeper) -> None:
+def measure(models: Sequence[str], tried: Values, keeper: Keeper) -> None:
     """Measures each model's knobs, one after the other, and gives the rows of each to the keeper."""
     place = choose(None, "cuda")
     refuse_company(context=False)
-    wanted = {key: config for model in models for key, config in configs(model, knobs).items()}
+    wanted = {key: config for model in models for key, config in configs(model, tried).items()}
     with ahead([Build(model, config, CONTEXT) for (model, _, _), config in wanted.items()], place) as futures:
         cases = dict(zip(wanted, futures, strict=True))
         for model in models:
             session = Session(model, place, partial(say, model))
             bench = Bench(session, *(judged(session, cases[model, "", ""].result(), name) for name in ("default", TWIN)))
-            keeper.begin(bench.default.facts, session.bandwidth())
-            for knob in knobs:
-                candidates = [cases[model, knob.name, shown(value)].result() for value in other_values(knob)]
-                keeper.take(model, knob, bench.knob_rows(knob, candidates))
+            keeper.begin(bench.default.facts | {"context": CONTEXT}, session.bandwidth())
+            for knob, values in tried.items():
+                rows = bench.knob_rows(knob, {shown(value): cases[model, knob.name, shown(value)].result() for value in values})
+                keeper.take(model, knob.name, rows)
+                print(*map(line, rows), sep="\n", flush=True)
             bench.close()
 
 
 def say(model: str, text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {model}: {text}", file=sys.stderr, flush=True)
-
-
-class Keeper:
-    """The results file: written anew after each knob, with what it had of the same commit and card."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.reads: list[float] = []
-        self.defaults: list[Row] = []
-        self.found: list[Row] = []
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return
-        came, now = before["provenance"], provenance()
-        clean = now["commit"] != "unknown" and not now["commit"].endswith("+changes")
-        if clean and came["commit"] == now["commit"] and [c["name"] for c in came["cards"]] == [c["name"] for c in now["cards"]]:
-            self.reads, self.defaults, self.found = before["plain_read_gbs"], before["defaults"], before["rows"]
-
-    def begin(self, default: Row, gbs: float) -> None:
-        """A model's default program, and the plain read of its process."""
-        self.reads.append(gbs)
-        self.defaults = [*(row for row in self.defaults if row["model"] != default["model"]), default | {"context": CONTEXT}]
-
-    def take(self, model: str, knob: Knob, rows: list[Row]) -> None:
-        """Takes the rows of a model's knob in place of those that it had."""
-        for row in rows:
-            print(line(row), flush=True)
-        others = [row for row in self.found if (row["model"], row["knob"]) != (model, knob.name)]
-        order = [k.name for k in KNOBS]
-        self.found = sorted([*others, *rows], key=lambda row: (row["model"], order.index(row["knob"])))
-        write_results(self.path, {"plain_read_gbs": self.reads, "defaults": self.defaults, "rows": self.found})
-
-    @property
-    def failed(self) -> list[Row]:
-        """Values that are not correct, or were timed and refused."""
-        return [row for row in self.found if row["latency_us"] is None and row.get("reason") and row.get("correct") is not None]
 
 
 def line(row: Row) -> str:
@@ -224,21 +205,35 @@ def chosen(parser: argparse.ArgumentParser, option: str, text: str, allowed: Seq
     return [name for name in allowed if name in asked]
 
 
+def share(text: str, knobs: Sequence[Knob]) -> list[Knob]:
+    """The knobs of part K of N, "K/N": every Nth of them. ValueError where K is not from 1 to N."""
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+        raise ValueError(f"must be K/N with K from 1 to N, but got {text!r}")
+    return list(knobs[int(number) - 1 :: int(count)])
+
+
 def main() -> None:
     names = [knob.name for knob in KNOBS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS), help="some of the models, with commas between them")
     parser.add_argument("--knobs", default=",".join(names), help="some of the knobs, with commas between them")
+    parser.add_argument("--share", default="1/1", help="K/N: the Kth of N equal parts of these knobs")
+    parser.add_argument("--all", action="store_true", help="every value that is offered, not two or three a knob")
     parser.add_argument("--out", type=Path, help="the results file; results/knob-effects-CARD.json where none is named")
     asked = parser.parse_args()
-    models, knobs = chosen(parser, "models", asked.models, MODELS), chosen(parser, "knobs", asked.knobs, names)
+    models, named = chosen(parser, "models", asked.models, MODELS), chosen(parser, "knobs", asked.knobs, names)
+    try:
+        knobs = share(asked.share, [knob for knob in KNOBS if knob.name in named])
+    except ValueError as problem:
+        parser.error(f"--share: {problem}")
     if live_card() is None:
         print("knob_effects: needs an NVIDIA card and its driver, but none was found", file=sys.stderr)
         sys.exit(3)
     try:
         with live_card_lock(partial(print, flush=True)):
             keeper = Keeper(asked.out or Path("results") / f"knob-effects-{choose(None, 'cuda').target.name}.json")
-            measure(models, [knob for knob in KNOBS if knob.name in knobs], keeper)
+            measure(models, {knob: other_values(knob, asked.all) for knob in knobs}, keeper)
     except (EvalError, NotCorrect, LaunchFailed, BuildFailed) as problem:
         print(f"knob_effects: {problem}", file=sys.stderr)
         sys.exit(getattr(problem, "exit_code", 1))

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from amk.dev.knob_effects import MODELS, POSITION
 from amk.dev.results_check import honest_rows
 from amk.dev.table import is_present, origin, table_of
 from amk.schedule.knobs import KNOBS, Knob
@@ -15,8 +16,10 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 HEAD = """# What each knob does
 
 Rendered by `dev/knob_page.py` from the results of `dev/knob_effects.py`. Each value of a knob is timed in turns with the default,
-everything else being the default's. An effect counts where it is beyond the noise of that round: what the samples scatter, or what a
-second copy of the default differs by, whichever is more. Plus is slower. The choices themselves are in [knobs.md](knobs.md)."""
+everything else being the default's. A cell has the time of a token in us, its ratio to the default of the same run ± the noise of that
+round, and the default's time; above 1 is slower. A ratio is **bold** where it is beyond the noise: what the samples scatter, or what a
+second copy of the default differs by, whichever is more. The position is 128 where none is named. The choices themselves are in
+[knobs.md](knobs.md)."""
 NOTHING = "*Nothing is measured yet: there is no `results/knob-effects-CARD.json`.*"
 Row = dict[str, Any]
 
@@ -35,11 +38,16 @@ def page(results: Path) -> str:
 def _file_part(path: Path) -> str:
     data = json.loads(path.read_text(encoding="utf-8"))
     rows = honest_rows(path.name, data, "rows")
-    where = [table_of(("knob", "has an effect"), ((f"`{k.name}`", _where(k, rows)) for k in KNOBS))]
-    models = sorted({row["model"] for row in rows})
-    head = ("knob", "value", *models)
-    values = [table_of(head, _value_lines(rows, models))]
-    return "\n\n".join([f"{origin(path.name, data, '../results')}{_earlier(path, data)}", *where, *values])
+    models = list(dict.fromkeys([*MODELS, *sorted(row["model"] for row in rows)]))
+    most = [table_of(("knob: largest effect", *models), ((f"`{k.name}`", *(_most(k, rows, model) for model in models)) for k in KNOBS))]
+    values = [table_of(("knob", "value", *models), _value_lines(rows, models))]
+    return "\n\n".join([f"{origin(path.name, data, '../results')}{_parts(data)}{_earlier(path, data)}", *most, *values])
+
+
+def _parts(data: dict[str, Any]) -> str:
+    """Said of a file that several runs were put together to."""
+    count = len(data.get("parts", ()))
+    return f" Measured in {count} parts on cards of this name, each with a default of its own." if count > 1 else ""
 
 
 def _earlier(path: Path, data: dict[str, Any]) -> str:
@@ -49,26 +57,25 @@ def _earlier(path: Path, data: dict[str, Any]) -> str:
     return f" Measured at an earlier version of the program or its kernel: {', '.join(sorted(old))}." if old else ""
 
 
-def _where(knob: Knob, rows: Sequence[Row]) -> str:
-    """At which models and positions some value of the knob has an effect, with the largest."""
-    mine = [row for row in rows if row["knob"] == knob.name]
-    if not mine:
-        return "not measured"
+def _most(knob: Knob, rows: Sequence[Row], model: str) -> str:
+    """The largest effect of some value of the knob on a model, at each position; of the arena's size too."""
+    mine = [row for row in rows if (row["knob"], row["model"]) == (knob.name, model)]
+    timed = [row for row in mine if row["latency_us"] is not None]
     found = []
-    for model, position in sorted({(row["model"], row["position"]) for row in mine if row["latency_us"] is not None}):
-        here = [row for row in mine if (row["model"], row.get("position")) == (model, position) and row["latency_us"] is not None]
-        most = max((row for row in here if row["beyond_noise"]), key=lambda row: abs(row["effect_pct"]), default=None)
-        found += [f"{model} at {position}: {most['effect_pct']:+.1f} % (`{most['value']}`)"] if most else []
-    found += sorted({f"{row['model']}: arena {_ratio(row)}" for row in mine if _arena_differs(row) and knob.name == "page_allocation"})
-    return "; ".join(found) or "none beyond the noise"
+    for position in sorted({row["position"] for row in timed}):
+        beyond = [row for row in timed if row["position"] == position and row["beyond_noise"]]
+        most = max(beyond, key=lambda row: abs(row["effect_pct"]), default=None)
+        found += [f"`{most['value']}`: {_timed(most)}"] if most else []
+    found += [f"`{row['value']}`: {_arena(row)}" for row in timed if knob.name == "page_allocation" and _arena_differs(row)]
+    return "; ".join(found) or ("none beyond the noise" if timed else "not measured")
 
 
 def _arena_differs(row: Row) -> bool:
-    return row["latency_us"] is not None and row["arena_bytes"] != row["default_arena_bytes"]
+    return bool(row["arena_bytes"] != row["default_arena_bytes"])
 
 
-def _ratio(row: Row) -> str:
-    return f"{row['default_arena_bytes']} to {row['arena_bytes']} bytes (`{row['value']}`)"
+def _arena(row: Row) -> str:
+    return f"arena {row['arena_bytes']} bytes of {row['default_arena_bytes']}"
 
 
 def _value_lines(rows: Sequence[Row], models: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -85,6 +92,12 @@ def _value_lines(rows: Sequence[Row], models: Sequence[str]) -> Iterator[Sequenc
 def _cell(row: Row) -> str:
     if row["latency_us"] is None:
         return f"as `{row['same_program_as']}`" if "same_program_as" in row else row["reason"].replace("|", "\\|")
-    effect = f"**{row['effect_pct']:+.1f} %**" if row["beyond_noise"] else f"{row['effect_pct']:+.1f} %"
-    at = f" at {row['position']}" if row["position"] != 128 else ""
-    return f"{row['latency_us']:.1f} us{at}, {effect} ± {row['noise_pct']:.1f}"
+    return _timed(row)
+
+
+def _timed(row: Row) -> str:
+    """Time, ratio and default of one line, and the position where it is not the usual one."""
+    ratio = f"{row['latency_us'] / row['default_us']:.3f}"
+    at = f" at {row['position']}" if row["position"] != POSITION else ""
+    against = f"{f'**{ratio}**' if row['beyond_noise'] else ratio} ± {row['noise_pct'] / 100:.3f} of {row['default_us']:.1f}"
+    return f"{row['latency_us']:.1f} us{at}, {against}"

@@ -37,9 +37,9 @@ def built(case: Build, place: Place) -> Candidate:
 
 @contextmanager
 def ahead(cases: Sequence[Build], place: Place) -> Iterator[list[Future[Candidate]]]:
-    """Every case under way, in processes on all cores but one; what nobody has waited for when the block ends is not begun."""
+    """Every case under way, in processes on all cores of this one but one; what nobody has waited for when the block ends is not begun."""
     # A fork would inherit the driver's state, which does not work in the child.
-    pool = ProcessPoolExecutor(max(1, (os.cpu_count() or 1) - 1), mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(max(1, len(os.sched_getaffinity(0)) - 1), mp_context=get_context("spawn"))
     try:
         yield [pool.submit(built, case, place) for case in cases]
     finally:

@@ -36,8 +36,13 @@ def provenance() -> Provenance:
 
 
 def write_results(path: Path, results: dict[str, object]) -> None:
-    """Write `results` under their provenance as JSON; the file appears whole or not at all."""
+    """`write_json` of what this process has found, under its provenance."""
+    write_json(path, {"provenance": provenance(), **results})
+
+
+def write_json(path: Path, data: dict[str, object]) -> None:
+    """Write `data` as JSON; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps({"provenance": provenance(), **results}, indent=1) + "\n", encoding="utf-8")
+    unfinished.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     unfinished.replace(path)

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from amk.dev.judged import NotCorrect
 from amk.dev.prebuild import Build, ahead
 from amk.dev.provenance import write_results
+from amk.dev.version import code_digest
 from amk.eval.candidate import Candidate
 from amk.eval.card import Place, choose
 from amk.eval.card_lock import live_card_lock
@@ -30,8 +32,11 @@ from amk.eval.errors import EvalError, UsageError
 from amk.eval.oracle import judge
 from amk.eval.session import Session
 from amk.isa.weight_format import FORMATS
+from amk.models.builtin import NAMES
 from amk.models.errors import ModelError
+from amk.models.registry import describe
 from amk.schedule.cost import streamed_bytes
+from amk.schedule.model import ModelSpec
 from amk.vm.build import BuildFailed
 from amk.vm.interface import DecodeMachine, LaunchFailed
 
@@ -100,6 +105,19 @@ def divergence(reference: torch.Tensor, found: torch.Tensor) -> dict[str, float]
     }
 
 
+def known_as(spec: ModelSpec) -> str | None:
+    """The built-in model of exactly this description, in the same format (NAME@FORMAT); None if there is none.
+
+    Such a model is compiled again, without the checkpoint, to see whether a figure is about the code at hand.
+    """
+    held, form = spec.layer_weights, spec.name.rpartition("@")[2]
+    bare = replace(spec, name="", layer_weights=None, head_weights=None)
+    known = next((name for name in NAMES if replace(describe(name), name="") == bare), None)
+    if known is None or held is None:
+        return known
+    return f"{known}@{form}" if replace(describe(f"{known}@{form}"), name=spec.name) == spec else None
+
+
 def measured(session: Session, candidate: Candidate, count: int | None) -> tuple[dict[str, Any], torch.Tensor]:
     """The figures of one model and its log probabilities on its device; NotCorrect if its program is refused or wrong."""
     if candidate.program is None:
@@ -122,6 +140,9 @@ def measured(session: Session, candidate: Candidate, count: int | None) -> tuple
         "layers": spec.layer_weights.name if spec.layer_weights else spec.dtype,
         "head": spec.head_weights.name if spec.head_weights else spec.dtype,
         "embedding": spec.dtype,
+        "described_as": known_as(spec),
+        "context": program.machine.context,
+        "code_sha256": code_digest(program),
         "perplexity": perplexity(found, tokens),
         "correct": finding.correct,
         "tolerance_used": finding.tolerance_used,

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from amk.dev.batch_table import batch_part, prefill_part
-from amk.dev.results_check import card_name, honest_chains, honest_rows, quality_line
+from amk.dev.quality_note import is_earlier, quality_line
+from amk.dev.results_check import card_name, honest_chains, honest_rows
 from amk.dev.table import EARLIER, is_present, origin, table_of
 from amk.models.registry import describe
 
@@ -102,7 +103,8 @@ def _card_part(card: str, sources: Sequence[Source], found: Sequence[Found], qua
     shown = {key: entries for key, entries in groups.items() if lines_of_quality.get(key[0], "") is not None}
     withheld = [f"{model} at {position}" for model, position in groups if (model, position) not in shown]
     body = table_of(HEAD, map(_cells, shown.values()))
-    notes = [EARLIER] if any(not _best(entries).present for entries in shown.values()) else []
+    old = any(not _best(entries).present for entries in shown.values()) or any(is_earlier(quality, model) for model in lines_of_quality)
+    notes = [EARLIER] if old else []
     notes += [text for text in dict.fromkeys(lines_of_quality.values()) if text]
     if withheld:
         notes.append(f"Measured and withheld, as `results/quality.json` does not say what the format costs: {', '.join(withheld)}.")

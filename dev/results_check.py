@@ -16,7 +16,6 @@ from amk.schedule.targets import card_of
 Row = dict[str, Any]
 NEEDED = ("model", "position", "correct", "tolerance_used", "floor_us", "streamed_bytes", "samples_us", "program_digest", "binary_digest")
 LEAST_SAMPLES = 5
-LEAST_TEXT = 4000  # tokens
 CLOSE = 1e-6  # relative: a figure that is computed from others in the file
 
 
@@ -83,26 +82,6 @@ def _timed_problems(where: str, row: Mapping[str, Any], key: str, judged: bool =
         yield f"{where}: {key} must be the median of its samples ({float(np.median(row['samples_us']))}), but is {row[key]}"
     if judged and not (row["tolerance_used"] is not None and row["tolerance_used"] < 1):
         yield f"{where}: a time needs a correctness pass, but {row['tolerance_used']} of the tolerance was used"
-
-
-def quality_line(quality: Mapping[str, Any] | None, model: str) -> str | None:
-    """What the weight format of NAME@FORMAT costs, in words; None where results/quality.json (`quality`) does not say it of a correct
-    program of that format beside a correct one that is not quantised, over a text that is long enough.
-    """
-    form = model.rpartition("@")[2]
-    if quality is None or quality["baseline"]["correct"] is not True or quality["device"] != "cuda" or not quality["provenance"]["cards"]:
-        return None
-    if quality["text"]["tokens"] < LEAST_TEXT:
-        return None
-    row = next((r for r in quality["formats"] if r["model"].rpartition("@")[2] == form and r["correct"] is True), None)
-    if row is None:
-        return None
-    bf16 = quality["baseline"]
-    against = f"perplexity {row['perplexity']:.3f} against {bf16['perplexity']:.3f} in {bf16['layers']}"
-    same = f"the same first choice at {100 * row['same_top1']:.1f} % of {quality['text']['tokens']} tokens"
-    return (
-        f"What {form} costs, of {bf16['model']}: {against}, mean KL divergence {row['kl_mean']:.4f} nats, {same} (`results/quality.json`)."
-    )
 
 
 def card_name(device_name: str) -> str:

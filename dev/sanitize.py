@@ -1,12 +1,16 @@
 """Runs small programs on the card under compute-sanitizer. Writes results/sanitizer-CARD.json and a log a tool beside it.
 
-    python amk_bootstrap.py amk.dev.sanitize [--tools memcheck,racecheck] [--cases bf16,unfused,int8,fp32] [--sms 4] [--out FILE]
+    python amk_bootstrap.py amk.dev.sanitize [--tools memcheck,racecheck] [--cases bf16,unfused,cp_async,int8,fp32] [--sms 4]
+                                             [--limit SECONDS] [--sanitizer FILE] [--out FILE]
 
 Exit code 1 if a program was wrong, a tool did not come to its end, or a tool reported anything that is not expected. Expected are a race
 between accesses of load_shared_acquire, store_shared_release and add_shared_release only, and driver calls by which a library asks what
-there is. Racecheck follows __syncthreads, __syncwarp, mbarriers and (from 2024.4 on) bulk copies into shared memory, but not release and
-acquire on words in shared memory, which is what these three are; it does not look at global memory. Every report is in the results with
-its lines of source, the expected ones too.
+there is. Racecheck follows __syncthreads, __syncwarp and mbarriers, but not release and acquire on words in shared memory, which is what
+these three are; it does not look at global memory. Every report is in the results with its lines of source, the expected ones too.
+
+What racecheck is known to report of code that is right, and is not taken for expected here: bulk copies that an mbarrier orders against
+another warp's reads (the case cp_async has the same ring with copies that it does follow; racecheck-no-bulk leaves bulk copies out and
+checks all else), and reads that a vote or shuffle of their values orders before one lane's arrival (Consumer.release_chunk, Storer.reduce).
 """
 
 from __future__ import annotations
@@ -21,14 +25,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from amk.dev.knob_effects import chosen
-from amk.dev.provenance import write_results
+from amk.dev.provenance import write_json, write_results
 from amk.dev.sanitizer_report import reports, summary
+from amk.dev.version import code_digest
 from amk.eval.card import choose, live_card
 from amk.eval.card_lock import live_card_lock
 from amk.eval.errors import EnvironmentProblem, EvalError
@@ -41,12 +48,21 @@ from amk.schedule.knobs import Config
 from amk.schedule.program import Program
 from amk.schedule.targets import Target
 from amk.schedule.validate import ValidProgram, validate
-from amk.vm.build import Binary, compile_kernel
+from amk.vm.build import Binary, BuildFailed, compile_kernel
 from amk.vm.cuda import CudaVM
 from amk.vm.source import kernel_source
 
 ROOT = Path(__file__).resolve().parents[1]
-TOOLS = ("memcheck", "racecheck", "synccheck")
+BARRIERS = 256  # mbarriers of a block that the tools make room for; they count too few of a ring by themselves
+ON_BARRIERS = ("--num-cuda-barriers", str(BARRIERS))
+RACECHECK = ("--tool", "racecheck", "--show-backtrace", "no", *ON_BARRIERS)  # a report has the places of the accesses alone then
+TOOLS: dict[str, tuple[str, ...]] = {  # and how each is asked for
+    "memcheck": ("--tool", "memcheck"),
+    "racecheck": RACECHECK,
+    "racecheck-no-bulk": (*RACECHECK, "--check-bulk-copy", "no"),
+    "synccheck": ("--tool", "synccheck", *ON_BARRIERS),
+}
+OPTIONS = ("--kernel-name", "kernel_substring=megakernel", "--print-limit", "1000")
 TINY: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 160, "vocab_size": 131, "max_position_embeddings": 256,
@@ -56,14 +72,15 @@ TINY: dict[str, Any] = {
 CASES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "bf16": ("bfloat16", None, {}),
     "unfused": ("bfloat16", None, {"fusion_grouping": [], "threads_per_block": 128, "kernel_knobs": {"sync": "tags"}}),
+    "cp_async": ("bfloat16", None, {"kernel_knobs": {"weight_feed": "cp_async"}}),
     "int8": ("bfloat16", "int8-g32-asym", {}),
     "fp32": ("float32", None, {}),
 }
 CONTEXT = 64
 PLAN = Plan(prompt=4, steps=6, late=(40,), late_steps=2)
-SPIN_LIMIT = 1 << 26  # polls: instrumented code is a hundred times slower, and a hang must still end
-LIMIT_S = 240.0
-BARRIERS = 256  # mbarriers of a block that the tools make room for; they count too few of a ring by themselves
+SPIN_LIMIT = 1 << 24  # polls: instrumented ones take 0.1 to 10 us, and a hang must end before the tool is ended
+LIMIT_S = 240.0  # of a tool, all cases together
+LAST_LINES = 12  # of the log of a tool that did not come to its end
 
 
 def model(case: str) -> Model:
@@ -84,6 +101,11 @@ def file_name(case: str) -> str:
     return f"megakernel-{case}.cu"
 
 
+def build(case: str, target: Target) -> None:
+    """The case's kernel is in the cache of cubins then. BuildFailed if it does not compile."""
+    binary(case, program(case, target), target)
+
+
 def binary(case: str, lowered: Program, target: Target) -> Binary:
     """The kernel as it is measured, but for line numbers."""
     return compile_kernel(kernel_source(lowered), target.arch, file_name(case), lines=True)
@@ -102,9 +124,12 @@ def find_sanitizer() -> Path:
     return found
 
 
-def run_cases(cases: Sequence[str], target: Target) -> dict[str, dict[str, Any]]:
-    """What happens under the tool: each case decodes a few tokens at early and late positions, judged by the source model."""
-    found = {}
+def run_cases(cases: Sequence[str], target: Target, out: Path) -> None:
+    """What happens under the tool: each case decodes a few tokens at early and late positions, judged by the source model.
+
+    What is found goes to `out`, written anew after each case: a run that is cut keeps it.
+    """
+    found: dict[str, object] = {}
     for case in cases:
         lowered, made = program(case, target), model(case)
         proven = validate(lowered)
@@ -114,26 +139,25 @@ def run_cases(cases: Sequence[str], target: Target) -> dict[str, dict[str, Any]]
         began = time.monotonic()
         finding = judge(machine, make_reference(made.spec, made.eager("fp32", "cpu"), PLAN, rounding_points(lowered)))
         machine.close()
-        found[case] = {"correct": finding.correct, "failures": finding.failures, "launches": machine.launches}
-        print(f"{case}: correct is {finding.correct} after {time.monotonic() - began:.1f} s", flush=True)
-    return found
+        seconds = round(time.monotonic() - began, 1)
+        found[case] = {"correct": finding.correct, "failures": finding.failures, "launches": machine.launches, "seconds": seconds}
+        write_json(out, found)
+        print(f"{case}: correct is {finding.correct} after {seconds} s", flush=True)
 
 
-def run_tool(sanitizer: Path, tool: str, cases: Sequence[str], sms: int, log: Path) -> tuple[int, dict[str, Any]]:
-    """The tool's exit code (124: it took too long and was ended) and what the cases found; all that was printed goes to `log`."""
+def run_tool(command: Sequence[str], cases: Sequence[str], sms: int, log: Path, limit_s: float) -> tuple[int, dict[str, Any]]:
+    """The exit code of the tool (124: it took too long and was ended) and what the cases found; all that was printed goes to `log`."""
     found = log.with_suffix(".found")
     found.unlink(missing_ok=True)
-    options = ["--tool", tool, "--kernel-name", "kernel_substring=megakernel", "--print-limit", "1000"]
-    options += [] if tool == "memcheck" else ["--num-cuda-barriers", str(BARRIERS)]
     child = [sys.executable, str(ROOT / "amk_bootstrap.py"), "amk.dev.sanitize", "--child", "--cases", ",".join(cases), "--sms", str(sms)]
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # each tensor is an allocation of its own, and its end is one
+    # Each tensor is an allocation of its own, and its end is one. What a case says is in the log before a later one hangs.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONUNBUFFERED": "1"}
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
-            [str(sanitizer), *options, *child, "--out", str(found)],
-            stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
-        )  # fmt: skip
+            [*command, *child, "--out", str(found)], stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
         try:
-            code = process.wait(LIMIT_S)
+            code = process.wait(limit_s)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -156,12 +180,14 @@ def examined(tool: str, code: int, found: dict[str, Any], text: str, sources: di
     }  # fmt: skip
 
 
-def tell(part: dict[str, Any]) -> None:
-    """The tool's part, printed: every report, expected or not, with its lines."""
+def tell(part: dict[str, Any], log: str) -> None:
+    """The tool's part, printed: every report, expected or not, with its lines; of a tool that did not come to its end, how its log ends."""
     for report in part["reports"]:
         print(f"  {'expected' if report['expected'] else 'REPORT'} ({report['times']} times): {report['text'][0]}")
         for line in [*report["text"][1:6], *report["source"]]:
             print(f"      {line}")
+    if part["summary"] is None or part["exit_code"]:
+        print(*log.splitlines()[-LAST_LINES:], sep="\n")
     state = "clean" if part["clean"] else "NOT CLEAN"
     print(
         f"{part['tool']}: {state}; {part['summary'] or 'no summary: it did not come to its end'}; exit code {part['exit_code']}", flush=True
@@ -175,27 +201,31 @@ def small(target: Target, sms: int) -> Target:
 
 def sanitize(asked: argparse.Namespace) -> bool:
     """Runs every tool; True if all are clean."""
-    sanitizer, target = find_sanitizer(), choose(None, "cuda").target
+    sanitizer, target = asked.sanitizer or find_sanitizer(), choose(None, "cuda").target
     version = subprocess.run([str(sanitizer), "--version"], capture_output=True, text=True).stdout.split("\n")
     cut = small(target, asked.sms)
     lowered = {case: program(case, cut) for case in asked.cases}
     sources = {case: kernel_source(entry) for case, entry in lowered.items()}
-    for case, entry in lowered.items():
-        print(f"building {case}", flush=True)
-        binary(case, entry, cut)
+    print(f"building {', '.join(asked.cases)}", flush=True)
+    with ProcessPoolExecutor(len(asked.cases), mp_context=get_context("spawn")) as pool:
+        list(pool.map(build, asked.cases, [cut] * len(asked.cases)))
     out = asked.out or Path("results") / f"sanitizer-{target.name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    parts = []
+    head = {
+        "sanitizer": [line for line in version if re.search(r"\d", line)], "sms": cut.sms, "context": CONTEXT,
+        "code_sha256": {case: code_digest(entry) for case, entry in lowered.items()},
+    }  # fmt: skip
+    parts: list[dict[str, Any]] = []
     for tool in asked.tools:
         log = out.with_name(f"{out.stem}-{tool}.log")
         print(f"{tool}: running {', '.join(asked.cases)} on {cut.sms} SMs; its output goes to {log}", flush=True)
         began = time.monotonic()
-        code, found = run_tool(sanitizer, tool, asked.cases, asked.sms, log)
-        parts.append(examined(tool, code, found, log.read_text(encoding="utf-8", errors="replace"), sources))
-        parts[-1]["seconds"] = round(time.monotonic() - began, 1)
-        tell(parts[-1])
-        known = [line for line in version if re.search(r"\d", line)]
-        write_results(out, {"sanitizer": known, "sms": cut.sms, "context": CONTEXT, "tools": parts})
+        code, found = run_tool([str(sanitizer), *TOOLS[tool], *OPTIONS], asked.cases, asked.sms, log, asked.limit)
+        text = log.read_text(encoding="utf-8", errors="replace")
+        took = {"seconds": round(time.monotonic() - began, 1), "options": [*TOOLS[tool], *OPTIONS]}
+        parts.append(examined(tool, code, found, text, sources) | took)
+        tell(parts[-1], text)
+        write_results(out, {**head, "tools": parts})
     return all(part["clean"] for part in parts)
 
 
@@ -204,24 +234,25 @@ def main() -> None:
     parser.add_argument("--tools", default="memcheck,racecheck", help=f"some of {', '.join(TOOLS)}, with commas between them")
     parser.add_argument("--cases", default=",".join(CASES), help="some of the cases, with commas between them")
     parser.add_argument("--sms", type=int, default=4, help="SMs of the programs")
+    parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds after which a tool is ended")
+    parser.add_argument("--sanitizer", type=Path, help="the compute-sanitizer to run; else that on PATH or under /usr/local/cuda*")
     parser.add_argument("--out", type=Path, help="the results file; results/sanitizer-CARD.json where none is named")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # this process runs under the tool
     asked = parser.parse_args()
-    asked.tools, asked.cases = chosen(parser, "tools", asked.tools, TOOLS), chosen(parser, "cases", asked.cases, list(CASES))
+    asked.tools, asked.cases = chosen(parser, "tools", asked.tools, list(TOOLS)), chosen(parser, "cases", asked.cases, list(CASES))
     if asked.sms < 1:
         parser.error(f"--sms: must be at least 1, but got {asked.sms}")
     if live_card() is None:
         print("sanitize: needs an NVIDIA card and its driver, but none was found", file=sys.stderr)
         sys.exit(3)
     if asked.child:
-        asked.out.write_text(json.dumps(run_cases(asked.cases, small(choose(None, "cuda").target, asked.sms))), encoding="utf-8")
-        return
+        return run_cases(asked.cases, small(choose(None, "cuda").target, asked.sms), asked.out)
     try:
         with live_card_lock(partial(print, flush=True)):
             clean = sanitize(asked)
-    except EvalError as problem:
+    except (EvalError, BuildFailed, OSError) as problem:
         print(f"sanitize: {problem}", file=sys.stderr)
-        sys.exit(problem.exit_code)
+        sys.exit(getattr(problem, "exit_code", 1))
     sys.exit(0 if clean else 1)
 
 

@@ -13,8 +13,8 @@ EARLIER = "\\* measured at an earlier version of the program or its kernel."
 
 
 def is_present(row: Mapping[str, Any], card: str) -> bool:
-    """Whether the line's program and kernel are what the code at hand compiles; what does not say so is not."""
-    if "code_sha256" not in row or card not in TARGETS:
+    """Whether the line's program and kernel are what the code at hand compiles; what does not say so, or has no name, is not."""
+    if "code_sha256" not in row or not row["model"] or card not in TARGETS:
         return False
     kind = {"batch": row.get("batch", 1), "prefill": bool(row.get("prefill", False))}
     return bool(row["code_sha256"] == present_digest(row["model"], card, row["context"], **kind))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ READ_LOADS = (2, 4, 8)
 LEAST_READ_GBS = {"h200": 4550.0}  # a card that reads slower is not the card the floor speaks of
 WARM_UP, SAMPLES = 4, 15
 READ_BYTES = 4 << 30
+READ_ROUNDS, READ_PAUSE_S = 3, 1.0  # of a card that reads slower than it must
 
 
 def read_bandwidth_gbs(target: Target, repeats: int = 5) -> float:
@@ -33,12 +35,29 @@ def read_bandwidth_gbs(target: Target, repeats: int = 5) -> float:
 
     data = torch.randint(-(2**62), 2**62, (READ_BYTES // 8,), dtype=torch.int64, device="cuda")
     out = torch.zeros(4, dtype=torch.int32, device="cuda")
-    best = min(_best_read_ms(target, loads, data, out, repeats) for loads in READ_LOADS)
-    gbs = READ_BYTES / best / 1e6
-    least = LEAST_READ_GBS.get(target.name, 0.0)
-    if gbs < least:
-        raise RunVoid(f"the card's plain read must reach {least:.0f} GB/s for a measurement, but reached {gbs:.0f}; is it shared or hot?")
-    return gbs
+
+    def one_round() -> float:
+        return READ_BYTES / min(_best_read_ms(target, loads, data, out, repeats) for loads in READ_LOADS) / 1e6
+
+    return best_read_gbs(target.name, one_round)
+
+
+def best_read_gbs(card: str, one_round: Callable[[], float], pause: Callable[[float], None] = time.sleep) -> float:
+    """The best of the rounds, GB/s: one, and after a pause another while all fell short of what a card of this name must reach.
+
+    A card whose clocks were low, or that had a moment's other traffic, is not refused for it. RunVoid if READ_ROUNDS rounds fell short.
+    """
+    least = LEAST_READ_GBS.get(card, 0.0)
+    best = one_round()
+    for _ in range(READ_ROUNDS - 1):
+        if best >= least:
+            break
+        pause(READ_PAUSE_S)
+        best = max(best, one_round())
+    if best < least:
+        must = f"the card's plain read must reach {least:.0f} GB/s for a measurement"
+        raise RunVoid(f"{must}, but the best reached {best:.0f} in {READ_ROUNDS} rounds; is it shared or hot?")
+    return best
 
 
 def _best_read_ms(target: Target, loads: int, data: Any, out: Any, repeats: int) -> float:

@@ -20,7 +20,7 @@ from amk.isa.stretch import GROUP_ROWS
 class SeatQkv(Instruction):
     """Seat `seat`, at position p + seat, p that of the launch. `sums_buf` holds the shares of rows q, k, v of layer `layer`.
 
-    q, scaled by log2(e) / sqrt(head_dim), goes to `q_buf` [batch, heads head_dim], k and v to `kv_buf` [batch, 2 kv_heads head_dim]: `q_buf` is
+    q, scaled by log2(e) / sqrt(head_dim), goes to `q_buf` [batch, heads head_dim], k and v to `kv_buf` [batch, 2 kv_heads padded head_dim]: `q_buf` is
     NONE where nobody wants them, in the last layer. Row p + seat of the cache gets k and v where a token is at the seat. `q_gain` and `k_gain`
     are constants offsets of the head norms, `bias` of a bias of all rows, -1 for none.
     """
@@ -54,11 +54,15 @@ class SeatQkv(Instruction):
     def writes(self, machine: Machine, position: int) -> list[Access]:
         if self.q_buf == NONE:
             return []
-        q, kv = (n * machine.head_dim // machine.narrow for n in (machine.heads, 2 * machine.kv_heads))
+        q, kv = machine.heads * machine.head_dim // machine.narrow, 2 * machine.kv_heads * machine.padded_head_dim // machine.narrow
         return [
             Access(self.q_buf, self.seat * q, (self.seat + 1) * q, self.q_tag, "narrow", gated=True, order="q"),
             Access(self.kv_buf, self.seat * kv, (self.seat + 1) * kv, self.kv_tag, "narrow", gated=True, order="kv"),
         ]
+
+    def shared_bytes(self, machine: Machine) -> int:
+        """The seat's rows as fp32."""
+        return 4 * self.rows(machine)
 
     def run(self, memory: Memory, position: int) -> Publishes:
         machine = memory.machine
@@ -74,7 +78,8 @@ class SeatQkv(Instruction):
         if self.seat < memory.active():
             for head in range(machine.kv_heads):
                 memory.write_kv(self.layer, head, position + self.seat, k[head], v[head])
-        return list(zip(self.writes(machine, position), (q.ravel(), np.concatenate([k.ravel(), v.ravel()])), strict=False))
+        kv = np.pad(np.concatenate([k, v]), ((0, 0), (0, machine.padded_head_dim - machine.head_dim)))
+        return list(zip(self.writes(machine, position), (q.ravel(), kv.ravel()), strict=False))
 
     def _rotated(self, memory: Memory, rows: F32, gain: int, place: int) -> F32:
         """Head norm (if `gain` >= 0) and RoPE of rows [heads, head_dim]."""

@@ -19,6 +19,7 @@ from amk.isa.machine import ChunkPlan, Machine
 
 GROUP_TILES = 8  # tiles of one task: a stage holds a run of each of them
 GROUP_ROWS = 16 * GROUP_TILES
+MOST_SHARES = 8  # of K that a product is cut into: who adds them asks for all at once
 SEAT_BLOCK = 8  # the N of mma.m16n8k16
 
 # Orders of a value x [columns, seats], by who writes it: a seat at a time; some columns of all seats at a time; some columns of 8 seats.

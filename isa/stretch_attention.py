@@ -44,10 +44,10 @@ class StretchAttention(Instruction):
     gated: ClassVar[bool] = True
 
     def reads(self, machine: Machine, position: int) -> list[Access]:
-        q, kv = (n * machine.head_dim // machine.narrow * self.batch for n in (machine.heads, 2 * machine.kv_heads))
+        q, kv = machine.heads * machine.head_dim * self.batch, 2 * machine.kv_heads * machine.padded_head_dim * self.batch
         return [
-            Access(self.q_buf, 0, q, self.q_tag, "narrow", gated=True, order="q"),
-            Access(self.kv_buf, 0, kv, self.kv_tag, "narrow", gated=True, order="kv"),
+            Access(self.q_buf, 0, q // machine.narrow, self.q_tag, "narrow", gated=True, order="q"),
+            Access(self.kv_buf, 0, kv // machine.narrow, self.kv_tag, "narrow", gated=True, order="kv"),
         ]
 
     def writes(self, machine: Machine, position: int) -> list[Access]:
@@ -56,16 +56,16 @@ class StretchAttention(Instruction):
         return [Access(self.out_buf, start, start + size, self.out_tag, "narrow", gated=True, order=X_ORDERS[BY_HEAD])]
 
     def shared_bytes(self, machine: Machine) -> int:
-        """q as elements, and of each consumer warp one partial for every query head of each seat."""
-        queries, dim = SEAT_BLOCK * (machine.heads // machine.kv_heads), machine.padded_head_dim
-        return 4 * machine.consumer_warps * queries * (dim + PARTIAL_HEAD) + queries * dim * machine.element_bytes
+        """q of the query heads as elements; of each consumer warp, for 8 seats of one head, maximum, sum and output as fp32."""
+        q = machine.heads // machine.kv_heads * SEAT_BLOCK * machine.padded_head_dim * machine.element_bytes
+        return q + 4 * machine.consumer_warps * SEAT_BLOCK * (machine.padded_head_dim + PARTIAL_HEAD)
 
     def run(self, memory: Memory, position: int) -> Publishes:
         machine = memory.machine
         group, dim, rows = machine.heads // machine.kv_heads, machine.head_dim, self.seat0 + SEAT_BLOCK
         read_q, read_kv = (memory.read(access) for access in self.reads(machine, position))
         q = read_q.reshape(self.batch, machine.kv_heads, group, dim)[self.seat0 : rows, self.kv_head]  # [8, group, dim]
-        k, v = read_kv.reshape(self.batch, 2, machine.kv_heads, dim)[:rows, :, self.kv_head].transpose(1, 0, 2)
+        k, v = read_kv.reshape(self.batch, 2, machine.kv_heads, -1)[:rows, :, self.kv_head, :dim].transpose(1, 0, 2)
         first = max(0, position + self.seat0 - self.window + 1) if self.window else 0
         old = min(first, position)
         old_k, old_v = memory.kv_rows(self.layer, self.kv_head, old, position)

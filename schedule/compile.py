@@ -165,11 +165,13 @@ def _draft(spec: ModelSpec, settings: Settings, graph: Graph, sync: Sync, stage_
 
 
 def _stages(draft: Machine, settings: Settings, graph: Graph, queues: Queues) -> int:
-    """Stages that fit, or that were asked for; 0 if what was asked for does not fit."""
+    """Stages that fit, or that were asked for, which was of one token: of a stretch the fewer. 0 if what was asked for does not fit."""
     fit = max(0, _ring_room(draft, settings, graph, queues) // draft.slot_bytes)
     asked = settings.config.smem_bytes_per_block // draft.slot_bytes
     if settings.config.smem_bytes_per_block == 0:
         return fit
+    if settings.prefill:
+        return min(asked, fit)
     return asked if asked <= fit else 0
 
 

@@ -112,7 +112,11 @@ def _heads(b: _Builder, layer: int, qkv: Sums, *, last: bool = False) -> tuple[s
     """q, and k with v, for the attention, and the layer's KV rows: the rows alone where the layer is the `last`."""
     spec, at = b.spec, f"L{layer}"
     q_gain, k_gain = b.head_gains(layer)
-    written = () if last else (b.value(f"{at}.q", "narrow", spec.q_rows), b.value(f"{at}.kv", "narrow", 2 * spec.kv_rows))
+    written = (
+        ()
+        if last
+        else (b.value(f"{at}.q", "narrow", spec.q_rows), b.value(f"{at}.kv", "narrow", 2 * spec.kv_heads * padded(spec.head_dim)))
+    )
     b.ops.append(
         SeatQkvOp(
             name=f"{at}.heads",

@@ -12,7 +12,7 @@ from amk.schedule.program import Program
 SCRATCH_ALIGNMENT = 16
 REDUCTION_FLOATS = 20  # a warp's partial sums of 16 rows, padded so that warps meet no bank conflict
 STREAM_ENTRY_BYTES = 2
-PLACES_BYTES = 4 * GROUP_TILES
+PLACE_BYTES = 4 * GROUP_TILES  # of a stream entry: where each tile of its task lies
 BUFFER_ENTRY_BYTES = 4
 BARRIER_BYTES = 1024  # mbarriers of ring, reduction slots and consumers, and the watcher's counts
 SERVICE_WARPS = 3  # feeder, storer, watcher
@@ -88,7 +88,7 @@ def shared_layout(parts: Program | SharedNeeds) -> SharedLayout:
     streams = tasks + TASK_BYTES * needs.tasks
     buffers = _aligned(streams + STREAM_ENTRY_BYTES * needs.stream_entries, BUFFER_ENTRY_BYTES)
     places = _aligned(buffers + BUFFER_ENTRY_BYTES * needs.buffers, SCRATCH_ALIGNMENT)
-    barriers = places + (PLACES_BYTES * needs.stream_entries if needs.gated else 0)
+    barriers = places + (PLACE_BYTES * needs.stream_entries if needs.gated else 0)
     return SharedLayout(0, scratch, reduction, tasks, streams, buffers, places, barriers, BARRIER_BYTES)
 
 

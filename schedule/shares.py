@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-MAX_SHARES = 8
+from amk.isa.stretch import MOST_SHARES
 
 
 def share_count(groups: int, runs: int, sms: int) -> int:
@@ -10,7 +10,7 @@ def share_count(groups: int, runs: int, sms: int) -> int:
 
     Groups times shares are dealt to the SMs in waves. The SM that is last has the least to do, and of equals the fewest shares win.
     """
-    return min(range(1, min(runs, MAX_SHARES) + 1), key=lambda shares: (-(-groups * shares // sms) * -(-runs // shares), shares))
+    return min(range(1, min(runs, MOST_SHARES) + 1), key=lambda shares: (-(-groups * shares // sms) * -(-runs // shares), shares))
 
 
 def share_runs(runs: int, shares: int, share: int) -> range:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from amk.dev.knob_effects import other_values, shown
+import pytest
+
+from amk.dev.knob_effects import other_values, share, shown
 from amk.dev.knob_page import NOTHING, page
 from amk.schedule.config import parse_config, with_value
 from amk.schedule.knobs import KNOBS, Config
-from amk.tests.dev.results_file import effect, effects
+from amk.tests.dev.results_file import READS, effect, effects
 from amk.tests.dev.test_readme_table import folder
 
 
@@ -24,16 +26,27 @@ def test_the_largest_effect_beyond_the_noise_is_named_with_its_model_and_positio
     rows = [effect("kernel_knobs.sync", '"tags"', 630.0), effect("tiling.attention.kv_block", "16", 602.0)]
     rows += [effect("tiling.attention.kv_block", value, latency, position=1024) for value, latency in (("16", 540.8), ("64", 620.0))]
     text = page(folder(tmp_path, knob_effects_h200=effects(*rows)))
-    assert 'llama-3.2-1b-shape at 128: +5.0 % (`"tags"`)' in line_of(text, "kernel_knobs.sync")
-    assert line_of(text, "tiling.attention.kv_block").endswith("| llama-3.2-1b-shape at 1024: -9.9 % (`16`) |")
-    assert "602.0 us, +0.3 % ± 0.5; 540.8 us at 1024, **-9.9 %** ± 0.5" in text
-    assert line_of(text, "kernel_knobs.poll_sleep_ns").endswith("| not measured |")
+    assert line_of(text, "kernel_knobs.sync").endswith('| `"tags"`: 630.0 us, **1.050** ± 0.005 of 600.0 | not measured |')
+    assert "| `16`: 540.8 us at 1024, **0.901** ± 0.005 of 600.0 | not measured |" in line_of(text, "tiling.attention.kv_block")
+    assert "| 602.0 us, 1.003 ± 0.005 of 600.0; 540.8 us at 1024, **0.901** ± 0.005 of 600.0 | not measured |" in text
+    assert line_of(text, "kernel_knobs.poll_sleep_ns").endswith("| not measured | not measured |")
+
+
+def test_each_model_has_a_column_with_ratios_to_its_own_default(tmp_path: Path) -> None:
+    half = {"default_us": 300.0, "default_samples_us": [300.0] * 5, "twin_samples_us": [300.0] * 5, "streamed_bytes": 10**9}
+    small = half | {"model": "smollm2-135m-shape", "floor_us": 10**9 / READS[1] * 1e-3, "effect_pct": 110.0, "pct_of_roofline": None}
+    del small["pct_of_roofline"]
+    rows = [effect("kernel_knobs.sync", '"tags"', 630.0), effect("kernel_knobs.sync", '"tags"', 630.0, **small)]
+    rows[1]["pct_of_roofline"] = 100 * rows[1]["floor_us"] / 630
+    text = page(folder(tmp_path, knob_effects_h200=effects(*rows)))
+    assert "| knob | value | llama-3.2-1b-shape | smollm2-135m-shape |" in text
+    assert "| 630.0 us, **1.050** ± 0.005 of 600.0 | 630.0 us, **2.100** ± 0.005 of 300.0 |" in text
 
 
 def test_an_arena_of_another_size_is_an_effect(tmp_path: Path) -> None:
     linear = effect("page_allocation", '"linear"', 600.0, arena_bytes=4_000_000)
     found = line_of(page(folder(tmp_path, knob_effects_h200=effects(linear))), "page_allocation")
-    assert "arena 302720 to 4000000 bytes" in found
+    assert "arena 4000000 bytes of 302720" in found
 
 
 def test_a_value_that_has_no_program_of_its_own_or_none_says_so(tmp_path: Path) -> None:
@@ -41,16 +54,32 @@ def test_a_value_that_has_no_program_of_its_own_or_none_says_so(tmp_path: Path) 
     refused = same | {"value": "8", "reason": "kv_splits: must be less"}
     del refused["same_program_as"]
     text = page(folder(tmp_path, knob_effects_h200=effects(same, refused)))
-    assert "| `16` | as `0` |" in text and "| `8` | kv_splits: must be less |" in text
+    assert line_of(text, "kernel_knobs.kv_splits").endswith("| not measured | not measured | not measured |")
+    assert "| `16` | not measured | not measured | as `0` |" in text
+    assert "| `8` | not measured | not measured | kv_splits: must be less |" in text
 
 
-def test_every_knob_has_values_to_try_and_all_of_them_are_offered() -> None:
+@pytest.mark.parametrize("every", [False, True])
+def test_every_knob_has_values_to_try_that_it_takes(every: bool) -> None:
     for knob in KNOBS:
-        values = other_values(knob)
+        values = other_values(knob, every)
         assert values and len({shown(value) for value in values}) == len(values)
-        assert knob.default not in values
-        assert not knob.choices or knob.type == "set" or set(values) | {knob.default} == set(knob.choices)
+        assert knob.default not in values and (every or len(values) <= 3)
         for value in values:
             assert with_value(Config(), knob.name, value) != Config()
             assert knob.parse(list(value) if knob.type == "set" else value)[1] == []
+        if every and knob.choices and knob.type != "set":
+            assert set(values) | {knob.default} == set(knob.choices)
     assert isinstance(parse_config({}), Config)
+
+
+def test_shares_have_every_knob_once() -> None:
+    shares = [share(f"{number}/4", KNOBS) for number in (1, 2, 3, 4)]
+    assert sorted(knob.name for part in shares for knob in part) == sorted(knob.name for knob in KNOBS)
+    assert all(shares)
+
+
+@pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/0", "-1/2"])
+def test_a_share_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="K/N"):
+        share(text, KNOBS)

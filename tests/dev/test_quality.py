@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from amk.dev.quality import TEXT, divergence, log_probabilities, perplexity
+from amk.dev.quality import TEXT, divergence, known_as, log_probabilities, perplexity
+from amk.models.registry import describe
 from amk.vm.interface import Decoded
 
 
@@ -36,6 +38,12 @@ def test_divergence_is_zero_only_of_equal_distributions() -> None:
 def test_divergence_of_two_coins_is_what_the_formula_says() -> None:
     fair, loaded = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.9, 0.1]]).log()
     assert divergence(fair, loaded)["kl_mean"] == pytest.approx(0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1), rel=1e-6)
+
+
+def test_a_checkpoint_of_a_known_description_is_known_whatever_it_is_called() -> None:
+    assert known_as(replace(describe("smollm2-135m@int8"), name="q@int8")) == "smollm2-135m@int8"
+    assert known_as(replace(describe("smollm2-135m"), name="q")) == "smollm2-135m"
+    assert known_as(replace(describe("smollm2-135m"), name="q", hidden=640)) is None
 
 
 class Echo:

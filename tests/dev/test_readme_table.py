@@ -122,6 +122,25 @@ def test_quantised_weights_are_shown_only_beside_what_they_cost(tmp_path: Path) 
     assert "| llama-3.2-1b-shape@int8 | 128 |" in text and "20.500 against 20.000 in bf16" in text and "withheld" not in text
 
 
+def test_what_a_format_costs_says_where_it_comes_from_and_if_it_is_of_earlier_code(tmp_path: Path) -> None:
+    int8 = present(model="llama-3.2-1b-shape@int8", baselines=[]) | {"code_sha256": present_digest("llama-3.2-1b-shape@int8", "h200", 9216)}
+    folder(tmp_path, bench_h200=results(int8))
+    old = table(folder(tmp_path, quality=quality()))
+    assert "tokens\\* ([`results/quality.json`]" in old and EARLIER in old and "driver 580.1; commit `0123456789ab` with changes" in old
+    assert "withheld" in table(folder(tmp_path, quality=quality() | {"provenance": results()["provenance"] | {"commit": "unknown"}}))
+
+    def now(name: str) -> dict[str, Any]:
+        return {"described_as": name, "context": 512, "code_sha256": present_digest(name, "h200", 512)}
+
+    new = quality(**now("smollm2-135m@int8"))
+    assert "tokens\\* (" in table(folder(tmp_path, quality=new))  # the other of the two is of earlier code still
+    new["baseline"] |= now("smollm2-135m")
+    text = table(folder(tmp_path, quality=new))
+    assert "of smollm2-135m: perplexity" in text and "tokens ([`results/quality.json`]" in text and EARLIER not in text
+    new["baseline"]["model"] = "q"
+    assert "of q (described as smollm2-135m): perplexity" in table(folder(tmp_path, quality=new))
+
+
 def test_the_chain_alone_stands_outside_the_table_and_is_called_no_result(tmp_path: Path) -> None:
     data = results() | {"chain": [CHAIN | {"model": "llama-3.2-1b-shape"}]}
     (said,) = [text for text in table(folder(tmp_path, bench_h200_chain=data)).splitlines() if "300.0" in text]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from amk.dev.sanitize import CASES, PLAN, examined, file_name, model, program, small
+from amk.dev.sanitize import CASES, OPTIONS, PLAN, TOOLS, examined, file_name, model, program, run_tool, small
 from amk.dev.sanitizer_report import SYNC_WORDS, function_lines, reports, summary
 from amk.eval.oracle import judge, make_reference, rounding_points
 from amk.schedule.targets import TARGETS
@@ -102,6 +104,33 @@ def test_the_words_are_functions_of_the_kernel() -> None:
         ((start, stop),) = function_lines(lines, word)
         assert f" {word}(" in lines[start - 1] and lines[stop - 2].endswith("}")
         assert any("asm volatile" in line for line in lines[start - 1 : stop - 1])
+
+
+FAKE = """\
+import json, pathlib, sys, time
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+out.write_text(json.dumps({"bf16": {"correct": True}}))
+print("bf16: correct is True", flush=True)
+time.sleep(float(sys.argv[1]))
+print("========= ERROR SUMMARY: 0 errors")
+"""
+
+
+@pytest.mark.parametrize(("seconds", "code"), [("0", 0), ("60", 124)])
+def test_a_tool_that_is_cut_keeps_the_cases_that_ended(seconds: str, code: int, tmp_path: Path) -> None:
+    """The tool is played by a process that finds a case right, and then ends or hangs."""
+    log = tmp_path / "x.log"
+    found = run_tool([sys.executable, "-c", FAKE, seconds], ["bf16"], 4, log, 5.0)
+    assert found == (code, {"bf16": {"correct": True}})
+    part = examined("memcheck", *found, log.read_text(), {"bf16": SOURCE})
+    assert part["clean"] == (code == 0) and "bf16: correct" in log.read_text()
+    assert list(tmp_path.iterdir()) == [log]
+
+
+def test_every_tool_is_asked_for_by_its_name_and_looks_at_the_megakernel_alone() -> None:
+    for name, options in TOOLS.items():
+        assert options[:2] == ("--tool", name.partition("-")[0])
+    assert OPTIONS[:2] == ("--kernel-name", "kernel_substring=megakernel")
 
 
 @pytest.mark.parametrize("case", CASES)

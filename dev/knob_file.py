@@ -1,0 +1,152 @@
+"""The results file of knob effects: kept while it grows, and made of parts that several cards measured at once.
+
+    python amk_bootstrap.py amk.dev.knob_file --out results/knob-effects-CARD.json PART.json PART.json ...
+
+Every line has the samples of the default that was timed in turns with it, on its own card: a ratio is never over another part's default.
+What parts must agree in is said by `merged`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from amk.dev.judged import IDENTITY
+from amk.dev.provenance import provenance, write_json, write_results
+from amk.dev.results_check import honest_rows
+from amk.schedule.knobs import KNOBS
+
+Row = dict[str, Any]
+SAME_DEFAULT = (*IDENTITY, "context", "code_sha256")
+
+
+class Unlike(ValueError):
+    """Parts that do not belong together: the sentence says in what they differ."""
+
+
+def origin_of(came: Mapping[str, Any]) -> tuple[str, frozenset[tuple[str, str]]]:
+    """Commit, and name and driver of the cards, of a file's provenance: what lines of one file share."""
+    return came["commit"], frozenset((card["name"], card["driver_version"]) for card in came["cards"])
+
+
+def is_known(commit: str) -> bool:
+    """Whether a commit says what was measured: not where the tree differed from it."""
+    return commit not in ("", "unknown") and not commit.endswith("+changes")
+
+
+def in_order(rows: Sequence[Row]) -> list[Row]:
+    """Lines by model, and by knob as in the table of knobs."""
+    order = {knob.name: number for number, knob in enumerate(KNOBS)}
+    return sorted(rows, key=lambda row: (row["model"], order[row["knob"]]))
+
+
+class Keeper:
+    """The file of a run: written anew after each knob, with what it had of the same commit, card and driver."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.reads: list[float] = []
+        self.defaults: list[Row] = []
+        self.found: list[Row] = []
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return
+        now = provenance()
+        if is_known(now["commit"]) and origin_of(before["provenance"]) == origin_of(now):
+            self.reads, self.defaults, self.found = before["plain_read_gbs"], before["defaults"], before["rows"]
+
+    def begin(self, default: Row, gbs: float) -> None:
+        """A model's default program, and the plain read of its process, GB/s."""
+        self.reads.append(gbs)
+        self.defaults = [*(row for row in self.defaults if row["model"] != default["model"]), default]
+
+    def take(self, model: str, knob: str, rows: Sequence[Row]) -> None:
+        """Takes the lines of a model's knob in place of those that it had."""
+        others = [row for row in self.found if (row["model"], row["knob"]) != (model, knob)]
+        self.found = in_order([*others, *rows])
+        write_results(self.path, {"plain_read_gbs": self.reads, "defaults": self.defaults, "rows": self.found})
+
+    @property
+    def failed(self) -> list[Row]:
+        """Values that are not correct, or were timed and refused."""
+        return [row for row in self.found if row["latency_us"] is None and row.get("reason") and row.get("correct") is not None]
+
+
+def merged(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The parts, by name, as one file; each line says whose it is.
+
+    Unlike if they are not of one known commit, of cards of one name with one driver, of the same default programs with outputs of the same
+    bits, or if two have the same knob of a model. ValueError for a part that breaks a rule of honesty.
+    """
+    if not parts:
+        raise Unlike("there must be at least one part, but there is none")
+    for name, part in parts.items():
+        honest_rows(name, part, "rows")
+    _require_one("commit", {name: part["provenance"]["commit"] for name, part in parts.items()})
+    _require_one("cards and driver", {name: sorted(origin_of(part["provenance"])[1]) for name, part in parts.items()})
+    commit = next(iter(parts.values()))["provenance"]["commit"]
+    if not is_known(commit):
+        raise Unlike(f"parts must be of a commit without changes, but are of {commit}")
+    _require_apart(parts)
+    newest = max((part["provenance"] for part in parts.values()), key=lambda came: str(came["time_utc"]))
+    cards = [card for part in parts.values() for card in part["provenance"]["cards"]]
+    return {
+        "provenance": newest | {"cards": cards},
+        "parts": {name: part["plain_read_gbs"] for name, part in parts.items()},
+        "plain_read_gbs": [gbs for part in parts.values() for gbs in part["plain_read_gbs"]],
+        "defaults": _defaults(parts),
+        "rows": in_order([row | {"part": name} for name, part in parts.items() for row in part["rows"]]),
+    }
+
+
+def _require_one(what: str, found: Mapping[str, Any]) -> None:
+    """Unlike if the parts, by name, do not have the same."""
+    first_name, first = next(iter(found.items()))
+    for name, value in found.items():
+        if value != first:
+            raise Unlike(f"{what}: must be the same in every part, but {first_name} has {first} and {name} has {value}")
+
+
+def _require_apart(parts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Unlike if a model's knob is in two parts."""
+    owner: dict[tuple[str, str], str] = {}
+    for name, part in parts.items():
+        for model, knob in {(row["model"], row["knob"]) for row in part["rows"]}:
+            if (other := owner.setdefault((model, knob), name)) != name:
+                raise Unlike(f"{knob} of {model}: must be in one part, but is in {other} and {name}")
+
+
+def _defaults(parts: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+    """A model's default program, which must be the same in every part that has the model."""
+    lines = [(name, row) for name, part in parts.items() for row in part["defaults"]]
+    found = []
+    for model in sorted({row["model"] for _, row in lines}):
+        mine = {name: row for name, row in lines if row["model"] == model}
+        for field in SAME_DEFAULT:
+            _require_one(f"{field} of {model}'s default", {name: row.get(field) for name, row in mine.items()})
+        found.append(next(iter(mine.values())))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="+", type=Path, help="files that dev/knob_effects.py wrote with --out")
+    parser.add_argument("--out", required=True, type=Path, help="the file to write, named after the card")
+    asked = parser.parse_args()
+    try:
+        whole = merged({path.name: json.loads(path.read_text(encoding="utf-8")) for path in asked.parts})
+        honest_rows(asked.out.name, whole, "rows")
+    except (OSError, ValueError, KeyError) as problem:
+        print(f"knob_file: {problem}", file=sys.stderr)
+        sys.exit(1)
+    write_json(asked.out, whole)
+    print(f"{len(whole['rows'])} lines of {len(asked.parts)} parts in {asked.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Parts of knob effects become one file where they belong together, and are refused where they do not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import amk.dev.knob_file
+from amk.dev.knob_file import Keeper, Unlike, merged
+from amk.dev.knob_page import page
+from amk.dev.provenance import write_json
+from amk.tests.dev.results_file import effect, effects
+from amk.tests.dev.test_readme_table import folder
+
+ONE_B = "llama-3.2-1b-shape"
+Part = dict[str, Any]
+
+
+def part(*rows: dict[str, Any], commit: str = "0123456789abcdef", utc: str = "2026-01-02T03:04:05Z") -> Part:
+    data = deepcopy(effects(*rows))
+    data["provenance"] |= {"commit": commit, "time_utc": utc}
+    return data
+
+
+def two_parts() -> dict[str, Part]:
+    slow = {
+        "default_us": 610.0,
+        "default_samples_us": [610.0] * 5,
+        "twin_samples_us": [610.0] * 5,
+        "effect_pct": 0.0,
+        "beyond_noise": False,
+    }
+    return {
+        "a.h200.json": part(effect("kernel_knobs.sync", '"tags"', 630.0)),
+        "b.h200.json": part(effect("threads_per_block", "128", 610.0, **slow), utc="2026-01-03T03:04:05Z"),
+    }
+
+
+def test_a_ratio_stays_over_the_default_of_its_own_part(tmp_path: Path) -> None:
+    whole = merged(two_parts())
+    assert [(row["knob"], row["part"], row["default_us"]) for row in whole["rows"]] == [
+        ("threads_per_block", "b.h200.json", 610.0),
+        ("kernel_knobs.sync", "a.h200.json", 600.0),
+    ]
+    assert whole["provenance"]["time_utc"] == "2026-01-03T03:04:05Z" and len(whole["provenance"]["cards"]) == 2
+    assert len(whole["plain_read_gbs"]) == 4 and len(whole["defaults"]) == 1
+    text = page(folder(tmp_path, knob_effects_h200=whole))
+    assert "630.0 us, **1.050** ± 0.005 of 600.0" in text and "610.0 us, 1.000 ± 0.005 of 610.0" in text
+    assert "Measured in 2 parts" in text
+
+
+def other_commit(data: Part) -> None:
+    data["provenance"]["commit"] = "fedcba"
+
+
+def other_driver(data: Part) -> None:
+    data["provenance"]["cards"][0]["driver_version"] = "999.9"
+
+
+def other_card(data: Part) -> None:
+    data["provenance"]["cards"][0]["name"] = data["device_name"] = "NVIDIA H200 NVL"
+
+
+def other_default(data: Part) -> None:
+    data["defaults"][0]["binary_digest"] = "another"
+
+
+def other_bits(data: Part) -> None:
+    data["defaults"][0]["outputs_sha256"] = "other bits"
+
+
+def same_knob(data: Part) -> None:
+    data["rows"][0] |= {"knob": "kernel_knobs.sync"}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (other_commit, "commit: must be the same"),
+        (other_driver, "driver: must be the same"),
+        (other_card, "cards and driver: must be the same"),
+        (other_default, "binary_digest"),
+        (other_bits, "outputs_sha256"),
+        (same_knob, "must be in one part"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_refused(spoil: Callable[[Part], None], words: str) -> None:
+    parts = two_parts()
+    spoil(parts["b.h200.json"])
+    with pytest.raises(ValueError, match=words):
+        merged(parts)
+
+
+@pytest.mark.parametrize("commit", ["0123456789abcdef+changes"])
+def test_parts_of_changed_code_are_refused(commit: str) -> None:
+    with pytest.raises(Unlike, match="without changes"):
+        merged({"a.h200.json": part(effect("kernel_knobs.sync", '"tags"', 630.0), commit=commit)})
+
+
+def test_no_parts_are_refused() -> None:
+    with pytest.raises(Unlike, match="at least one"):
+        merged({})
+
+
+def test_a_run_that_was_cut_keeps_what_it_found_and_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After each knob the file is whole; a process of the same commit and card begins with it, one of another commit without it."""
+    came = part()["provenance"]
+    monkeypatch.setattr(amk.dev.knob_file, "provenance", lambda: came)
+    monkeypatch.setattr(amk.dev.knob_file, "write_results", lambda path, data: write_json(path, {"provenance": came, **data}))
+    path = tmp_path / "a.h200.json"
+    first = Keeper(path)
+    first.begin(effects()["defaults"][0], 4600.0)
+    first.take(ONE_B, "kernel_knobs.sync", [effect("kernel_knobs.sync", '"tags"', 630.0)])
+    second = Keeper(path)
+    second.begin(effects()["defaults"][0], 4610.0)
+    second.take(ONE_B, "threads_per_block", [effect("threads_per_block", "128", 620.0)])
+    second.take(ONE_B, "kernel_knobs.sync", [effect("kernel_knobs.sync", '"tags"', 640.0)])
+    held = json.loads(path.read_text(encoding="utf-8"))
+    assert [(row["knob"], row["latency_us"]) for row in held["rows"]] == [("threads_per_block", 620.0), ("kernel_knobs.sync", 640.0)]
+    assert held["plain_read_gbs"] == [4600.0, 4610.0] and len(held["defaults"]) == 1
+    came = came | {"commit": "fedcba"}
+    assert Keeper(path).found == []
