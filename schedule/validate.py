@@ -18,7 +18,7 @@ from amk.schedule.program import Program
 from amk.schedule.proof.ancestors import SET_BYTES, find_ancestors
 from amk.schedule.proof.coverage import check_matrices, check_outputs, check_partials, check_splits, check_tokens
 from amk.schedule.proof.footprint import Footprint, take_footprint
-from amk.schedule.proof.gates import check_gates
+from amk.schedule.proof.gates import check_gates, check_in_place
 from amk.schedule.proof.limits import Limits
 from amk.schedule.proof.packets import match
 from amk.schedule.proof.positions import fullest_positions, silent_tasks
@@ -74,6 +74,7 @@ def _prove(program: Program, limits: Limits, report: Report) -> None:
 
 
 def _prove_order(subject: Subject, footprint: Footprint, limits: Limits, report: Report) -> None:
+    check_in_place(subject, footprint, report)
     matching = match(subject, footprint, limits, report)
     if matching is None:
         return

@@ -73,7 +73,13 @@ def batch_constants(program: Program) -> dict[str, int]:
     if machine.batch == 1:
         return {}
     layout = shared_layout(program)
-    stretch = {"HEADS": machine.heads, "MOST_SHARES": MOST_SHARES, "PLACES_OFFSET": layout.places, "PLACE_BYTES": PLACE_BYTES, "IMAGE_PLACES": image_places(program)}
+    stretch = {
+        "HEADS": machine.heads,
+        "MOST_SHARES": MOST_SHARES,
+        "PLACES_OFFSET": layout.places,
+        "PLACE_BYTES": PLACE_BYTES,
+        "IMAGE_PLACES": image_places(program),
+    }
     return {"BATCH": machine.batch, "LAYERS": program.layers, "KEPT_SEAT_WORDS": KEPT_SEAT_WORDS} | (stretch if machine.prefill else {})
 
 

@@ -180,18 +180,35 @@ class _Launch:
             raise _Found("ring", f"SM {sm.number} streams other chunks than its consumers take")
         waited = False
         for index, chunk in expected:
-            task = token[sm.number][index].task
-            if task.gated and chunk == 0 and task.wait_counter != NONE:
-                sm.feeder.ops.append((COUNTED, task.wait_counter, task.wait_count * (t + 1)))
-            if isinstance(task, Attention) and not waited:
+            step = token[sm.number][index]
+            if step.task.gated:
+                if chunk == 0:
+                    self._feed_gated(sm, t, step)
+                continue
+            if isinstance(step.task, Attention) and not waited:
                 waited = True
                 self._wait_token_end(sm, sms, t - self.machine.kv_lag)
-            for consumer in sm.consumers:
-                if sm.fed >= self.machine.stages:
-                    sm.feeder.wait(consumer, ("taken", sm.fed - self.machine.stages))
+            self._wait_slot(sm, sm.fed)
             sm.feeder.ops.append((VISIBLE, 0, 0))
             sm.feeder.mark("fed", sm.fed)
             sm.fed += 1
+
+    def _wait_slot(self, sm: _Sm, chunk: int) -> None:
+        for consumer in sm.consumers if chunk >= self.machine.stages else ():
+            sm.feeder.wait(consumer, ("taken", chunk - self.machine.stages))
+
+    def _feed_gated(self, sm: _Sm, t: int, step: Step) -> None:
+        """Weights may be `inflight` chunks ahead of x, which comes behind the gate: at worst they are as far as that."""
+        ahead = min(step.chunks, self.machine.inflight)
+        for chunk in range(sm.fed, sm.fed + ahead):
+            self._wait_slot(sm, chunk)
+        sm.feeder.ops.append(self._gate(t, step))
+        for chunk in range(sm.fed, sm.fed + step.chunks):
+            if chunk >= sm.fed + ahead:
+                self._wait_slot(sm, chunk)
+                sm.feeder.ops.append((VISIBLE, 0, 0))
+            sm.feeder.mark("fed", chunk)
+        sm.fed += step.chunks
 
     def _wait_token_end(self, sm: _Sm, sms: list[_Sm], t: int) -> None:
         for other in sms:
@@ -200,10 +217,13 @@ class _Launch:
                     sm.feeder.wait(script, ("end", t))
 
     def _watch(self, sm: _Sm, t: int, step: Step) -> None:
+        sm.watcher.ops.append(self._gate(t, step))
+        sm.watcher.mark("released", sm.begun)
+
+    def _gate(self, t: int, step: Step) -> Op:
         task = step.task
         threshold = task.wait_count * (t if task.carried else t + 1)
-        sm.watcher.ops.append((COUNTED, task.wait_counter, threshold) if task.wait_counter != NONE else (VISIBLE, 0, 0))
-        sm.watcher.mark("released", sm.begun)
+        return (COUNTED, task.wait_counter, threshold) if task.wait_counter != NONE else (VISIBLE, 0, 0)
 
     def _consume(self, sm: _Sm, t: int, step: Step, warp: int, script: _Script) -> None:
         if not step.skipped:
@@ -229,7 +249,8 @@ class _Launch:
             return
         task, published = step.task, self._bits(t, step, range(len(step.publishes)))
         needed = self._needed(t, step, (*step.warp_reads[warp], *step.fed_reads), -1)
-        self.gated.append(GatedTask(step.name, (task.wait_counter, task.wait_count * (t + 1)), task.done_counter, needed, published))
+        count = 0 if task.wait_counter == NONE else task.wait_count
+        self.gated.append(GatedTask(step.name, task.wait_counter, count, task.done_counter, needed, published))
         if task.done_counter != NONE:
             script.ops += [(VISIBLE, published, 0), (ARRIVE, task.done_counter, 1)]
 
@@ -286,7 +307,7 @@ class _Launch:
         """Reads and overwrites that a stretch's counters allow too early."""
         befores = [(bit, 1 << other) for bit, hazard in enumerate(hazards) for other in _bits_of(hazard.before | hazard.same_thread)]
         ends = [(bit, ends) for bit, hazard in enumerate(hazards) for ends in hazard.readers]
-        return early_problem(self.gated, len(self.program.counters), befores + ends, self._name)
+        return early_problem(self.gated, befores + ends, self._name)
 
     def _start(self, ops: list[list[Op]]) -> _State:
         state = _State(0, 0, [0] * len(ops), [0] * len(self.program.counters))

@@ -56,7 +56,7 @@ class Stretch:
     last_read: dict[int, int] = field(default_factory=dict)
 
     def value(self, kind: Kind, packets: int, residual: Value | None = None) -> Value:
-        """A new value: where an older one of its kind and size lies, or in packets of its own. `residual` is what its writers read row by row."""
+        """A new value: where an older one of its kind and size lies, or in packets of its own; `residual` is what its writers read too."""
         self.tags += 1
         old = [
             i

@@ -215,8 +215,8 @@ def _access(program: Program, task: Instruction, access: Access, write: bool) ->
         yield Unsafe("kind", f"{task.stem}: {'writes' if write else 'reads'} {buffer.name}, which is no part of the arena")
     if access.start == access.stop:
         return
-    if access.order.startswith("x") and not write and (access.start, access.stop) != (0, buffer.packets):
-        yield Unsafe("bounds", f"{task.stem}: takes part of {buffer.name} as x of a stretch")
+    if access.order and not write and (access.start, access.stop) != (0, buffer.packets):
+        yield Unsafe("bounds", f"{task.stem}: takes a part of {buffer.name}, whose packets lie in another order than they count")
     if access.kind != buffer.kind:
         yield Unsafe("kind", f"{task.stem}: {access.kind} packets in {buffer.kind} buffer {buffer.name}")
     if access.tag == 0 and not write:  # relaxed loads are in no order: it may see what was there before the launch

@@ -9,10 +9,10 @@ from itertools import combinations, product
 from amk.eval.soundness.findings import Unsafe
 from amk.isa.abi import NONE
 from amk.isa.instruction import Instruction
-from amk.isa.machine import TILE_ROWS
+from amk.isa.machine import TILE_ROWS, Machine
 from amk.isa.seat_norm import SeatNorm
 from amk.isa.seat_qkv import SeatQkv
-from amk.isa.stretch import BY_HEAD, BY_SEAT, SEAT_BLOCK, runs
+from amk.isa.stretch import BY_HEAD, BY_SEAT, MOST_SHARES, SEAT_BLOCK, runs
 from amk.isa.stretch_attention import StretchAttention
 from amk.isa.stretch_glu import StretchGlu
 from amk.isa.stretch_matmul import StretchMatMul
@@ -39,6 +39,7 @@ def stretch_problems(program: Program) -> Iterator[Unsafe]:
     if program.machine.slot and not program.machine.prefill:
         yield Unsafe("ring", "ring slots of another size than a stage")
     if program.machine.prefill:
+        yield from _machine(program.machine)
         yield from _buffers(program)
         for task in tasks:
             yield from _words(program, task)
@@ -46,6 +47,11 @@ def stretch_problems(program: Program) -> Iterator[Unsafe]:
         yield from _phases(program, tasks)
         yield from _sums(program, tasks)
         yield from _layers(program, tasks)
+
+
+def _machine(machine: Machine) -> Iterator[Unsafe]:
+    if machine.hidden % 16 or machine.heads * machine.head_dim % 16 or machine.head_dim % 4:
+        yield Unsafe("kind", f"rows of {machine.hidden}, and {machine.heads} heads of {machine.head_dim}: no whole fragments")
 
 
 def _buffers(program: Program) -> Iterator[Unsafe]:
@@ -72,21 +78,35 @@ def _words(program: Program, task: Instruction) -> Iterator[Unsafe]:
             yield Unsafe("bounds", f"stretch_attention: head {task.kv_head}, seats from {task.seat0}")
         if task.window < 0:
             yield Unsafe("bounds", f"stretch_attention: a window of {task.window} rows")
-    for start, count in _constants(program, task):
-        if start < 0 or start + count > program.constant_elements:
-            yield Unsafe("bounds", f"{task.stem}: {count} elements from {start} of the constants")
+    for start, count, vector in _constants(program, task):
+        if start < 0 or start + count > program.constant_elements or start % vector:
+            yield Unsafe("bounds", f"{task.stem}: {count} elements from {start} of the constants, {vector} at a time")
+    if isinstance(task, SeatNorm | SeatQkv) and task.shares > MOST_SHARES:
+        yield Unsafe("bounds", f"{task.stem}: {task.shares} shares, but at most {MOST_SHARES} are added")
+    yield from _in_place(program, task)
 
 
-def _constants(program: Program, task: Instruction) -> Iterator[tuple[int, int]]:
-    """Start and number of the constants that a task takes."""
+def _in_place(program: Program, task: Instruction) -> Iterator[Unsafe]:
+    """What a task writes over of its own inputs it writes over element by element, as it reads it: the row of a residual."""
+    offsets = [buffer.offset for buffer in program.buffers]
+    for read, write in product(task.reads(program.machine, 0), task.writes(program.machine, 0)):
+        if max(read.buffer, write.buffer) >= len(offsets):
+            continue
+        (a, b), (c, d) = ((offsets[x.buffer] + x.start, offsets[x.buffer] + x.stop) for x in (read, write))
+        if a < d and c < b and ((a, b) != (c, d) or read.order or write.order):
+            yield Unsafe("race", f"{task.stem}: writes over what its other warps still read")
+
+
+def _constants(program: Program, task: Instruction) -> Iterator[tuple[int, int, int]]:
+    """Start and number of the constants that a task takes, and how many at a time."""
     machine = program.machine
     if isinstance(task, SeatNorm):
-        yield task.gain, machine.hidden
+        yield task.gain, machine.hidden, 4
     if isinstance(task, SeatNorm | SeatQkv | StretchGlu) and task.bias >= 0:
         rows = machine.hidden if isinstance(task, SeatNorm) else task.rows if isinstance(task, StretchGlu) else task.rows(machine)
-        yield task.bias, rows
+        yield task.bias, rows, 1 if isinstance(task, StretchGlu) else 4
     if isinstance(task, SeatQkv):
-        yield from ((gain, machine.head_dim) for gain in (task.q_gain, task.k_gain) if gain >= 0)
+        yield from ((gain, machine.head_dim, 1) for gain in (task.q_gain, task.k_gain) if gain >= 0)
 
 
 def _product_words(program: Program, task: StretchMatMul) -> Iterator[Unsafe]:

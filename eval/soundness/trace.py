@@ -316,10 +316,11 @@ class Run:
                 self.notify(("released", sm))
 
     def _gate(self, task: Instruction, t: int) -> Actor:
-        if task.wait_counter != NONE:
-            threshold = task.wait_count * (t if task.carried else t + 1)
-            while self.counters[task.wait_counter] < threshold:
-                yield ("counter", task.wait_counter)
+        while not self._is_open(task, t):
+            yield ("counter", task.wait_counter)
+
+    def _is_open(self, task: Instruction, t: int) -> bool:
+        return task.wait_counter == NONE or self.counters[task.wait_counter] >= task.wait_count * (t if task.carried else t + 1)
 
     def _feeder(self, sm: int) -> Actor:
         shared = self.shared[sm]
@@ -327,9 +328,10 @@ class Run:
             waited = False
             for index, chunk in fed_chunks(self.plan.program, token, sm):
                 task = token[sm][index].task
-                if task.gated and chunk == 0:
-                    yield from self._gate(task, t)
-                    yield from self._read((t, sm, index), "fed", 0)
+                if task.gated:
+                    if chunk == 0:
+                        yield from self._feed_gated(t, token[sm][index])
+                    continue
                 if isinstance(task, Attention) and not waited:
                     waited = True
                     yield from self._token_end(t - self.machine.kv_lag)
@@ -337,6 +339,26 @@ class Run:
                     yield ("taken", sm)
                 shared.fed.append((t, index, chunk))
                 self.notify(("fed", sm))
+
+    def _feed_gated(self, t: int, step: Step) -> Actor:
+        """Weights go up to `inflight` chunks ahead of x; the gate is looked at before each, and waited for when they are so far."""
+        shared, begun, is_open = self.shared[step.sm], 0, False  # chunks whose weights have been asked for; whether x has been, too
+        first = len(shared.fed)
+        while begun < step.chunks or not is_open:
+            if not is_open and (begun in (self.machine.inflight, step.chunks) or self._is_open(step.task, t)):
+                yield from self._gate(step.task, t)
+                yield from self._read((t, step.sm, step.index), "fed", 0)
+                is_open = True
+                self._fill(t, step, range(begun))
+            if begun < step.chunks:
+                while first + begun - min(shared.taken) >= self.machine.stages:
+                    yield ("taken", step.sm)
+                self._fill(t, step, range(begun, begun + is_open))
+                begun += 1
+
+    def _fill(self, t: int, step: Step, chunks: range) -> None:
+        self.shared[step.sm].fed += [(t, step.index, chunk) for chunk in chunks]
+        self.notify(("fed", step.sm))
 
     def _token_end(self, t: int) -> Actor:
         """Waits for the end of a token of this launch on every SM that appends KV rows."""

@@ -9,7 +9,6 @@ from typing import get_args
 import numpy as np
 
 from amk.isa.instruction import Access, Order
-from amk.isa.stretch import X_ORDERS
 from amk.schedule.proof.report import Region, Report
 from amk.schedule.proof.subject import Flags, Ints, Subject
 
@@ -112,15 +111,15 @@ def _pairs(subject: Subject, accesses: Accesses, verb: str, report: Report) -> N
 
 
 def _whole(subject: Subject, accesses: Accesses, verb: str, report: Report) -> None:
-    """Packets of a product's x lie in another order than they count, within the whole value: who reads them reads all of the buffer."""
+    """Packets with an order of their own lie in it within the whole value, not where they count: who reads them reads all of the buffer."""
     if verb != "reads":
         return
     packets = np.array([b.packets for b in subject.program.buffers] or [0], dtype=np.int64)[accesses.buffer]
-    is_x = np.isin(accesses.kind, [ORDERED[order] + KINDS["narrow"] for order in X_ORDERS])
-    for i in np.flatnonzero(is_x & ((accesses.start != 0) | (accesses.stop != packets))).tolist():
-        region = _region(subject, accesses, i)
-        said = f"{subject.names([accesses.task[i]])} reads {region} as x of a stretch, which is all of a buffer, but this has {packets[i]}"
-        report.add("bounds", said + " packets", subject.ids([accesses.task[i]]), [region])
+    ordered = accesses.kind >= 2 * len(KINDS)
+    for i in np.flatnonzero(ordered & ((accesses.start != 0) | (accesses.stop != packets))).tolist():
+        region, kind = _region(subject, accesses, i), KIND_NAMES[accesses.kind[i]]
+        said = f"{subject.names([accesses.task[i]])} reads {region} as {kind} packets, which is all of a buffer, but this has {packets[i]}"
+        report.add("bounds", said, subject.ids([accesses.task[i]]), [region])
 
 
 def _kinds(subject: Subject, accesses: Accesses, verb: str, report: Report) -> None:

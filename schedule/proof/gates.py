@@ -14,7 +14,8 @@ import numpy as np
 
 from amk.isa.abi import NONE
 from amk.isa.instruction import Instruction
-from amk.schedule.proof.packets import Matching
+from amk.schedule.proof.footprint import INTERLEAVED, Footprint
+from amk.schedule.proof.packets import Matching, named
 from amk.schedule.proof.report import Report
 from amk.schedule.proof.subject import SHOWN, Ints, Subject
 
@@ -31,6 +32,24 @@ def check_gates(subject: Subject, m: Matching, report: Report) -> None:
         loose = [task for gate, tasks in readers.get(group, {}).items() if not gates.ordered(gate, done) for task in tasks]
         if loose:
             _tell(subject, m, gates, loose, published, report)
+
+
+def check_in_place(subject: Subject, footprint: Footprint, report: Report) -> None:
+    """A gated task writes over nothing that it reads, but a row element by element: its warps publish while others still read."""
+    gated = np.array([task.gated for task in subject.tasks], dtype=bool)
+    reads, writes = footprint.reads.take(gated[footprint.reads.task]), footprint.writes.take(gated[footprint.writes.task])
+    first, stop = np.searchsorted(reads.task, writes.task, "left"), np.searchsorted(reads.task, writes.task, "right")
+    for ahead in range(int((stop - first).max(initial=0))):  # the writes' tasks' first reads, then their second ones
+        w = np.flatnonzero(first + ahead < stop)
+        r = first[w] + ahead
+        meets = (reads.start[r] < writes.stop[w]) & (writes.start[w] < reads.stop[r])
+        row = (reads.start[r] == writes.start[w]) & (reads.stop[r] == writes.stop[w]) & (reads.kind[r] < INTERLEAVED)
+        same = row & (reads.kind[r] == writes.kind[w])
+        for i in np.flatnonzero(meets & ~same).tolist():
+            task, read, write = int(writes.task[w[i]]), int(r[i]), int(w[i])
+            regions = [named(subject, int(a.buffer[n]), int(a.start[n]), int(a.stop[n])) for a, n in ((reads, read), (writes, write))]
+            said = f"{subject.names([task])} publishes {regions[1]} over {regions[0]} while it still reads that"
+            report.add("race", said, subject.ids([task]), regions)
 
 
 class _Gates:

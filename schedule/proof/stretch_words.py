@@ -8,12 +8,14 @@ from amk.isa.abi import NONE
 from amk.isa.machine import FRAGMENT_BYTES, TILE_ROWS, chunk_plan
 from amk.isa.seat_norm import SeatNorm
 from amk.isa.seat_qkv import SeatQkv
-from amk.isa.stretch import BY_HEAD, BY_SEAT, GROUP_TILES, SEAT_BLOCK, X_ORDERS, runs
+from amk.isa.stretch import BY_HEAD, BY_SEAT, GROUP_TILES, MOST_SHARES, SEAT_BLOCK, X_ORDERS, runs
 from amk.isa.stretch_attention import StretchAttention
 from amk.isa.stretch_glu import StretchGlu
 from amk.isa.stretch_matmul import StretchMatMul
 from amk.schedule.proof.checker import Checker, agreed_matrix, compiled_shape, inside_constant
 from amk.schedule.proof.subject import Flags, Words
+
+VECTOR = 4  # elements of 16 bytes of fp32
 
 
 def check_stretch_words(checker: Checker, words: Words) -> None:
@@ -91,8 +93,14 @@ def _layered(checker: Checker, words: Words) -> None:
 
 
 def _shared(checker: Checker, words: Words, needed: Flags) -> None:
-    shares = words.column["shares"]
-    checker.need(words, ~needed | (shares >= 1), "bounds", "must add at least one share, but adds none")
+    shares, said = words.column["shares"], "adds {shares} shares, but must from 1 to {most}"
+    checker.need(words, ~needed | (shares >= 1) & (shares <= MOST_SHARES), "bounds", said, shares=shares, most=MOST_SHARES)
+
+
+def _in_vectors(checker: Checker, words: Words, name: str) -> None:
+    """What is loaded four elements at a time begins at a multiple of four."""
+    at, said = words.column[name], f"loads its {name} in vectors, so it must be at a multiple of {{vector}}, but is at {{at}}"
+    checker.need(words, (at < 0) | (at % VECTOR == 0), "bounds", said, vector=VECTOR, at=at)
 
 
 def _seat_norm(checker: Checker, words: Words) -> None:
@@ -101,6 +109,8 @@ def _seat_norm(checker: Checker, words: Words) -> None:
     _shared(checker, words, words.column["res_buf"] != NONE)
     inside_constant(checker, words, "gain", hidden, needed=np.ones(len(hidden), dtype=bool))
     inside_constant(checker, words, "bias", hidden, needed=words.column["bias"] >= 0)
+    _in_vectors(checker, words, "gain")
+    _in_vectors(checker, words, "bias")
 
 
 def _seat_qkv(checker: Checker, words: Words) -> None:
@@ -110,6 +120,7 @@ def _seat_qkv(checker: Checker, words: Words) -> None:
     _shared(checker, words, np.ones(len(words.ids), dtype=bool))
     dim = np.full(len(words.ids), machine.head_dim, dtype=np.int64)
     inside_constant(checker, words, "bias", dim * (machine.heads + 2 * machine.kv_heads), needed=column["bias"] >= 0)
+    _in_vectors(checker, words, "bias")
     for name in ("q_gain", "k_gain"):
         inside_constant(checker, words, name, dim, needed=column[name] >= 0)
 

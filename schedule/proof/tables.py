@@ -18,6 +18,7 @@ from amk.schedule.proof.report import Region, Report
 from amk.schedule.resources import block_threads
 
 MOST = (1 << 31) - 1
+STRETCH_DIMS = 4  # of a head, which a stretch's attention publishes at once
 COPY_BYTES = 16  # the least copy into the ring; larger ones are multiples of it
 COPY_PACKETS = COPY_BYTES // 4  # of a stretch, whose packets are 4 bytes
 PACKET_KINDS = ("f32", "narrow", "u32")
@@ -110,6 +111,8 @@ def _machine(machine: Machine, limits: Limits, report: Report) -> None:
         report.add("kind", f"machine.prefill must be False, or True for a batch of more than 1, but is {machine.prefill!r:.20}")
     if _integers(report, "machine", machine, ("slot",), 0):
         _slot(machine, report)
+    if machine.prefill is True:
+        _stretch(machine, report)
     heads = (machine.heads, machine.kv_heads)
     if all(_integer(n, 1, MOST) for n in heads) and heads[0] % heads[1]:
         report.add("kind", f"machine.heads must be a multiple of kv_heads, but they are {heads[0]} and {heads[1]}")
@@ -121,6 +124,20 @@ def _batch(machine: Machine, report: Report) -> None:
         report.add("kind", f"machine.batch must be 1 or a multiple of {SEAT_BLOCK}, but is {machine.batch}")
     if machine.dtype == "fp32":
         report.add("kind", "machine.dtype must be bf16 or fp16 for a batch, but is fp32")
+
+
+def _stretch(machine: Machine, report: Report) -> None:
+    """Rows that a stretch's values are made of, and a feeder that never waits for a slot which only it can fill."""
+    sizes = (machine.hidden, machine.heads, machine.head_dim, machine.inflight, machine.stages)
+    if not all(_integer(n, 1, MOST) for n in sizes):
+        return
+    if machine.hidden % TILE_ROWS or machine.heads * machine.head_dim % TILE_ROWS or machine.head_dim % STRETCH_DIMS:
+        wanted = f"hidden and heads by head_dim multiples of {TILE_ROWS}, head_dim of {STRETCH_DIMS}"
+        found = f"{machine.hidden}, {machine.heads} by {machine.head_dim}"
+        report.add("kind", f"a machine for prefill must have {wanted}, but has {found}")
+    if machine.inflight > machine.stages:
+        said = f"machine.inflight must be at most the {machine.stages} stages for prefill, but is {machine.inflight}"
+        report.add("deadlock", f"{said}: a feeder so far ahead of x waits for a slot that waits for x")
 
 
 def _slot(machine: Machine, report: Report) -> None:
