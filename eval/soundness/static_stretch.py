@@ -9,10 +9,10 @@ from itertools import combinations, product
 from amk.eval.soundness.findings import Unsafe
 from amk.isa.abi import NONE
 from amk.isa.instruction import Instruction
-from amk.isa.machine import TILE_ROWS, Machine
+from amk.isa.machine import FRAGMENT_BYTES, TILE_ROWS, Machine
 from amk.isa.seat_norm import SeatNorm
 from amk.isa.seat_qkv import SeatQkv
-from amk.isa.stretch import BY_HEAD, BY_SEAT, MOST_SHARES, SEAT_BLOCK, runs
+from amk.isa.stretch import BY_HEAD, BY_SEAT, MOST_SHARES, SEAT_BLOCK, fragment_row_bytes, runs
 from amk.isa.stretch_attention import StretchAttention
 from amk.isa.stretch_glu import StretchGlu
 from amk.isa.stretch_matmul import StretchMatMul
@@ -125,7 +125,8 @@ def _product_words(program: Program, task: StretchMatMul) -> Iterator[Unsafe]:
     if not 0 <= task.run0 < task.run0 + task.runs <= has:
         yield Unsafe("bounds", f"{task.stem}: runs of K that matrix {matrix.name} has not")
         return
-    if max(task.chunk_bytes(machine, 0)) > machine.slot_bytes or machine.slot_bytes % COPY_BYTES:
+    longest = max(run.count for run in runs(task.plan(machine)))
+    if longest * (GROUP * FRAGMENT_BYTES + fragment_row_bytes(machine)) > machine.slot_bytes or machine.slot_bytes % COPY_BYTES:
         yield Unsafe("ring", f"{task.stem}: a chunk does not fit a slot")
     if not 0 <= task.shape < len(program.shapes):
         yield Unsafe("bounds", f"{task.stem}: shape {task.shape} of {len(program.shapes)}")

@@ -23,15 +23,21 @@ Gate: TypeAlias = tuple[int, int]  # a task's counter and how many arrivals it w
 
 
 def check_gates(subject: Subject, m: Matching, report: Report) -> None:
-    """Reports gated reads whose task's wait does not order them after what they read. Asked where one token is known to end."""
+    """Reports gated reads whose task's wait does not order them after what they read. Asked where one token is known to end.
+
+    First those whose own wait orders nothing: others may only be behind them.
+    """
     if not any(task.gated for task in subject.tasks):
         return
     gates = _Gates(subject)
     readers = _readers(subject, m)
+    found: list[tuple[bool, list[int], Ints]] = []
     for group, done, published in _written(subject, m):
-        loose = [task for gate, tasks in readers.get(group, {}).items() if not gates.ordered(gate, done) for task in tasks]
-        if loose:
-            _tell(subject, m, gates, loose, published, report)
+        for gate, tasks in readers.get(group, {}).items():
+            if not gates.ordered(gate, done):
+                found.append((gates.in_full(gate), tasks, published))
+    for _, tasks, published in sorted(found, key=lambda loose: loose[0]):
+        _tell(subject, m, gates, tasks, published, report)
 
 
 def check_in_place(subject: Subject, footprint: Footprint, report: Report) -> None:

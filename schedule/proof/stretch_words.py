@@ -8,7 +8,7 @@ from amk.isa.abi import NONE
 from amk.isa.machine import FRAGMENT_BYTES, TILE_ROWS, chunk_plan
 from amk.isa.seat_norm import SeatNorm
 from amk.isa.seat_qkv import SeatQkv
-from amk.isa.stretch import BY_HEAD, BY_SEAT, GROUP_TILES, MOST_SHARES, SEAT_BLOCK, X_ORDERS, runs
+from amk.isa.stretch import BY_HEAD, BY_SEAT, GROUP_TILES, MOST_SHARES, SEAT_BLOCK, X_ORDERS, runs, slot_bytes
 from amk.isa.stretch_attention import StretchAttention
 from amk.isa.stretch_glu import StretchGlu
 from amk.isa.stretch_matmul import StretchMatMul
@@ -71,8 +71,12 @@ def _runs(checker: Checker, words: Words, agreed: Flags) -> None:
     """Runs of K that the matrix has: some of them for a share, all for an activation."""
     machine, column = checker.subject.program.machine, words.column
     run0, count, cols = column["run0"], column["runs"], np.where(agreed, column["cols"], 1)
-    known = {each: len(runs(chunk_plan(machine, each))) for each in np.unique(cols).tolist()}
-    has = np.array([known[each] for each in cols.tolist()], dtype=np.int64)
+    plans = {each: runs(chunk_plan(machine, each)) for each in np.unique(cols).tolist()}
+    has = np.array([len(plans[each]) for each in cols.tolist()], dtype=np.int64)
+    longest = {each: max(run.count for run in plan) for each, plan in plans.items()}
+    need = np.array([slot_bytes(machine, longest[each]) for each in cols.tolist()], dtype=np.int64)
+    said = "needs {need} bytes of a ring slot for the longest run of 8 tiles and its x, but a slot has {slot}"
+    checker.need(words, ~agreed | (need <= machine.slot_bytes), "ring", said, need=need, slot=machine.slot_bytes)
     inside = (count >= 1) & (run0 + count <= has)
     said = "takes runs {run0}:{stop} of K, but its matrix has runs 0:{has}"
     checker.must(words, ~agreed | inside, "bounds", said, run0=run0, stop=run0 + count, has=has)
