@@ -50,7 +50,7 @@ def proven(program: Program) -> bool:
 
 
 def broken(program: Program, kind: str, *told: str) -> Rejection:
-    """A rejection that says what is `told`, of a program that must have some, all of one kind. The trace checker must find something too."""
+    """A rejection that says what is `told`, of a program that must have some, all of one kind; the trace checker finds something too."""
     verdict = validate(program)
     assert isinstance(verdict, tuple) and {rejection.kind for rejection in verdict} == {kind}, [str(r) for r in verdict][:4]
     assert check_traces(program, Random(0), orders=4) is not None
@@ -306,9 +306,7 @@ def test_weights_go_no_further_ahead_than_the_ring() -> None:
     ahead = replace(program, machine=replace(program.machine, stages=1, inflight=2))
     verdict = validate(ahead)
     assert isinstance(verdict, tuple) and verdict[0].kind == "deadlock" and "inflight" in str(verdict[0])
-    assert any(
-        len(task.own_runs(program.machine)) > 1 for at in find(program, StretchGlu) if isinstance(task := program.task(at), StretchGlu)
-    )
+    assert any(task_of(program, at).runs > 1 for at in find(program, StretchGlu))
     found = check_traces(ahead, Random(0), orders=1), explore(ahead)
     assert all(problem is not None and problem.kind == "deadlock" for problem in found)
 
