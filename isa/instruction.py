@@ -26,8 +26,8 @@ class Access:
     is not checked by the device. Reads by "storer" belong to one publish: `tile` says which (the publish of the same index).
     `interleaved` packets hold elements of a batch's seats side by side (isa/batch.py), others those of one vector. `paired` ones the device
     takes two at a time, so `start` must be an even packet of the arena.
-    `gated` packets carry no tag on the device (isa/stretch.py): a read of them waits for nothing but its task's counter, whose arrivals release
-    what was published before; `tag` says which value is meant.
+    `gated` packets carry no tag on the device (isa/stretch.py): a read of them waits for nothing but its task's counter, whose arrivals
+    release what was published before; `tag` says which value is meant.
     """
 
     buffer: int
@@ -120,7 +120,7 @@ class Instruction(ABC):
     batched: ClassVar[bool] = False  # belongs to machines that compute a batch of tokens side by side
 
     def arrivals(self, machine: Machine) -> int:
-        """Arrivals at the done counter: one by the storer or, where counters order, by all consumers together; else one by each consumer warp."""
+        """Arrivals at the done counter: one by the storer or, where counters order, by all consumers together; else one by each of them."""
         return 1 if self.stored or self.gated else machine.consumer_warps
 
     @abstractmethod

@@ -121,7 +121,11 @@ def test_seats_without_a_token_write_no_row() -> None:
     assert touched == [40, 41, 42, decoder.context - 2, decoder.context - 1]
 
 
-def test_a_wait_that_never_ends_is_reported() -> None:
-    prefill, _ = pair(llama("hang", head_dim=64), 32, macros={"HANG_ACTOR": 3}, spin_limit=1 << 16)
+@pytest.mark.parametrize("actor", [1, 2, 4, 5], ids=["feeder", "consumer", "watcher", "end"])
+def test_a_wait_that_never_ends_is_reported(actor: int) -> None:
+    """Of a stretch no task has the storer."""
+    prefill, decoder = pair(llama("hang", head_dim=64), 32, macros={"HANG_ACTOR": actor}, spin_limit=1 << 16)
     with pytest.raises(LaunchFailed, match="gave up"):
         prefill.prefill([1, 2, 3], 0)
+    prefill.close()
+    decoder.close()
