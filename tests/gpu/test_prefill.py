@@ -61,7 +61,7 @@ def test_any_group_is_correct(kv_heads: int, dtype: str, record_property: Any) -
 @pytest.mark.parametrize("batch", STRETCHES)
 def test_odd_sizes_biases_head_norms_and_windows_are_correct(batch: int, record_property: Any) -> None:
     accept(
-        llama("odd", hidden_size=432, num_attention_heads=9, num_key_value_heads=3, head_dim=24, intermediate_size=732, vocab_size=3203),
+        llama("odd", hidden_size=432, num_attention_heads=6, num_key_value_heads=2, head_dim=24, intermediate_size=732, vocab_size=3203),
         batch,
         record_property,
     )
