@@ -89,7 +89,14 @@ def variants() -> list[Variant]:
         Variant(
             "small fp16, prefill by 32, heads of 24", replace(fp16, head_dim=24), {"threads_per_block": 128}, OTHERS, batch=32, prefill=True
         ),
-        Variant("small, prefill by 128, heads of 256", replace(small, head_dim=256, heads=4, kv_heads=2), {}, batch=128, prefill=True),
+        Variant(
+            "small, prefill by 128, heads of 256",
+            replace(small, head_dim=256, heads=4, kv_heads=2),
+            {},
+            batch=128,
+            prefill=True,
+            spills=True,
+        ),
         *(Variant(f"llama-3.2-1b {name}", with_weights(one_b, form), {}, widest.get(name, ())) for name, form in FORMATS.items()),
         Variant("llama-3.2-1b int8, head bf16", replace(with_weights(one_b, FORMATS["int8"]), head_weights=None), {}, NEW),
         Variant("llama-3.2-1b int4-g64-asym 128 thr.", with_weights(one_b, FORMATS["int4-g64-asym"]), {"threads_per_block": 128}),

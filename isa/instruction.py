@@ -122,7 +122,7 @@ class Instruction(ABC):
     batched: ClassVar[bool] = False  # belongs to machines that compute a batch of tokens side by side
 
     def arrivals(self, machine: Machine) -> int:
-        """Arrivals at the done counter: one by the storer or, where counters order, by all consumers together; else one by each consumer warp."""
+        """Arrivals at the done counter: one by the storer or, where counters order, by all consumers together; else one by each of them."""
         return 1 if self.stored or self.gated else machine.consumer_warps
 
     @abstractmethod

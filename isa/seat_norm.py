@@ -1,4 +1,4 @@
-"""seat_norm: a seat's residual stream: the embedding of its token, or what it was and a product's shares; and its norm as x of a product."""
+"""seat_norm: a seat's residual stream (its token's embedding, or what it was and a product's shares) and its norm as x of a product."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from amk.isa.stretch import BY_SEAT, GROUP_ROWS, X_ORDERS, padded
 def share_sums(sums: F32, shares: int, batch: int, seat: int, rows: int) -> F32:
     """Rows of one seat of what stretch_sums publishes ([shares, groups, batch, 128]), shares added in order."""
     parts = sums.reshape(shares, -1, batch, GROUP_ROWS)[:, :, seat].reshape(shares, -1)[:, :rows]
-    total = parts[0]
+    total: F32 = parts[0]
     for part in parts[1:]:
         total = total + part
     return total
@@ -25,8 +25,8 @@ def share_sums(sums: F32, shares: int, batch: int, seat: int, rows: int) -> F32:
 
 @dataclass(frozen=True, kw_only=True)
 class SeatNorm(Instruction):
-    """h = residual + shares + bias of seat `seat`, published to `h_buf` [batch, hidden]; h gain / sqrt(mean(h^2) + eps), rounded, to `x_buf`
-    in order BY_SEAT. Without residual (`res_buf` NONE) h is the embedding of the seat's token and there are no shares.
+    """h = residual + shares + bias of seat `seat`, published to `h_buf` [batch, hidden]; h gain / sqrt(mean(h^2) + eps), rounded, to
+    `x_buf` in order BY_SEAT. Without residual (`res_buf` NONE) h is the embedding of the seat's token and there are no shares.
     """
 
     sums_buf: U16 = NONE

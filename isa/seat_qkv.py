@@ -20,9 +20,9 @@ from amk.isa.stretch import GROUP_ROWS
 class SeatQkv(Instruction):
     """Seat `seat`, at position p + seat, p that of the launch. `sums_buf` holds the shares of rows q, k, v of layer `layer`.
 
-    q, scaled by log2(e) / sqrt(head_dim), goes to `q_buf` [batch, heads head_dim], k and v to `kv_buf` [batch, 2 kv_heads padded head_dim]: `q_buf` is
-    NONE where nobody wants them, in the last layer. Row p + seat of the cache gets k and v where a token is at the seat. `q_gain` and `k_gain`
-    are constants offsets of the head norms, `bias` of a bias of all rows, -1 for none.
+    q, scaled by log2(e) / sqrt(head_dim), goes to `q_buf` [batch, heads head_dim], k and v to `kv_buf` [batch, 2 kv_heads padded head_dim];
+    `q_buf` is NONE where nobody wants them, in the last layer. Row p + seat of the cache gets k and v where a token is at the seat.
+    `q_gain` and `k_gain` are constants offsets of the head norms, `bias` of a bias of all rows, -1 for none.
     """
 
     sums_buf: U16

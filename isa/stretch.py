@@ -1,10 +1,10 @@
-"""A stretch: consecutive positions of one sequence that a machine computes side by side, a seat each, and how their values lie in the arena.
+"""A stretch: consecutive positions of one sequence, computed side by side, a seat each, and how their values lie in the arena.
 
-Its values carry no tags. All of a value is read, after a counter has said that all of it is there (`Access.gated`): a tag for every word would
-double what every SM reads of x. A packet of theirs is 4 bytes.
+Its values carry no tags. All of a value is read, after a counter has said that all of it is there (`Access.gated`): a tag for every word
+would double what every SM reads of x. A packet of theirs is 4 bytes.
 
-x of a product is narrow: 16 columns of all seats are a *fragment row*, the B operands of mma.m16n8k16 as the warps read them; within a value
-who writes decides in which order its packets count (`X_ORDERS`), for nobody reads a part of it. Other values lie as they count.
+x of a product is narrow: 16 columns of all seats are a *fragment row*, the B operands of mma.m16n8k16 as the warps read them; within a
+value who writes decides in which order its packets count (`X_ORDERS`), for nobody reads a part of it. Other values lie as they count.
 """
 
 from __future__ import annotations

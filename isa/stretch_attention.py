@@ -1,7 +1,7 @@
 """stretch_attention: the query heads of one KV head of 8 neighbouring seats, over the rows before the stretch and those in it.
 
-A launch finds the rows before its stretch in the cache, written by earlier launches, and takes those of the stretch from `kv_buf`: nothing that
-one task writes to the cache is read by another of the launch.
+A launch finds the rows before its stretch in the cache, written by earlier launches, and takes those of the stretch from `kv_buf`:
+nothing that one task writes to the cache is read by another of the launch.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from amk.isa.stretch import BY_HEAD, SEAT_BLOCK, X_ORDERS, ordered
 class StretchAttention(Instruction):
     """KV head `kv_head` of layer `layer` for seats [seat0, seat0 + 8); seat s is at position p + s, p that of the launch.
 
-    `q_buf` and `kv_buf` are what seat_qkv publishes. Output goes to `out_buf` in order BY_HEAD. `window` is the sliding window in rows, 0 for
-    none. Seats at which no token is compute something that nobody uses.
+    `q_buf` and `kv_buf` are what seat_qkv publishes. Output goes to `out_buf` in order BY_HEAD. `window` is the sliding window in rows, 0
+    for none. Seats at which no token is compute something that nobody uses.
     """
 
     q_buf: U16

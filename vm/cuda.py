@@ -19,7 +19,7 @@ from amk.isa.stretch_matmul import StretchMatMul
 from amk.schedule.model import WeightSource
 from amk.schedule.program import Program
 from amk.schedule.proven import ValidProgram
-from amk.schedule.resources import block_threads, shared_layout
+from amk.schedule.resources import PLACE_BYTES, block_threads, shared_layout
 from amk.schedule.stream import stream_of
 from amk.vm.build import Binary, compile_kernel
 from amk.vm.image import pack_stream, tile_places
@@ -37,7 +37,7 @@ from amk.vm.kv import plane, require_rows, require_same_rows
 from amk.vm.kv_blocks import element_dtype, pack_rows, unpack_rows
 from amk.vm.layout import constants
 from amk.vm.params import param_dtype, sampling_words
-from amk.vm.source import IMAGE_HEAD_BYTES, PLACE_BYTES, abi_hash, image_bytes, image_places, kernel_source
+from amk.vm.source import IMAGE_HEAD_BYTES, abi_hash, image_bytes, image_places, kernel_source
 
 ABORT_KINDS = {1: "timeout", 2: "timeout", 3: "crash", 4: "mismatch"}
 ACTORS = {0: "the block", 1: "the feeder", 2: "a consumer", 3: "the storer", 4: "the watcher", 5: "the end of the launch"}
@@ -111,7 +111,7 @@ class Kernel:
 
 
 def program_image(program: Program, weights: DeviceWeights) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Every SM's head, task records and stream entries as the kernel copies them; for prefill also where the tiles of each entry's task lie."""
+    """Every SM's head, task records and stream entries as the kernel copies them; for prefill also where each entry's tiles lie."""
     offsets = weights.offsets.tolist()
     size = image_bytes(program)
     records = max(map(len, program.queues), default=0)

@@ -11,16 +11,15 @@ from amk.isa.instruction import Instruction
 from amk.isa.matmul import KEPT_SEAT_WORDS
 from amk.isa.matvec import MatVec
 from amk.isa.registry import headers, instructions
-from amk.isa.stretch import GROUP_TILES, MOST_SHARES
+from amk.isa.stretch import MOST_SHARES
 from amk.schedule.program import Program
-from amk.schedule.resources import SharedLayout, shared_layout
+from amk.schedule.resources import PLACE_BYTES, SharedLayout, shared_layout
 from amk.vm.params import param_dtype, param_fields
 
 ROOT = Path(__file__).parent.parent
 INCLUDE = re.compile(r'^#include "([^"]+)"$', re.MULTILINE)
 ELEMENT = {"bf16": 0, "fp16": 1, "fp32": 2}
 IMAGE_HEAD_BYTES = 32
-PLACE_BYTES = 4 * GROUP_TILES  # of a stream entry: where each tile of its task begins, in fragments from the first byte of the weights
 TEST_MACROS = {"DRY_FEED": 0, "STRESS": 0, "HANG_ACTOR": 0, "TURING": 0}
 
 

@@ -33,7 +33,7 @@ __device__ __forceinline__ float4 added_shares(const float* sums, int shares, in
   float4 v[MOST_SHARES];
 #pragma unroll
   for (int share = 0; share < MOST_SHARES; ++share)
-    if (share < shares) v[share] = __ldcg(reinterpret_cast<const float4*>(sums + sum_at(share, rows, seat, row)));
+    v[share] = share < shares ? __ldcg(reinterpret_cast<const float4*>(sums + sum_at(share, rows, seat, row))) : make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
   for (int share = 1; share < MOST_SHARES; ++share)
     if (share < shares) add_to(v[0], v[share]);

@@ -61,7 +61,7 @@ def test_any_group_is_correct(kv_heads: int, dtype: str, record_property: Any) -
 @pytest.mark.parametrize("batch", STRETCHES)
 def test_odd_sizes_biases_head_norms_and_windows_are_correct(batch: int, record_property: Any) -> None:
     accept(
-        llama("odd", hidden_size=432, num_attention_heads=9, num_key_value_heads=3, head_dim=24, intermediate_size=732, vocab_size=3203),
+        llama("odd", hidden_size=432, num_attention_heads=6, num_key_value_heads=2, head_dim=24, intermediate_size=732, vocab_size=3203),
         batch,
         record_property,
     )
@@ -121,7 +121,11 @@ def test_seats_without_a_token_write_no_row() -> None:
     assert touched == [40, 41, 42, decoder.context - 2, decoder.context - 1]
 
 
-def test_a_wait_that_never_ends_is_reported() -> None:
-    prefill, _ = pair(llama("hang", head_dim=64), 32, macros={"HANG_ACTOR": 3}, spin_limit=1 << 16)
+@pytest.mark.parametrize("actor", [1, 2, 4, 5], ids=["feeder", "consumer", "watcher", "end"])
+def test_a_wait_that_never_ends_is_reported(actor: int) -> None:
+    """Of a stretch no task has the storer."""
+    prefill, decoder = pair(llama("hang", head_dim=64), 32, macros={"HANG_ACTOR": actor}, spin_limit=1 << 16)
     with pytest.raises(LaunchFailed, match="gave up"):
         prefill.prefill([1, 2, 3], 0)
+    prefill.close()
+    decoder.close()
