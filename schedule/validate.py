@@ -8,7 +8,8 @@ Assumed, not proven: the device code does what each instruction states about its
 shows a packet's value with its tag, and what was published before an arrival to who has waited for that, positions rise by one from
 token to token, and only attention's footprint depends on the position.
 Numerics are the oracle's.
-Incomplete where it is cautious: the proof is of the fullest token (proof/positions.py), which at contexts of mixed windows may never occur.
+Incomplete where it is cautious: the proof is of the fullest token (proof/positions.py), which at contexts of mixed windows may never occur;
+and of a stretch an overwrite must come after a reader through values that are read on the way, where counters alone would do.
 """
 
 from __future__ import annotations

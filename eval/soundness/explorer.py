@@ -8,7 +8,7 @@ progress until a publish that depends on it is visible. A state is the set of vi
 It does so twice. First the actors take their steps in program order: this finds deadlocks. Then every publish is on its own and waits
 for nothing but the packets that its task checks, since relaxed loads and stores of different tasks are in no order: this finds races.
 
-Tasks of a stretch check nothing, and wait for counters alone (eval/soundness/gates.py): the program order of the first part is theirs too.
+Tasks of a stretch check nothing and wait for counters alone, so the second part is another one for them (eval/soundness/gates.py).
 """
 
 from __future__ import annotations
