@@ -73,7 +73,11 @@ def check_seats(subject: Subject, report: Report) -> None:
 
     Every layer of the cache gets its rows; every layer but the last is attended to, and the last where its q is asked for.
     """
-    program = subject.program
+    program, tasks_of_layer = subject.program, subject.program.machine.kv_heads * (subject.program.machine.batch // SEAT_BLOCK)
+    if program.kv.layers > len(subject.tasks) or (program.kv.layers > 1 and tasks_of_layer > len(subject.tasks)):
+        said = f"{program.kv.layers} layers of {program.machine.kv_heads} KV heads, but there are {len(subject.tasks)} tasks in all"
+        report.add("coverage", f"a stretch must have tasks for each of {said}")
+        return
     every = range(program.machine.batch)
     norms: dict[tuple[int, int], list[int]] = defaultdict(list)
     rows: dict[int, list[int]] = {layer: [] for layer in range(program.kv.layers)}
@@ -90,7 +94,7 @@ def check_seats(subject: Subject, report: Report) -> None:
         _once(subject, str(held), tasks, ("seat",), [(seat,) for seat in every], report)
     for layer, tasks in rows.items():
         _once(subject, f"L{layer} KV rows", tasks, ("seat",), [(seat,) for seat in every], report)
-    heads = list(product(range(program.machine.kv_heads), range(0, program.machine.batch, SEAT_BLOCK)))
+    heads = list(product(range(min(program.machine.kv_heads, len(subject.tasks))), range(0, program.machine.batch, SEAT_BLOCK)))
     for layer, tasks in attending.items():
         if layer + 1 < program.kv.layers or _asked(subject, rows[layer]):
             _once(subject, f"L{layer} attention", tasks, ("kv_head", "seat0"), heads, report)

@@ -15,6 +15,7 @@ from amk.isa.stretch_matmul import StretchMatMul
 from amk.schedule.proof.checker import Checker, agreed_matrix, compiled_shape, inside_constant
 from amk.schedule.proof.subject import Flags, Words
 
+MOST_RUNS = 0xFFFF
 VECTOR = 4  # elements of 16 bytes of fp32
 
 
@@ -70,7 +71,8 @@ def _group(checker: Checker, words: Words, agreed: Flags) -> None:
 def _runs(checker: Checker, words: Words, agreed: Flags) -> None:
     """Runs of K that the matrix has: some of them for a share, all for an activation."""
     machine, column = checker.subject.program.machine, words.column
-    run0, count, cols = column["run0"], column["runs"], np.where(agreed, column["cols"], 1)
+    few = agreed & _few_runs(checker, words, agreed)
+    run0, count, cols, agreed = column["run0"], column["runs"], np.where(few, column["cols"], 1), few
     plans = {each: runs(chunk_plan(machine, each)) for each in np.unique(cols).tolist()}
     has = np.array([len(plans[each]) for each in cols.tolist()], dtype=np.int64)
     longest = {each: max(run.count for run in plan) for each, plan in plans.items()}
@@ -83,6 +85,16 @@ def _runs(checker: Checker, words: Words, agreed: Flags) -> None:
     if words.cls is StretchGlu:
         said = "activates what runs {run0}:{stop} of K give, but must take all of 0:{has}"
         checker.need(words, ~agreed | ~inside | (count == has), "coverage", said, run0=run0, stop=run0 + count, has=has)
+
+
+def _few_runs(checker: Checker, words: Words, agreed: Flags) -> Flags:
+    """Whether a matrix has so few runs of K that words can name them."""
+    machine, cols = checker.subject.program.machine, words.column["cols"]
+    plans = {each: chunk_plan(machine, each) for each in np.unique(cols[agreed]).tolist()}
+    most = np.array([plans[each].chunks * plans[each].warps if ok else 0 for each, ok in zip(cols.tolist(), agreed.tolist(), strict=True)])
+    few: Flags = most <= MOST_RUNS
+    checker.must(words, few, "bounds", "takes a matrix of {cols} columns, whose runs of K no word can name", cols=cols)
+    return few
 
 
 def _seated(checker: Checker, words: Words, name: str, each: int) -> None:
@@ -98,7 +110,7 @@ def _layered(checker: Checker, words: Words) -> None:
 
 def _shared(checker: Checker, words: Words, needed: Flags) -> None:
     shares, said = words.column["shares"], "adds {shares} shares, but must from 1 to {most}"
-    checker.need(words, ~needed | (shares >= 1) & (shares <= MOST_SHARES), "bounds", said, shares=shares, most=MOST_SHARES)
+    checker.must(words, ~needed | (shares >= 1) & (shares <= MOST_SHARES), "bounds", said, shares=shares, most=MOST_SHARES)
 
 
 def _in_vectors(checker: Checker, words: Words, name: str) -> None:

@@ -128,9 +128,11 @@ def _batch(machine: Machine, report: Report) -> None:
 
 def _stretch(machine: Machine, report: Report) -> None:
     """Rows that a stretch's values are made of, and a feeder that never waits for a slot which only it can fill."""
-    sizes = (machine.hidden, machine.heads, machine.head_dim, machine.inflight, machine.stages)
+    sizes = (machine.hidden, machine.heads, machine.kv_heads, machine.head_dim, machine.inflight, machine.stages)
     if not all(_integer(n, 1, MOST) for n in sizes):
         return
+    if (machine.heads + 2 * machine.kv_heads) * machine.head_dim > MOST:
+        report.add("resources", f"a machine for prefill must have at most {MOST} rows of q, k and v")
     if machine.hidden % TILE_ROWS or machine.heads * machine.head_dim % TILE_ROWS or machine.head_dim % STRETCH_DIMS:
         wanted = f"hidden and heads by head_dim multiples of {TILE_ROWS}, head_dim of {STRETCH_DIMS}"
         found = f"{machine.hidden}, {machine.heads} by {machine.head_dim}"
