@@ -15,6 +15,7 @@ from amk.isa.sampling import Sampling
 
 F32 = npt.NDArray[np.float32]
 Kind = Literal["f32", "narrow", "u32"]
+Order = Literal["", "sums", "q", "kv", "x by seat", "x by column", "x by head"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Access:
     `interleaved` packets hold elements of a batch's seats side by side (isa/batch.py), others those of one vector. `paired` ones the device
     takes two at a time, so `start` must be an even packet of the arena.
     `gated` packets carry no tag on the device (isa/stretch.py): a read of them waits for nothing but its task's counter, whose arrivals
-    release what was published before; `tag` says which value is meant.
+    release what was published before; `tag` says which value is meant, and `order` which element is where in it.
     """
 
     buffer: int
@@ -41,6 +42,7 @@ class Access:
     interleaved: bool = False
     paired: bool = False
     gated: bool = False
+    order: Order = ""
 
 
 class Memory(Protocol):

@@ -11,7 +11,7 @@ from amk.isa.abi import I32, NONE, U16
 from amk.isa.instruction import F32, Access, Instruction, Memory, Publishes
 from amk.isa.machine import Machine
 from amk.isa.rounding import round_to
-from amk.isa.stretch import GROUP_ROWS, padded
+from amk.isa.stretch import BY_SEAT, GROUP_ROWS, X_ORDERS, padded
 
 
 def share_sums(sums: F32, shares: int, batch: int, seat: int, rows: int) -> F32:
@@ -54,12 +54,14 @@ class SeatNorm(Instruction):
         if self.res_buf == NONE:
             return []
         groups = -(-machine.hidden // GROUP_ROWS)
-        sums = Access(self.sums_buf, 0, self.shares * groups * GROUP_ROWS * self.batch, self.sums_tag, "f32", gated=True)
+        packets = self.shares * groups * GROUP_ROWS * self.batch
+        sums = Access(self.sums_buf, 0, packets, self.sums_tag, "f32", gated=True, order="sums")
         return [self._row(self.res_buf, self.res_tag, machine), sums]
 
     def writes(self, machine: Machine, position: int) -> list[Access]:
         packets = padded(machine.hidden) // machine.narrow
-        x = Access(self.x_buf, self.seat * packets, (self.seat + 1) * packets, self.x_tag, "narrow", gated=True)
+        first, stop = self.seat * packets, (self.seat + 1) * packets
+        x = Access(self.x_buf, first, stop, self.x_tag, "narrow", gated=True, order=X_ORDERS[BY_SEAT])
         return [self._row(self.h_buf, self.h_tag, machine), x]
 
     def shared_bytes(self, machine: Machine) -> int:

@@ -48,15 +48,16 @@ class SeatQkv(Instruction):
 
     def reads(self, machine: Machine, position: int) -> list[Access]:
         groups = -(-self.rows(machine) // GROUP_ROWS)
-        return [Access(self.sums_buf, 0, self.shares * groups * GROUP_ROWS * self.batch, self.sums_tag, "f32", gated=True)]
+        packets = self.shares * groups * GROUP_ROWS * self.batch
+        return [Access(self.sums_buf, 0, packets, self.sums_tag, "f32", gated=True, order="sums")]
 
     def writes(self, machine: Machine, position: int) -> list[Access]:
         if self.q_buf == NONE:
             return []
         q, kv = machine.heads * machine.head_dim // machine.narrow, 2 * machine.kv_heads * machine.padded_head_dim // machine.narrow
         return [
-            Access(self.q_buf, self.seat * q, (self.seat + 1) * q, self.q_tag, "narrow", gated=True),
-            Access(self.kv_buf, self.seat * kv, (self.seat + 1) * kv, self.kv_tag, "narrow", gated=True),
+            Access(self.q_buf, self.seat * q, (self.seat + 1) * q, self.q_tag, "narrow", gated=True, order="q"),
+            Access(self.kv_buf, self.seat * kv, (self.seat + 1) * kv, self.kv_tag, "narrow", gated=True, order="kv"),
         ]
 
     def shared_bytes(self, machine: Machine) -> int:

@@ -14,7 +14,7 @@ from functools import cache
 
 import numpy as np
 
-from amk.isa.instruction import F32
+from amk.isa.instruction import F32, Order
 from amk.isa.machine import ChunkPlan, Machine
 
 GROUP_TILES = 8  # tiles of one task: a stage holds a run of each of them
@@ -24,7 +24,7 @@ SEAT_BLOCK = 8  # the N of mma.m16n8k16
 
 # Orders of a value x [columns, seats], by who writes it: a seat at a time; some columns of all seats at a time; some columns of 8 seats.
 BY_SEAT, BY_COLUMN, BY_HEAD = 0, 1, 2
-X_ORDERS = (BY_SEAT, BY_COLUMN, BY_HEAD)
+X_ORDERS: tuple[Order, ...] = ("x by seat", "x by column", "x by head")
 
 
 @dataclass(frozen=True)

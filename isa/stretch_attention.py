@@ -16,7 +16,7 @@ from amk.isa.attention import PARTIAL_HEAD
 from amk.isa.instruction import Access, Instruction, Memory, Publishes
 from amk.isa.machine import Machine
 from amk.isa.rounding import round_to
-from amk.isa.stretch import BY_HEAD, SEAT_BLOCK, ordered
+from amk.isa.stretch import BY_HEAD, SEAT_BLOCK, X_ORDERS, ordered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,14 +46,14 @@ class StretchAttention(Instruction):
     def reads(self, machine: Machine, position: int) -> list[Access]:
         q, kv = machine.heads * machine.head_dim * self.batch, 2 * machine.kv_heads * machine.padded_head_dim * self.batch
         return [
-            Access(self.q_buf, 0, q // machine.narrow, self.q_tag, "narrow", gated=True),
-            Access(self.kv_buf, 0, kv // machine.narrow, self.kv_tag, "narrow", gated=True),
+            Access(self.q_buf, 0, q // machine.narrow, self.q_tag, "narrow", gated=True, order="q"),
+            Access(self.kv_buf, 0, kv // machine.narrow, self.kv_tag, "narrow", gated=True, order="kv"),
         ]
 
     def writes(self, machine: Machine, position: int) -> list[Access]:
         size = machine.heads // machine.kv_heads * machine.head_dim * SEAT_BLOCK // machine.narrow
         start = (self.kv_head * (self.batch // SEAT_BLOCK) + self.seat0 // SEAT_BLOCK) * size
-        return [Access(self.out_buf, start, start + size, self.out_tag, "narrow", gated=True)]
+        return [Access(self.out_buf, start, start + size, self.out_tag, "narrow", gated=True, order=X_ORDERS[BY_HEAD])]
 
     def shared_bytes(self, machine: Machine) -> int:
         """q of the query heads as elements; of each consumer warp, for 8 seats of one head, maximum, sum and output as fp32."""

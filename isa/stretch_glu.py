@@ -12,7 +12,7 @@ from amk.isa.gemv_glu import HALF, silu
 from amk.isa.instruction import Access, Memory, Publishes
 from amk.isa.machine import Machine
 from amk.isa.rounding import round_to
-from amk.isa.stretch import BY_COLUMN, ordered
+from amk.isa.stretch import BY_COLUMN, X_ORDERS, ordered
 from amk.isa.stretch_matmul import StretchMatMul
 
 
@@ -30,7 +30,8 @@ class StretchGlu(StretchMatMul):
     def writes(self, machine: Machine, position: int) -> list[Access]:
         packets = HALF * self.batch // machine.narrow
         tiles = self.tiles + self.tiles % 2
-        return [Access(self.out_buf, self.tile0 * packets, (self.tile0 + tiles) * packets, self.out_tag, "narrow", gated=True)]
+        first, stop = self.tile0 * packets, (self.tile0 + tiles) * packets
+        return [Access(self.out_buf, first, stop, self.out_tag, "narrow", gated=True, order=X_ORDERS[BY_COLUMN])]
 
     def run(self, memory: Memory, position: int) -> Publishes:
         machine, rows = memory.machine, self.product(memory)

@@ -11,7 +11,7 @@ from amk.isa.abi import I32, U16
 from amk.isa.instruction import F32, Access, Instruction, Memory
 from amk.isa.machine import FRAGMENT_BYTES, TILE_ROWS, ChunkPlan, Machine, chunk_plan
 from amk.isa.rounding import round_to
-from amk.isa.stretch import Run, fragment_row_bytes, padded, runs, unordered
+from amk.isa.stretch import X_ORDERS, Run, fragment_row_bytes, padded, runs, unordered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class StretchMatMul(Instruction):
 
     def reads(self, machine: Machine, position: int) -> list[Access]:
         packets = padded(self.cols) * self.batch // machine.narrow
-        return [Access(self.x_buf, 0, packets, self.x_tag, "narrow", gated=True)]
+        return [Access(self.x_buf, 0, packets, self.x_tag, "narrow", gated=True, order=X_ORDERS[self.x_order])]
 
     def chunk_bytes(self, machine: Machine, position: int) -> list[int]:
         return [run.count * (self.tiles * FRAGMENT_BYTES + fragment_row_bytes(machine)) for run in self.own_runs(machine)]

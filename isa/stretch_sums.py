@@ -26,7 +26,7 @@ class StretchSums(StretchMatMul):
         groups = -(-self.rows // GROUP_ROWS)
         size = GROUP_ROWS * self.batch
         start = (self.share * groups + self.tile0 // GROUP_TILES) * size
-        return [Access(self.out_buf, start, start + size, self.out_tag, "f32", gated=True)]
+        return [Access(self.out_buf, start, start + size, self.out_tag, "f32", gated=True, order="sums")]
 
     def run(self, memory: Memory, position: int) -> Publishes:
         sums = self.product(memory)
