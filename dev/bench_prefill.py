@@ -1,6 +1,6 @@
 """Measures prefill on the live card: time of a prompt by stretch, in turns with transformers. Writes results/prefill-CARD.json.
 
-    python amk_bootstrap.py amk.dev.bench_prefill [--model NAME] [--stretches 8,16,32] [--tokens N] [--no-judging] [--out FILE]
+    python amk_bootstrap.py amk.dev.bench_prefill [--model NAME] [--stretches 32,64,128] [--tokens N] [--no-judging] [--out FILE]
 
 Every program is judged by the oracle before it is timed; all run from one copy of the weights. What transformers does is one forward pass
 over the same tokens in the checkpoint's dtype, KV rows kept, logits of the last token alone.
@@ -115,7 +115,7 @@ def measure(name: str, stretches: list[int], count: int, judging: bool) -> dict[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama-3.2-1b-shape")
-    parser.add_argument("--stretches", default="8,16,32", help="seats of a stretch, with commas between them")
+    parser.add_argument("--stretches", default="32,64,128", help="seats of a stretch, with commas between them")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens of the prompt, at least 2")
     parser.add_argument("--no-judging", action="store_true", help="time without the oracle; nothing is written")
     parser.add_argument("--out", type=Path, help="the results file; results/prefill-CARD.json where none is named")

@@ -19,7 +19,7 @@ from amk.models.registry import describe
 from amk.schedule.compile import compile_program
 from amk.schedule.config import parse_config
 from amk.schedule.model import ModelSpec
-from amk.schedule.settings import Chooser
+from amk.schedule.settings import STRETCHES, Chooser
 from amk.schedule.targets import TARGETS, Target
 from amk.vm.build import BuildFailed, compile_kernel
 from amk.vm.source import kernel_source
@@ -82,16 +82,20 @@ def variants() -> list[Variant]:
         Variant("llama-3.1-8b, batch 8", describe("llama-3.1-8b-shape"), {}, batch=8),
         Variant("smollm2-135m, batch 8", describe("smollm2-135m-shape"), {}, ("a100",), batch=8),
         Variant("small fp16, batch 16", fp16, {"threads_per_block": 128}, OTHERS, batch=16),
-        *(Variant(f"llama-3.2-1b, prefill by {batch}", one_b, {}, batch=batch, prefill=True) for batch in (8, 16, 32)),
-        Variant("llama-3.2-1b, prefill by 64", one_b, {}, batch=64, prefill=True, spills=True),
-        Variant("llama-3.1-8b, prefill by 16", describe("llama-3.1-8b-shape"), {}, batch=16, prefill=True),
-        Variant("qwen3-0.6b, prefill by 32", describe("qwen3-0.6b-shape"), {}, ("b200",), batch=32, prefill=True),
-        Variant("smollm2-135m, prefill by 32", describe("smollm2-135m-shape"), {}, ("a100",), batch=32, prefill=True),
+        *(Variant(f"llama-3.2-1b, prefill by {batch}", one_b, {}, batch=batch, prefill=True) for batch in STRETCHES),
+        Variant("llama-3.1-8b, prefill by 128", describe("llama-3.1-8b-shape"), {}, batch=128, prefill=True),
+        Variant("qwen3-0.6b, prefill by 128", describe("qwen3-0.6b-shape"), {}, ("b200",), batch=128, prefill=True),
+        Variant("smollm2-135m, prefill by 64", describe("smollm2-135m-shape"), {}, ("a100",), batch=64, prefill=True),
         Variant(
-            "small fp16, prefill by 8, heads of 24", replace(fp16, head_dim=24), {"threads_per_block": 128}, OTHERS, batch=8, prefill=True
+            "small fp16, prefill by 32, heads of 24", replace(fp16, head_dim=24), {"threads_per_block": 128}, OTHERS, batch=32, prefill=True
         ),
         Variant(
-            "small, prefill by 16, heads of 256", replace(small, head_dim=256, heads=4, kv_heads=2), {}, batch=16, prefill=True, spills=True
+            "small, prefill by 128, heads of 256",
+            replace(small, head_dim=256, heads=4, kv_heads=2),
+            {},
+            batch=128,
+            prefill=True,
+            spills=True,
         ),
         *(Variant(f"llama-3.2-1b {name}", with_weights(one_b, form), {}, widest.get(name, ())) for name, form in FORMATS.items()),
         Variant("llama-3.2-1b int8, head bf16", replace(with_weights(one_b, FORMATS["int8"]), head_weights=None), {}, NEW),

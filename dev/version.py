@@ -7,7 +7,7 @@ import re
 from functools import cache
 
 from amk.models.registry import describe
-from amk.schedule.compile import lower
+from amk.schedule.compile import compile_program
 from amk.schedule.digest import program_digest
 from amk.schedule.knobs import Config
 from amk.schedule.program import Program
@@ -25,5 +25,6 @@ def code_digest(program: Program) -> str:
 
 @cache
 def present_digest(model: str, card: str, context: int, batch: int = 1, prefill: bool = False) -> str:
-    """`code_digest` of a built-in model's default program for a card of the table, as the code at hand compiles it."""
-    return code_digest(lower(describe(model), Config(), TARGETS[card], context=context, batch=batch, prefill=prefill))
+    """`code_digest` of a built-in model's default program for a card of the table, as the code at hand has it; empty if it has none."""
+    program = compile_program(describe(model), Config(), TARGETS[card], context=context, batch=batch, prefill=prefill)
+    return code_digest(program) if isinstance(program, Program) else ""

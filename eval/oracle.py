@@ -19,9 +19,10 @@ import numpy as np
 from amk.eval.kv_rows import ReadRows, Rows, expected_errors, relative_errors, typical_ratios
 from amk.eval.tolerance import FP32_ERROR, LATE, MAX_EXPECTED, NEAR_TIE_SHARE, ROWS, TIE, TYPICAL, WORST
 from amk.isa.attention import TWO_PART_GROUP, Attention
-from amk.isa.attention_prefill import AttentionPrefill
 from amk.isa.matmul import MatMul
 from amk.isa.rmsnorm import RmsNorm
+from amk.isa.seat_norm import SeatNorm
+from amk.isa.stretch_attention import StretchAttention
 from amk.models.rounded import RoundingPoints, rounded
 from amk.models.source import SourceRun
 from amk.schedule.model import DType, ModelSpec
@@ -71,9 +72,9 @@ def rounding_points(program: Program) -> RoundingPoints:
     tasks = [task for queue in program.queues for task in queue]
     return RoundingPoints(
         dtype=_dtype(program.machine.dtype),
-        norms=any(isinstance(task, RmsNorm | MatMul) for task in tasks),  # products of a batch round what they have normalised
+        norms=any(isinstance(task, RmsNorm | MatMul | SeatNorm) for task in tasks),  # products of a batch round what they have normalised
         attention_operands=any(
-            isinstance(task, AttentionPrefill) or isinstance(task, Attention) and task.nq > TWO_PART_GROUP for task in tasks
+            isinstance(task, StretchAttention) or isinstance(task, Attention) and task.nq > TWO_PART_GROUP for task in tasks
         ),
     )
 

@@ -7,11 +7,11 @@ from amk.eval.session import Loaded, Session
 from amk.eval.shapes import Prefill
 from amk.vm.kv import has_same_rows
 
-# The second program is lowered and proven once a session, for about 2 s at 1B and 6 s at 8B, and built once a machine, for 2 s. A token
-# that is decoded takes 0.3 to 3.4 ms. So a session's first prompt gains from some thousands of tokens on and those that follow at once;
-# below this many they would gain less than anybody notices.
+# The second program is lowered and proven once a session, for about 0.7 s at 1B and 2 s at 8B, and built once a machine, for 3 s. A token
+# that is decoded takes 0.3 to 3.4 ms, 128 of a launch 1.5 ms at 1B. So a session's first prompt gains from about a thousand tokens on and
+# those that follow at once; below this many they would gain less than anybody notices.
 LEAST_PROMPT = 256
-STRETCHES = (32, 16, 8)  # tokens of a launch, best first; 64 would take more than twice the proof of 32, and spill registers
+STRETCHES = (128, 64, 32)  # tokens of a launch, best first
 
 
 def prefill(session: Session, candidate: Candidate, decoder: Loaded, prompt: list[int]) -> Prefill:

@@ -13,6 +13,7 @@ import numpy as np
 from amk.isa.attention import Attention
 from amk.isa.instruction import Instruction
 from amk.isa.matvec import MatVec
+from amk.isa.stretch_matmul import StretchMatMul
 from amk.schedule.program import Program
 from amk.vm.cuda import WAITS
 from amk.vm.trace import TASK_BEGINS
@@ -160,14 +161,14 @@ def _means(spans: Iterable[Span], key: Any) -> dict[tuple[str, ...], dict[str, f
 
 def task_class(program: Program, task: Instruction) -> str:
     """What a task is, whatever its layer: `gemv down`, `attention`."""
-    if not isinstance(task, MatVec):
+    if not isinstance(task, MatVec | StretchMatMul):
         return task.stem
     return f"{task.stem} {program.matrices[task.weight].name.rpartition('.')[2]}"
 
 
 def task_name(program: Program, task: Instruction) -> str:
     """What a task is and where: `gemv L3.down`, `attention L3 head 2 split 0`."""
-    if isinstance(task, MatVec):
+    if isinstance(task, MatVec | StretchMatMul):
         return f"{task.stem} {program.matrices[task.weight].name}"
     if isinstance(task, Attention):
         return f"{task.stem} L{task.layer} head {task.kv_head} split {task.split}"

@@ -15,6 +15,7 @@ from amk.isa.sampling import Sampling
 
 F32 = npt.NDArray[np.float32]
 Kind = Literal["f32", "narrow", "u32"]
+Order = Literal["", "sums", "q", "kv", "x by seat", "x by column", "x by head"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Access:
     is not checked by the device. Reads by "storer" belong to one publish: `tile` says which (the publish of the same index).
     `interleaved` packets hold elements of a batch's seats side by side (isa/batch.py), others those of one vector. `paired` ones the device
     takes two at a time, so `start` must be an even packet of the arena.
+    `gated` packets carry no tag on the device (isa/stretch.py): a read of them waits for nothing but its task's counter, whose arrivals
+    release what was published before; `tag` says which value is meant, and `order` which element is where in it.
     """
 
     buffer: int
@@ -38,6 +41,8 @@ class Access:
     tile: int = 0
     interleaved: bool = False
     paired: bool = False
+    gated: bool = False
+    order: Order = ""
 
 
 class Memory(Protocol):
@@ -113,11 +118,12 @@ class Instruction(ABC):
     streamed: ClassVar[bool] = False  # has chunks in the weight stream
     stored: ClassVar[bool] = False  # publishes through the storer, tile by tile; else the consumers publish
     draws: ClassVar[bool] = False  # takes isa.sampling.Sampling from the launch
+    gated: ClassVar[bool] = False  # its counters order: it reads after all arrivals that it waits for, and arrives when it has published
     batched: ClassVar[bool] = False  # belongs to machines that compute a batch of tokens side by side
 
     def arrivals(self, machine: Machine) -> int:
-        """Arrivals at the done counter: one by the storer, or one by each consumer warp."""
-        return 1 if self.stored else machine.consumer_warps
+        """Arrivals at the done counter: one by the storer or, where counters order, by all consumers together; else one by each of them."""
+        return 1 if self.stored or self.gated else machine.consumer_warps
 
     @abstractmethod
     def reads(self, machine: Machine, position: int) -> list[Access]: ...

@@ -21,6 +21,7 @@ class Machine:
     Actors of a SM: one feeder, `consumer_warps` consumer warps, one storer, one watcher. The ring has `stages` slots of
     `stage_bytes`; at most `inflight` of them are being copied at any time. `reduction_slots` tiles may be reduced ahead of the
     storer. Before the feeder streams KV rows of token t it waits for the end of token t - `kv_lag` on every SM.
+    Where `slot` is not 0 a ring slot has so many bytes: of a stretch `stage_bytes` only says how the weights lie.
     `head_dim` and the rest describe the model as the attention and the norm see it; `tags` is the number of tags a token uses.
     `batch` tokens are computed side by side, each in its own seat (isa/batch.py): of as many sequences, or, where it does `prefill`,
     consecutive positions of one: a stretch.
@@ -45,6 +46,12 @@ class Machine:
     qk_norm: bool = False
     batch: int = 1
     prefill: bool = False
+    slot: int = 0
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a ring slot."""
+        return self.slot or self.stage_bytes
 
     @property
     def sequences(self) -> int:

@@ -6,15 +6,18 @@ from dataclasses import replace
 from typing import Any
 
 from amk.isa.instruction import Instruction
-from amk.isa.machine import KV_STREAM_LAG, Machine
+from amk.isa.machine import KV_STREAM_LAG, Machine, chunk_plan
+from amk.isa.stretch import runs, slot_bytes
 from amk.schedule.collector import collector_paused
 from amk.schedule.config import config_dict
-from amk.schedule.emit import Queues, buffers_of, emit, matvec_shapes, resolve_names
+from amk.schedule.emit import Queues, buffers_of, emit
 from amk.schedule.fuse import fuse
-from amk.schedule.graph import Graph, MatVecOp
+from amk.schedule.fuse_stretch import fuse_stretch
+from amk.schedule.graph import Graph, MatVecOp, StretchMatMulOp
 from amk.schedule.knobs import Config
 from amk.schedule.memory import Arena, allocate
 from amk.schedule.model import ModelSpec
+from amk.schedule.names import matvec_shapes, resolve_names
 from amk.schedule.place import Placement, assignment_problems, kept_bytes, place, sized_candidates, with_kept_inputs
 from amk.schedule.program import DeviceKnobs, KvCache, Program
 from amk.schedule.rejection import Rejection, reject
@@ -64,23 +67,25 @@ def compile_program(
     """The program, or every reason why there is none. `context` KV rows (rounded up to 16); None: the model's, up to 16384.
 
     A program of a `batch` of tokens streams the very bytes that the program of one token streams (schedule/stream.py). One for `prefill`
-    takes the batch as consecutive positions of one sequence and makes their KV rows: no logits, and no more of the stream than that needs.
+    takes the batch as consecutive positions of one sequence and makes their KV rows, without logits, from the same bytes in another order.
     """
     settings = resolve(spec, config, target, context, batch, chooser, prefill)
     if isinstance(settings, list):
         return settings
-    if settings.batch > 1:  # its stages are those of one token, for they share the stream
-        one = compile_program(spec, config, target, context=context)
-        if isinstance(one, list):
-            return one
-        settings = replace(settings, stage_sizes=(one.machine.stage_bytes,))
-    graph = fuse(spec, settings)
+    one: Program | None = None
+    if settings.batch > 1:  # its stages are those of one token, for they share the weights
+        found = compile_program(spec, config, target, context=context)
+        if isinstance(found, list):
+            return found
+        one, settings = found, replace(settings, stage_sizes=(found.machine.stage_bytes,))
+    graph = fuse_stretch(spec, settings, one.machine) if one and prefill else fuse(spec, settings)
     tilings = tile(spec, graph, settings)
-    problems = list(assignment_problems(graph, tilings, config.sm_assignment, target.sms))
+    assignment = "round_robin" if prefill else config.sm_assignment  # the config's is of the units of one token
+    problems = list(assignment_problems(graph, tilings, assignment, target.sms))
     if problems:
         return problems
-    placement = place(graph, tilings, config.sm_assignment, target.sms, _products_of_one(spec, settings))
-    graph = with_kept_inputs(sized_candidates(graph, placement), placement, kept_bytes(target.shared_bytes, prefill))
+    placement = place(graph, tilings, assignment, target.sms, _products_of_one(spec, settings))
+    graph = with_kept_inputs(sized_candidates(graph, placement), placement, kept_bytes(target.shared_bytes))
     arena = allocate(graph, config.page_allocation)
     sync = synchronise(graph, placement, settings.consumer_warps, config.sync)
     queues = emit(graph, placement, resolve_names(graph, sync, config.kv_block), target.sms)
@@ -89,10 +94,10 @@ def compile_program(
 
 
 def _products_of_one(spec: ModelSpec, settings: Settings) -> Placement:
-    """Where the products of a batch go: where those of one token are, for they share the stream."""
-    if settings.batch == 1:
+    """Where the products of a batch go: where those of one token are, for they share the stream. A stretch takes tiles from anywhere."""
+    if settings.batch == 1 or settings.prefill:
         return {}
-    one = replace(settings, batch=1, prefill=False, splits=splits_of(spec, settings.config, settings.target, settings.context, 1))
+    one = replace(settings, batch=1, splits=splits_of(spec, settings.config, settings.target, settings.context, 1))
     graph = fuse(spec, one)
     placement = place(graph, tile(spec, graph, one), one.config.sm_assignment, one.target.sms)
     return {op.name: placement[op.name] for op in graph.ops if isinstance(op, MatVecOp)}
@@ -121,18 +126,19 @@ def _machine(spec: ModelSpec, settings: Settings, graph: Graph, sync: Sync, queu
 
     Four: the copies under way by default, and a stage that is used up meanwhile.
     """
-    drafts = [_draft(spec, settings, sync, stage_bytes) for stage_bytes in settings.stage_sizes]
+    drafts = [_draft(spec, settings, graph, sync, stage_bytes) for stage_bytes in settings.stage_sizes]
     fitted = [replace(draft, stages=_stages(draft, settings, graph, queues)) for draft in drafts]
     chosen = next((m for least in (4, 2, 1) for m in fitted if m.stages >= least), None)
     if chosen is None:
         return [_no_ring(drafts[-1], settings, graph, queues)]
-    depth = 1 if settings.feed == "plain" else settings.config.pipelining_depth
+    asked = chosen.stages if settings.prefill else settings.config.pipelining_depth
+    depth = 1 if settings.feed == "plain" else asked
     return replace(chosen, inflight=min(depth, chosen.stages))
 
 
-def _draft(spec: ModelSpec, settings: Settings, sync: Sync, stage_bytes: int) -> Machine:
+def _draft(spec: ModelSpec, settings: Settings, graph: Graph, sync: Sync, stage_bytes: int) -> Machine:
     """The machine before its ring is sized."""
-    return Machine(
+    draft = Machine(
         sms=settings.target.sms,
         consumer_warps=settings.consumer_warps,
         stages=0,
@@ -153,14 +159,19 @@ def _draft(spec: ModelSpec, settings: Settings, sync: Sync, stage_bytes: int) ->
         batch=settings.batch,
         prefill=settings.prefill,
     )
+    cols = {op.cols for op in graph.ops if isinstance(op, StretchMatMulOp)}
+    fragments = max((run.count for each in cols for run in runs(chunk_plan(draft, each))), default=0)
+    return replace(draft, slot=slot_bytes(draft, fragments))
 
 
 def _stages(draft: Machine, settings: Settings, graph: Graph, queues: Queues) -> int:
-    """Stages that fit, or that were asked for; 0 if what was asked for does not fit."""
-    fit = max(0, _ring_room(draft, settings, graph, queues) // draft.stage_bytes)
-    asked = settings.config.smem_bytes_per_block // draft.stage_bytes
+    """Stages that fit, or that were asked for, which was of one token: of a stretch the fewer. 0 if what was asked for does not fit."""
+    fit = max(0, _ring_room(draft, settings, graph, queues) // draft.slot_bytes)
+    asked = settings.config.smem_bytes_per_block // draft.slot_bytes
     if settings.config.smem_bytes_per_block == 0:
         return fit
+    if settings.prefill:
+        return min(asked, fit)
     return asked if asked <= fit else 0
 
 
@@ -168,7 +179,7 @@ def _ring_room(draft: Machine, settings: Settings, graph: Graph, queues: Queues)
     """Bytes of shared memory that everything but the ring leaves; negative if even that does not fit."""
     needs = SharedNeeds(
         stages=0,
-        stage_bytes=draft.stage_bytes,
+        slot_bytes=draft.slot_bytes,
         scratch_bytes=_scratch_bytes(queues, draft),
         consumer_warps=draft.consumer_warps,
         reduction_slots=draft.reduction_slots,
@@ -176,6 +187,7 @@ def _ring_room(draft: Machine, settings: Settings, graph: Graph, queues: Queues)
         stream_entries=max(map(len, _streams(queues.queues))),
         buffers=sum(1 if value.seats == 1 else 1 + value.seats for value in graph.values),
         batch=draft.batch,
+        gated=graph.gated,
     )
     return settings.target.shared_bytes - shared_layout(needs).total
 
@@ -185,10 +197,11 @@ def _no_ring(draft: Machine, settings: Settings, graph: Graph, queues: Queues) -
     tasks = max(map(len, queues.queues))
     taken = f"{target.shared_bytes - room} of the {target.shared_bytes} bytes on {target.name}"
     rest = f"{tasks} tasks, scratch and reduction slots take {taken}"
-    if room < draft.stage_bytes:
-        allowed = f"such that one stage of {draft.stage_bytes} bytes fits ({rest}; a larger N_tile makes fewer tasks)"
+    stage = draft.slot_bytes
+    if room < stage:
+        allowed = f"such that one stage of {stage} bytes fits ({rest}; a larger N_tile makes fewer tasks)"
     else:
-        allowed = f"at least one stage of {draft.stage_bytes} bytes and at most {room // draft.stage_bytes * draft.stage_bytes} ({rest})"
+        allowed = f"at least one stage of {stage} bytes and at most {room // stage * stage} ({rest})"
     return reject("smem_bytes_per_block", asked, allowed)
 
 
@@ -206,7 +219,7 @@ def effective_config(config: Config, program: Program) -> dict[str, Any]:
     result, m = config_dict(config), program.machine
     splits = max((getattr(task, "splits", 1) for queue in program.queues for task in queue), default=1)
     result["pipelining_depth"] = m.inflight
-    result["smem_bytes_per_block"] = m.stages * m.stage_bytes
+    result["smem_bytes_per_block"] = m.stages * m.slot_bytes
     stage_bytes = max(size for size in STAGE_CHOICES if size <= m.stage_bytes)
     result["kernel_knobs"] |= {"weight_feed": program.device.weight_feed, "stage_bytes": stage_bytes, "kv_splits": splits}
     return result

@@ -17,6 +17,9 @@ from amk.isa.gemv_glu import GemvGlu
 from amk.isa.instruction import Instruction
 from amk.isa.machine import Machine, chunk_plan
 from amk.isa.matvec import MatVec
+from amk.isa.stretch_attention import StretchAttention
+from amk.isa.stretch_glu import StretchGlu
+from amk.isa.stretch_matmul import StretchMatMul
 from amk.isa.weight_format import format_of
 from amk.schedule.program import Program
 from amk.schedule.targets import Target
@@ -34,18 +37,18 @@ F64 = npt.NDArray[np.float64]
 
 
 def streamed_bytes(program: Program, position: int) -> int:
-    """Bytes that a token at `position` must read: every matrix once (of a quantised one codes, scales and zeros), one embedding row, KV
-    rows up to the position; no padding.
+    """Bytes that a token at `position`, or a stretch from it on, must read: every matrix once (of a quantised one codes, scales and zeros),
+    embedding rows, KV rows before the position; no padding.
     """
-    element = program.machine.element_bytes
+    machine = program.machine
     rows = sum(_kv_rows(task, position) for queue in program.queues for task in queue)
-    kv = 2 * rows * program.machine.head_dim
-    return _matrix_bytes(program) + element * (program.machine.hidden + kv)
+    embedded = machine.hidden * (machine.batch if machine.prefill else 1)
+    return _matrix_bytes(program) + machine.element_bytes * (embedded + 2 * rows * machine.head_dim)
 
 
 def _kv_rows(task: Instruction, position: int) -> int:
-    """Old rows that the KV head of a tail task is read for; the new row is written, not read."""
-    if not isinstance(task, Attention) or task.split > 0:
+    """Old rows that the KV head of a tail task, or of the first seats of a stretch, is read for; new rows are written, not read."""
+    if not (isinstance(task, Attention) and task.split == 0 or isinstance(task, StretchAttention) and task.seat0 == 0):
         return 0
     return min(position, task.window - 1) if task.window else position
 
@@ -55,9 +58,13 @@ def _matrix_bytes(program: Program) -> int:
 
     An interleaved matrix has twice as many real rows as the reader of its product has columns.
     """
-    tasks = [task for queue in program.queues for task in queue if isinstance(task, MatVec)]
+    tasks = [task for queue in program.queues for task in queue if isinstance(task, MatVec | StretchMatMul)]
     cols_of_reader = {task.x_tag: task.cols for task in tasks}
-    padded = {task.weight: 2 * cols_of_reader.get(task.out_tag, task.rows // 2) for task in tasks if isinstance(task, GemvGlu | GemmGlu)}
+    padded = {
+        task.weight: 2 * cols_of_reader.get(task.out_tag, task.rows // 2)
+        for task in tasks
+        if isinstance(task, GemvGlu | GemmGlu | StretchGlu)
+    }
     element = program.machine.element_bytes
     return sum(
         matrix.weights.matrix_bytes(rows, matrix.cols) if matrix.weights else element * rows * matrix.cols
@@ -80,12 +87,12 @@ def latency_us(program: Program, target: Target, position: int, bandwidth: float
     """
     gbs = bandwidth if bandwidth is not None else READ_SHARE * target.bandwidth_gbs
     m, clock = program.machine, REFERENCE_MHZ / target.clock_mhz
-    rate = min(gbs * 1e3 / m.sms, m.inflight * m.stage_bytes / COPY_US)  # bytes per us of one SM
+    rate = min(gbs * 1e3 / m.sms, m.inflight * m.slot_bytes / COPY_US)  # bytes per us of one SM
     phases, used = _phase_bytes(program, position)
     use = CHUNK_CYCLES / target.clock_mhz / CHUNK_BYTES  # us per byte
     ahead: F64 = np.zeros(m.sms)
-    first, ahead = _token(phases, used, ahead, rate, use, BOUNDARY_US * clock, float(m.stages * m.stage_bytes))
-    steady, _ = _token(phases, used, ahead, rate, use, BOUNDARY_US * clock, float(m.stages * m.stage_bytes))
+    first, ahead = _token(phases, used, ahead, rate, use, BOUNDARY_US * clock, float(m.stages * m.slot_bytes))
+    steady, _ = _token(phases, used, ahead, rate, use, BOUNDARY_US * clock, float(m.stages * m.slot_bytes))
     return max(steady, floor_us(program, position, gbs))
 
 

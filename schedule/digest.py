@@ -82,7 +82,8 @@ def _facts(program: Program) -> bytes:
 
 def _machine(program: Program) -> dict[str, object]:
     """The machine's fields; what programs of one token have alike is left out, so that they keep their ids."""
-    return {name: value for name, value in asdict(program.machine).items() if (name, value) not in (("batch", 1), ("prefill", False))}
+    alike = {"batch": 1, "prefill": False, "slot": 0}
+    return {name: value for name, value in asdict(program.machine).items() if name not in alike or value != alike[name]}
 
 
 def _queue_bytes(program: Program) -> Iterable[bytes]:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, singledispatch
-from typing import TypedDict
 
 from amk.isa.abi import NONE
 from amk.isa.attention import Attention
-from amk.isa.attention_prefill import AttentionPrefill
-from amk.isa.batch import SEAT_BLOCK
 from amk.isa.draw import Draw
 from amk.isa.draw_head import DrawHead
 from amk.isa.embed import Embed
 from amk.isa.embed_batch import EmbedBatch
-from amk.isa.embed_prefill import EmbedPrefill
 from amk.isa.filter_draw import FilterDraw
 from amk.isa.filter_head import TILE_PACKETS, FilterHead
 from amk.isa.gemm import Gemm
@@ -30,42 +26,16 @@ from amk.isa.rmsnorm import RmsNorm
 from amk.isa.sample import Sample
 from amk.isa.sample_batch import SampleBatch
 from amk.isa.swiglu import SwiGlu
+from amk.schedule.emit_stretch import stretch_task
 from amk.schedule.fuse import CANDIDATES
-from amk.schedule.graph import AttentionOp, AttentionPrefillOp, EmbedOp, Graph, MatVecOp, NormOp, Op, SampleOp, SwiGluOp
+from amk.schedule.graph import AttentionOp, EmbedOp, Graph, MatVecOp, NormOp, Op, SampleOp, StretchOp, SwiGluOp
 from amk.schedule.memory import Arena
+from amk.schedule.names import Names
 from amk.schedule.place import Placement, Run
 from amk.schedule.program import Buffer, MatVecShape
-from amk.schedule.synchronise import Sync, Wait, arrives
+from amk.schedule.synchronise import arrives
 
 MATVEC: dict[str, type[MatVec]] = {cls.stem: cls for cls in (Gemv, GemvGlu, GemvHead, Gemm, GemmGlu, GemmHead, DrawHead, FilterHead)}
-
-
-class Hints(TypedDict):
-    wait_counter: int
-    wait_count: int
-    done_counter: int
-
-
-@dataclass(frozen=True)
-class Names:
-    """Where every name of the graph went."""
-
-    buffers: Mapping[str, int]
-    constants: Mapping[str, int]
-    matrices: Mapping[str, int]
-    shapes: tuple[MatVecShape, ...]
-    sync: Sync
-    unit_rows: int
-    packets: Mapping[str, int]
-    seats: Mapping[str, tuple[int, ...]]  # the buffer of each seat of a value that lies by seat, and of others the value's own
-
-    def constant(self, name: str | None) -> int:
-        return -1 if name is None else self.constants[name]
-
-    def hints(self, op: Op, unit: int) -> Hints:
-        wait = self.sync.waits.get(op.name, Wait())
-        done = self.sync.done.get(op.name, NONE) if arrives(op, unit) else NONE
-        return {"wait_counter": wait.counter, "wait_count": wait.count, "done_counter": done}
 
 
 @dataclass(frozen=True)
@@ -74,30 +44,6 @@ class Queues:
 
     queues: tuple[tuple[Instruction, ...], ...]
     samples: tuple[Instruction, ...]
-
-
-def matvec_shapes(graph: Graph) -> tuple[MatVecShape, ...]:
-    """The compiled variants that the program needs, each once."""
-    return tuple(dict.fromkeys(MatVecShape(op.cols, op.flags) for op in graph.ops if isinstance(op, MatVecOp)))
-
-
-def resolve_names(graph: Graph, sync: Sync, unit_rows: int) -> Names:
-    buffers = {value.name: i for i, value in enumerate(graph.values)}
-    seats, views = {}, len(graph.values)
-    for value in graph.values:
-        own = value.seats if value.seats > 1 else 0
-        seats[value.name] = tuple(range(views, views + own)) or (buffers[value.name],)
-        views += own
-    return Names(
-        buffers=buffers,
-        constants={constant.name: constant.start for constant in graph.constants},
-        matrices={matrix.name: i for i, matrix in enumerate(graph.matrices)},
-        shapes=matvec_shapes(graph),
-        sync=sync,
-        unit_rows=unit_rows,
-        packets={value.name: value.packets for value in graph.values},
-        seats=seats,
-    )
 
 
 def emit(graph: Graph, placement: Placement, names: Names, sms: int) -> Queues:
@@ -131,11 +77,12 @@ def _tasks(op: Op, runs: tuple[Run, ...], names: Names) -> list[Instruction]:
 @_tasks.register
 def _embed(op: EmbedOp, runs: tuple[Run, ...], names: Names) -> list[Instruction]:
     out = op.writes[0]
-    make: Callable[..., Instruction] = Embed if op.batch == 1 else partial(EmbedBatch if op.reads else EmbedPrefill, batch=op.batch)
-    token = {f"token_{word}": of[read.value] for read in op.reads for word, of in (("buf", names.buffers), ("tag", names.sync.tags))}
+    make: Callable[..., Instruction] = Embed if op.batch == 1 else partial(EmbedBatch, batch=op.batch)
+    token = op.reads[0].value
     return [
         make(
-            **token,
+            token_buf=names.buffers[token],
+            token_tag=names.sync.tags[token],
             out_buf=names.buffers[out],
             out_tag=names.sync.tags[out],
             col0=run.start,
@@ -239,36 +186,8 @@ def _attention(op: AttentionOp, runs: tuple[Run, ...], names: Names) -> list[Ins
 
 
 @_tasks.register
-def _attention_prefill(op: AttentionPrefillOp, runs: tuple[Run, ...], names: Names) -> list[Instruction]:
-    (q, k, v), out, tags = (read.value for read in op.reads), op.writes[0], names.sync.tags
-
-    def task(unit: int) -> AttentionPrefill:
-        head, block = divmod(unit, op.batch // SEAT_BLOCK)
-        row = head // op.group * op.head_dim
-        return AttentionPrefill(
-            q_buf=names.buffers[q],
-            q_tag=tags[q],
-            k_buf=names.buffers[k],
-            k_tag=tags[k],
-            v_buf=names.buffers[v],
-            v_tag=tags[v],
-            out_buf=names.buffers[out],
-            out_tag=tags[out],
-            layer=op.layer,
-            head=head,
-            seat0=block * SEAT_BLOCK,
-            batch=op.batch,
-            q_stride=op.q_stride,
-            kv_stride=op.kv_stride,
-            k_start=op.k_offset + row,
-            v_start=op.v_offset + row,
-            window=op.window,
-            q_gain=names.constant(op.q_gain),
-            k_gain=names.constant(op.k_gain),
-            **names.hints(op, unit),
-        )
-
-    return [task(run.start) for run in runs]
+def _stretch(op: StretchOp, runs: tuple[Run, ...], names: Names) -> list[Instruction]:
+    return [stretch_task(op, run.start, names) for run in runs]
 
 
 @_tasks.register

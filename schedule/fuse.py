@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from amk.isa.attention import PARTIAL_HEAD
 from amk.isa.filter_head import TILE_PACKETS
@@ -12,17 +11,14 @@ from amk.isa.instruction import Kind
 from amk.isa.machine import ELEMENT_BYTES, TILE_ROWS
 from amk.isa.matmul import OUT_BY_SEAT, X_BY_SEAT
 from amk.isa.matvec import X_NARROW, X_NORM
-from amk.schedule.graph import AttentionOp, AttentionPrefillOp, EmbedOp, Graph, MatVecOp, NormOp, Op, Read, SampleOp, SwiGluOp, Value
-from amk.schedule.model import ModelSpec, weight_format
-from amk.schedule.program import Constant, Matrix
+from amk.schedule.graph import AttentionOp, EmbedOp, Graph, MatVecOp, NormOp, Read, SampleOp, SwiGluOp, Value
+from amk.schedule.graph_builder import GraphBuilder, Layout
+from amk.schedule.model import ModelSpec
 from amk.schedule.settings import Settings
 
-CONSTANT_ALIGNMENT = 4  # elements: 16 bytes, one vector load
 TOKEN, CANDIDATES, SCORES = "token", "candidates", "scores"
 CHOOSERS = {"greedy": ("gemv_head", "sample"), "draw": ("draw_head", "draw"), "filter": ("filter_head", "filter_draw")}
-PREFILL = {"embed": "embed_prefill", "attention": "attention_prefill"}  # what differs where the batch is a stretch of one sequence
 BATCHED = {"gemv": "gemm", "gemv_glu": "gemm_glu", "gemv_head": "gemm_head", "embed": "embed_batch", "sample": "sample_batch"}
-Layout = Literal["stack", "interleave8"]
 
 
 @dataclass(frozen=True)
@@ -35,20 +31,11 @@ class Activation:
 
 
 @dataclass
-class _Builder:
-    spec: ModelSpec
-    fusion: tuple[str, ...]
-    batch: int
-    prefill: bool
-    ops: list[Op] = field(default_factory=list)
-    values: list[Value] = field(default_factory=list)
-    matrices: list[Matrix] = field(default_factory=list)
-    constants: list[Constant] = field(default_factory=list)
+class _Builder(GraphBuilder):
+    fusion: tuple[str, ...] = field(kw_only=True)
 
     def stem(self, one: str) -> str:
         """The instruction that does for the batch what `one` does for one token."""
-        if self.prefill and one in PREFILL:
-            return PREFILL[one]
         return one if self.batch == 1 else BATCHED[one]
 
     def value(self, name: str, kind: Kind, elements: int, *, read: int | None = None, by_seat: bool = False) -> str:
@@ -56,13 +43,7 @@ class _Builder:
         per_packet = 4 // ELEMENT_BYTES[self.spec.dtype] if kind == "narrow" else 1
         packets = -(-elements // per_packet)
         padded = self.batch == 1 and read is not None and -(-read // per_packet) < packets
-        seats = self.batch if by_seat and not self.prefill else 1  # of a stretch, a task of attention reads many seats
-        self.values.append(Value(name, kind, packets * self.batch, padded, seats))
-        return name
-
-    def constant(self, name: str, sources: tuple[str, ...], count: int, layout: Layout = "stack") -> str:
-        end = max((c.start + c.count for c in self.constants), default=0)
-        self.constants.append(Constant(name, sources, layout, end + -end % CONSTANT_ALIGNMENT, count))
+        self.values.append(Value(name, kind, packets * self.batch, padded, self.batch if by_seat else 1))
         return name
 
     def normed(self, name: str, x: str) -> Activation:
@@ -94,9 +75,8 @@ class _Builder:
 
         `order`: OUT_BY_SEAT or 0.
         """
-        weights = weight_format(self.spec, sources[0])
-        self.matrices.append(Matrix(name, sources, layout, rows, cols, weights))
-        named = self.constant(f"{name}.bias", tuple(f"{s}.bias" for s in sources), rows, layout) if bias else None
+        matrix = self.matrix(name, sources, rows, cols, layout)
+        named, weights = self.bias(matrix, bias), matrix.weights
         reads = (Read(x.value, "whole"), *([Read(residual, "own")] if residual else []))
         flags = x.flags | (weights.flags if weights else 0) | (order if self.batch > 1 else 0)
         self.ops.append(
@@ -117,17 +97,14 @@ class _Builder:
 
 
 def fuse(spec: ModelSpec, settings: Settings) -> Graph:
-    """The ops of one token in order, from the embedding of its input to the sample of its output; for prefill to the last KV rows."""
-    b = _Builder(spec, settings.config.fusion, settings.batch, settings.prefill)
-    if not b.prefill:
-        b.value(TOKEN, "u32", 1)
+    """The ops of one token in order, from the embedding of its input to the sample of its output. Those of a stretch: fuse_stretch.py."""
+    b = _Builder(spec, settings.batch, fusion=settings.config.fusion)
+    b.value(TOKEN, "u32", 1)
     x = b.value("embed", "f32", spec.hidden)
-    reads = () if b.prefill else (Read(TOKEN, "whole", carried=True),)
+    reads = (Read(TOKEN, "whole", carried=True),)
     b.ops.append(EmbedOp(name="embed", stem=b.stem("embed"), reads=reads, writes=(x,), cols=spec.hidden, batch=b.batch))
     for layer in range(spec.layers):
         attended = _attended(b, layer, x, settings.splits[layer])
-        if b.prefill and layer + 1 == spec.layers:  # its KV rows are all that is wanted of a stretch
-            return Graph(tuple(b.ops), tuple(b.values), tuple(b.matrices), tuple(b.constants))
         x = _output_half(b, layer, x, attended)
         x = _mlp_half(b, layer, x)
     normed = b.normed("final_norm", x)
@@ -138,7 +115,7 @@ def fuse(spec: ModelSpec, settings: Settings) -> Graph:
         scores = b.value(CANDIDATES, "u32", 0)  # its size is the number of head tasks, which placement decides
     b.matvec("head", normed, scores, ("head",), spec.vocab, spec.hidden, stem=head)
     b.ops.append(SampleOp(name="sample", stem=b.stem(sample), reads=(Read(scores, "whole"),), writes=(TOKEN,), batch=b.batch))
-    return Graph(tuple(b.ops), tuple(b.values), tuple(b.matrices), tuple(b.constants))
+    return b.graph()
 
 
 def _attended(b: _Builder, layer: int, x: str, splits: int) -> str:
@@ -165,9 +142,7 @@ def _output_half(b: _Builder, layer: int, x: str, attended: str) -> str:
 
 def _attention(b: _Builder, layer: int, qkv: tuple[str, str, str], offsets: tuple[int, int], splits: int) -> str:
     spec, name = b.spec, f"L{layer}.attention"
-    gains = [b.constant(f"L{layer}.{n}", (f"L{layer}.{n}",), spec.head_dim) if spec.qk_norm else None for n in ("q_norm", "k_norm")]
-    if b.prefill:
-        return _attention_of_stretch(b, layer, qkv, offsets, gains)
+    q_gain, k_gain = b.head_gains(layer)
     partials = f"L{layer}.partials"
     if splits > 1:
         b.value(partials, "f32", spec.heads * (splits - 1) * (spec.head_dim + PARTIAL_HEAD), by_seat=True)
@@ -187,37 +162,10 @@ def _attention(b: _Builder, layer: int, qkv: tuple[str, str, str], offsets: tupl
             window=spec.windows[layer] or 0,
             k_offset=offsets[0],
             v_offset=offsets[1],
-            q_gain=gains[0],
-            k_gain=gains[1],
+            q_gain=q_gain,
+            k_gain=k_gain,
             seats=b.batch,
             layers=spec.layers,
-        )
-    )
-    return out
-
-
-def _attention_of_stretch(b: _Builder, layer: int, qkv: tuple[str, str, str], offsets: tuple[int, int], gains: list[str | None]) -> str:
-    spec, name = b.spec, f"L{layer}.attention"
-    out = b.value(name, "narrow", spec.q_rows, by_seat=True)
-    fused = qkv[0] == qkv[1]
-    b.ops.append(
-        AttentionPrefillOp(
-            name=name,
-            stem=b.stem("attention"),
-            reads=tuple(Read(value, "part") for value in qkv),
-            writes=(out,),
-            layer=layer,
-            heads=spec.heads,
-            group=spec.group,
-            head_dim=spec.head_dim,
-            batch=b.batch,
-            window=spec.windows[layer] or 0,
-            q_stride=spec.q_rows + 2 * spec.kv_rows if fused else spec.q_rows,
-            kv_stride=spec.q_rows + 2 * spec.kv_rows if fused else spec.kv_rows,
-            k_offset=offsets[0],
-            v_offset=offsets[1],
-            q_gain=gains[0],
-            k_gain=gains[1],
         )
     )
     return out

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from amk.isa.batch import SEAT_BLOCK
 from amk.isa.instruction import Instruction, Kind
 from amk.isa.registry import instructions
+from amk.isa.stretch import GROUP_ROWS, SEAT_BLOCK
 from amk.schedule.program import Constant, Matrix
 
 
@@ -115,27 +115,69 @@ class AttentionOp(Op):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionPrefillOp(Op):
-    """Attention of a stretch of `batch` seats, each query head of each 8 seats by itself. q, k and v lie by seat: a seat's q has
-    `q_stride` packets, its k and v `kv_stride`, and K rows begin at packet `k_offset` of them, V rows at `v_offset`.
-    """
+class StretchOp(Op):
+    """A phase of a stretch of `batch` seats (isa/stretch.py). Its tasks wait for all of the phase that writes the last of their inputs."""
 
-    layer: int
-    heads: int
-    group: int
-    head_dim: int
     batch: int
-    window: int
-    q_stride: int
-    kv_stride: int
-    k_offset: int
-    v_offset: int
-    q_gain: str | None
-    k_gain: str | None
 
     @property
     def units(self) -> int:
-        return self.heads * (self.batch // SEAT_BLOCK)
+        """Its tasks: one a seat."""
+        return self.batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeatNormOp(StretchOp):
+    """h and its norm. `reads` are the residual and the `shares` of a product, none where h is the embedding; `writes` are h and x."""
+
+    shares: int
+    gain: str
+    bias: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeatQkvOp(StretchOp):
+    """q, and k with v, of the `shares` of a product; no `writes` where only the rows of the cache are wanted."""
+
+    layer: int
+    shares: int
+    bias: str | None
+    q_gain: str | None
+    k_gain: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StretchMatMulOp(StretchOp):
+    """x times the matrix with the op's name, a task for each group of its tiles in each share of its `runs` of K."""
+
+    rows: int
+    cols: int
+    runs: int
+    shares: int
+    x_order: int
+    bias: str | None
+
+    @property
+    def groups(self) -> int:
+        return -(-self.rows // GROUP_ROWS)
+
+    @property
+    def units(self) -> int:
+        """Share after share, each with all its groups."""
+        return self.groups * self.shares
+
+
+@dataclass(frozen=True, kw_only=True)
+class StretchAttentionOp(StretchOp):
+    """A task for each KV head and each 8 seats."""
+
+    layer: int
+    kv_heads: int
+    window: int
+
+    @property
+    def units(self) -> int:
+        return self.kv_heads * (self.batch // SEAT_BLOCK)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,3 +193,8 @@ class Graph:
     values: tuple[Value, ...]
     matrices: tuple[Matrix, ...]
     constants: tuple[Constant, ...]
+
+    @property
+    def gated(self) -> bool:
+        """Counters order its tasks, and its values carry no tags."""
+        return any(op.instruction.gated for op in self.ops)

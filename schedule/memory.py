@@ -14,6 +14,7 @@ from amk.schedule.fuse import TOKEN
 from amk.schedule.graph import Graph, Read, Value
 
 ALIGNMENT_PACKETS = 16  # 128 bytes: a warp reads whole lines
+GATED_ALIGNMENT_PACKETS = 1024  # of 4 bytes
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class _Use:
 
 def allocate(graph: Graph, page_allocation: str) -> Arena:
     """`linear` gives every value packets of its own; `graph_color` lets values overlap that never live together (first fit)."""
+    if graph.gated:
+        return _in_slots(graph, share=page_allocation != "linear")
     if page_allocation == "linear":
         return _linear(graph)
     uses, before = _uses(graph), ancestors(graph)
@@ -111,6 +114,28 @@ def _linear(graph: Graph) -> Arena:
         offsets[value.name] = at
         at += _aligned(value)
     return Arena(offsets, at)
+
+
+def _in_slots(graph: Graph, share: bool) -> Arena:
+    """Values of a stretch in slots: those that share one have its kind and all of its packets, for x is permuted within itself."""
+    uses, before = _uses(graph), ancestors(graph)
+    slots: list[list[_Use]] = []
+    for use in sorted(uses.values(), key=lambda u: u.writer):
+        taken = next((slot for slot in slots if share and all(_may_follow(old, use, before) for old in slot)), None)
+        if taken is None:
+            slots.append([use])
+        else:
+            taken.append(use)
+    sizes = [slot[0].value.packets + -slot[0].value.packets % GATED_ALIGNMENT_PACKETS for slot in slots]
+    offsets = {use.value.name: sum(sizes[:i]) for i, slot in enumerate(slots) for use in slot}
+    return Arena(offsets, sum(sizes))
+
+
+def _may_follow(old: _Use, new: _Use, before: list[frozenset[int]]) -> bool:
+    """Whether `new` may take all packets of `old`: its readers come before, or, of a residual, each before it writes what it has read."""
+    same = (old.value.kind, old.value.packets) == (new.value.kind, new.value.packets)
+    own = {new.writer} if new.replaces == old.value.name else set()
+    return same and old.readers - own <= before[new.writer]
 
 
 def _aligned(value: Value) -> int:

@@ -12,9 +12,7 @@ from amk.schedule.knobs import Assignment
 from amk.schedule.rejection import Rejection, reject
 from amk.schedule.tile import Tiling
 
-# Of shared memory x may take this share where a batch's products keep it, for the ring must have room beside it: more for prefill, where
-# seats are many and reading x again for every tile costs more than weights that come late.
-KEPT_SHARE, KEPT_SHARE_PREFILL = 1 / 3, 3 / 5
+KEPT_SHARE = 1 / 3  # of shared memory x may take where a batch's products keep it, for the ring must have room beside it
 
 
 @dataclass(frozen=True)
@@ -73,9 +71,9 @@ def sized_candidates(graph: Graph, placement: Placement) -> Graph:
     return replace(graph, values=tuple(replace(v, packets=packets) if v.name == CANDIDATES else v for v in graph.values))
 
 
-def kept_bytes(shared_bytes: int, prefill: bool) -> int:
+def kept_bytes(shared_bytes: int) -> int:
     """The most that x may take where it is kept."""
-    return int(shared_bytes * (KEPT_SHARE_PREFILL if prefill else KEPT_SHARE))
+    return int(shared_bytes * KEPT_SHARE)
 
 
 def with_kept_inputs(graph: Graph, placement: Placement, most: int) -> Graph:

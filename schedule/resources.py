@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 from amk.isa.abi import TASK_BYTES
 from amk.isa.machine import Machine
+from amk.isa.stretch import GROUP_TILES
 from amk.schedule.program import Program
 
 SCRATCH_ALIGNMENT = 16
 REDUCTION_FLOATS = 20  # a warp's partial sums of 16 rows, padded so that warps meet no bank conflict
 STREAM_ENTRY_BYTES = 2
+PLACE_BYTES = 4 * GROUP_TILES  # of a stream entry: where each tile of its task lies
 BUFFER_ENTRY_BYTES = 4
 BARRIER_BYTES = 1024  # mbarriers of ring, reduction slots and consumers, and the watcher's counts
 SERVICE_WARPS = 3  # feeder, storer, watcher
@@ -19,10 +21,13 @@ WARP_THREADS = 32
 
 @dataclass(frozen=True)
 class SharedNeeds:
-    """What shared memory must hold; tasks and stream entries are those of the SM that has most."""
+    """What shared memory must hold; tasks and stream entries are those of the SM that has most.
+
+    A `gated` program has no reduction slots, and a place for each tile of a stream entry.
+    """
 
     stages: int
-    stage_bytes: int
+    slot_bytes: int
     scratch_bytes: int
     consumer_warps: int
     reduction_slots: int
@@ -30,6 +35,7 @@ class SharedNeeds:
     stream_entries: int
     buffers: int
     batch: int = 1
+    gated: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,8 @@ class SharedLayout:
     """Byte offsets in dynamic shared memory; `total` is what a block needs.
 
     The ring begins at 0. Then come scratch, the reduction slots ([slots][consumer warps][batch][20] fp32), the task records, the stream
-    entries (u16 indices into the queue), the buffer table (u32 packet offsets) and `barrier_bytes` for barriers.
+    entries (u16 indices into the queue), the buffer table (u32 packet offsets), the places of a stretch's tiles (8 u32 a stream entry, none
+    on other machines) and `barrier_bytes` for barriers.
     """
 
     ring: int
@@ -46,6 +53,7 @@ class SharedLayout:
     tasks: int
     streams: int
     buffers: int
+    places: int
     barriers: int
     barrier_bytes: int
 
@@ -58,7 +66,7 @@ def shared_needs(program: Program) -> SharedNeeds:
     m = program.machine
     return SharedNeeds(
         stages=m.stages,
-        stage_bytes=m.stage_bytes,
+        slot_bytes=m.slot_bytes,
         scratch_bytes=program.scratch_bytes,
         consumer_warps=m.consumer_warps,
         reduction_slots=m.reduction_slots,
@@ -66,19 +74,22 @@ def shared_needs(program: Program) -> SharedNeeds:
         stream_entries=max(map(len, program.streams)),
         buffers=len(program.buffers),
         batch=m.batch,
+        gated=m.prefill,
     )
 
 
 def shared_layout(parts: Program | SharedNeeds) -> SharedLayout:
     """The layout of a program, or of parts that are not a program yet."""
     needs = shared_needs(parts) if isinstance(parts, Program) else parts
-    scratch = _aligned(needs.stages * needs.stage_bytes, SCRATCH_ALIGNMENT)
+    scratch = _aligned(needs.stages * needs.slot_bytes, SCRATCH_ALIGNMENT)
     reduction = _aligned(scratch + needs.scratch_bytes, SCRATCH_ALIGNMENT)
-    tasks = _aligned(reduction + 4 * REDUCTION_FLOATS * needs.batch * needs.consumer_warps * needs.reduction_slots, TASK_BYTES)
+    slots = 0 if needs.gated else needs.reduction_slots
+    tasks = _aligned(reduction + 4 * REDUCTION_FLOATS * needs.batch * needs.consumer_warps * slots, TASK_BYTES)
     streams = tasks + TASK_BYTES * needs.tasks
     buffers = _aligned(streams + STREAM_ENTRY_BYTES * needs.stream_entries, BUFFER_ENTRY_BYTES)
-    barriers = _aligned(buffers + BUFFER_ENTRY_BYTES * needs.buffers, SCRATCH_ALIGNMENT)
-    return SharedLayout(0, scratch, reduction, tasks, streams, buffers, barriers, BARRIER_BYTES)
+    places = _aligned(buffers + BUFFER_ENTRY_BYTES * needs.buffers, SCRATCH_ALIGNMENT)
+    barriers = places + (PLACE_BYTES * needs.stream_entries if needs.gated else 0)
+    return SharedLayout(0, scratch, reduction, tasks, streams, buffers, places, barriers, BARRIER_BYTES)
 
 
 def block_threads(machine: Machine) -> int:

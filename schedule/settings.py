@@ -19,7 +19,7 @@ STAGE_CHOICES = (8192, 16384, 32768)
 SPLIT_CHOICES = (1, 2, 4, 8, 16)
 MAX_HEAD_DIM = 256
 BATCHES = (1, 8, 16)  # tokens that a program may compute side by side
-STRETCHES = (8, 16, 32, 64)  # and those of them that may be consecutive positions of one sequence
+STRETCHES = (32, 64, 128)  # and consecutive positions of one sequence
 
 # How a program chooses tokens: the largest logit; by temperature; by temperature and filters. The last two end at stop tokens.
 Chooser: TypeAlias = Literal["greedy", "draw", "filter"]
@@ -51,8 +51,8 @@ class Settings:
 
     @property
     def reduction_slots(self) -> int:
-        """As the config says, or as many as hold 64 seats and at least two: a slot has 16 rows of every seat."""
-        return min(self.config.reduction_slots, max(2, 64 // self.batch)) if self.prefill else self.config.reduction_slots
+        """As the config says; nobody uses any where no product is stored, as for prefill."""
+        return 1 if self.prefill else self.config.reduction_slots
 
     @property
     def tiles_per_unit(self) -> int:
@@ -147,7 +147,9 @@ def _feed_problems(config: Config, target: Target) -> Iterator[Rejection]:
 
 
 def _batch_problems(spec: ModelSpec, config: Config, batch: int, chooser: Chooser, prefill: bool) -> Iterator[Rejection]:
-    """What programs of a batch cannot do yet: draws, fp32, quantised weights, norms and activations that are tasks of their own."""
+    """What programs of a batch cannot do yet: draws, fp32, quantised weights, norms and activations that are tasks of their own, and for
+    prefill q, k and v of a matrix each, and columns of heads that are not whole fragments.
+    """
     allowed = STRETCHES if prefill else BATCHES
     if batch not in allowed:
         yield reject("batch", batch, f"one of {allowed}")
@@ -159,8 +161,11 @@ def _batch_problems(spec: ModelSpec, config: Config, batch: int, chooser: Choose
         yield reject("model.dtype", spec.dtype, "bf16 or fp16 for a batch")
     if spec.quantised:
         yield reject("batch", batch, "1 for quantised weights")
-    if not {"norm", "gate_up"} <= set(config.fusion):
-        yield reject("fusion_grouping", list(config.fusion), "norm and gate_up among them for a batch")
+    first = "qkv" if prefill else "norm"
+    if not {first, "gate_up"} <= set(config.fusion):
+        yield reject("fusion_grouping", list(config.fusion), f"{first} and gate_up among them for {'prefill' if prefill else 'a batch'}")
+    if prefill and spec.q_rows % 16:
+        yield reject("model.heads", spec.heads, f"such that they have whole runs of 16 columns, each {spec.head_dim}, for prefill")
 
 
 def _context_problems(spec: ModelSpec, context: int) -> Iterator[Rejection]:

@@ -1,4 +1,4 @@
-"""Pass 5: a tag for every value, and counters as hints for when to begin."""
+"""Pass 5: a tag for every value, and counters: hints for when to begin, or, of a stretch, what orders its tasks."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Sync:
 
 
 def synchronise(graph: Graph, placement: Placement, consumer_warps: int, style: str) -> Sync:
-    """Each op waits for all arrivals of the op that writes the last of its inputs; with style "tags" there are no counters.
+    """Each op waits for all arrivals of the op that writes the last of its inputs.
 
-    Nor is there one for instructions that poll the tags themselves.
+    With style "tags" there are no counters, unless they order. Nor is there one for instructions that poll the tags themselves.
     """
     tags = {name: tag for tag, name in enumerate((name for op in graph.ops for name in op.writes), start=1)}
-    if style == "tags":
+    if style == "tags" and not graph.gated:
         return Sync(tags, (), {}, {})
-    sources = {op.name: _last_source(graph, op) for op in graph.ops if not op.instruction.polls}
+    sources = {op.name: _last_source(graph, op) for op in graph.ops if op.reads and not op.instruction.polls}
     waited = [op for op in graph.ops if op.name in {source.name for source in sources.values()}]
     done = {op.name: i for i, op in enumerate(waited)}
     counts = {op.name: _arrivals(op, placement, consumer_warps) for op in waited}
@@ -57,4 +57,4 @@ def _last_source(graph: Graph, op: Op) -> Op:
 
 def _arrivals(op: Op, placement: Placement, consumer_warps: int) -> int:
     tasks = sum(arrives(op, run.start) for run in placement[op.name])
-    return tasks * (1 if op.instruction.stored else consumer_warps)
+    return tasks * (1 if op.instruction.stored or op.instruction.gated else consumer_warps)

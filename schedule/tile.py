@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from amk.isa.machine import ELEMENT_BYTES, TILE_ROWS
 from amk.isa.weight_format import format_of
-from amk.schedule.graph import AttentionOp, AttentionPrefillOp, EmbedOp, Graph, MatVecOp, NormOp, Op, SwiGluOp
+from amk.schedule.graph import AttentionOp, EmbedOp, Graph, MatVecOp, NormOp, Op, StretchOp, SwiGluOp
 from amk.schedule.model import ModelSpec
 from amk.schedule.settings import Settings
 
@@ -47,7 +47,7 @@ def _tiling(op: Op, spec: ModelSpec, settings: Settings) -> Tiling:
         rows = min(PLANNING_POSITION, settings.context, op.window or settings.context)
         unit_bytes = 2 * rows * op.head_dim * element // op.splits
         return Tiling(op.units, 1, unit_bytes, mergeable=False)
-    if isinstance(op, AttentionPrefillOp):
+    if isinstance(op, StretchOp):
         return Tiling(op.units, 1, mergeable=False)
     if isinstance(op, EmbedOp):
         return Tiling(op.cols, EMBED_COLUMNS)

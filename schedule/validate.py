@@ -5,9 +5,11 @@ missing, nothing out of bounds, kinds and shapes that agree, device code for eve
 compiler's own dependency code is used.
 
 Assumed, not proven: the device code does what each instruction states about itself (`reads`, `writes`, `chunk_bytes`), the hardware
-shows a packet's value with its tag, positions rise by one from token to token, and only attention's footprint depends on the position.
+shows a packet's value with its tag, and what was published before an arrival to who has waited for that, positions rise by one from
+token to token, and only attention's footprint depends on the position.
 Numerics are the oracle's.
-Incomplete where it is cautious: the proof is of the fullest token (proof/positions.py), which at contexts of mixed windows may never occur.
+Incomplete where it is cautious: the proof is of the fullest token (proof/positions.py), which at contexts of mixed windows may never occur;
+and of a stretch an overwrite must come after a reader through values that are read on the way, where counters alone would do.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ from __future__ import annotations
 from amk.schedule.collector import collector_paused
 from amk.schedule.program import Program
 from amk.schedule.proof.ancestors import SET_BYTES, find_ancestors
-from amk.schedule.proof.coverage import check_matrices, check_outputs, check_partials, check_splits, check_stretch, check_tokens
+from amk.schedule.proof.coverage import check_matrices, check_outputs, check_partials, check_splits, check_tokens
 from amk.schedule.proof.footprint import Footprint, take_footprint
+from amk.schedule.proof.gates import check_gates, check_in_place
 from amk.schedule.proof.limits import Limits
 from amk.schedule.proof.packets import match
 from amk.schedule.proof.positions import fullest_positions, silent_tasks
@@ -24,6 +27,7 @@ from amk.schedule.proof.races import check_overwrites
 from amk.schedule.proof.report import Region, Rejection, Report
 from amk.schedule.proof.resources import check_scratch, check_shared
 from amk.schedule.proof.ring import check_chunks, check_lag, check_streams
+from amk.schedule.proof.stretch import check_phases, check_products, check_seats
 from amk.schedule.proof.subject import Subject, take_subject
 from amk.schedule.proof.tables import check_tables
 from amk.schedule.proof.waits import find_order, take_nodes
@@ -53,7 +57,7 @@ def _prove(program: Program, limits: Limits, report: Report) -> None:
     if subject is None:
         return
     known = check_words(subject, report)
-    check_matrices(subject, known, report)
+    (check_products if program.machine.prefill else check_matrices)(subject, known, report)
     if not known.all():
         return
     positions = fullest_positions(subject)
@@ -63,23 +67,27 @@ def _prove(program: Program, limits: Limits, report: Report) -> None:
     check_streams(subject, silent, report)
     check_lag(subject, silent, report)
     check_splits(subject, positions, report)
-    check_stretch(subject, report)
+    if program.machine.prefill:
+        check_seats(subject, report)
     footprint = take_footprint(subject, positions, report)
     if footprint is not None:
         _prove_order(subject, footprint, limits, report)
 
 
 def _prove_order(subject: Subject, footprint: Footprint, limits: Limits, report: Report) -> None:
+    check_in_place(subject, footprint, report)
     matching = match(subject, footprint, limits, report)
     if matching is None:
         return
     check_outputs(subject, matching, report)
     check_tokens(subject, matching, report)
     check_partials(subject, matching, report)
+    check_phases(subject, matching, report)
     nodes = take_nodes(subject, matching)
     order = find_order(subject, matching, nodes, report)
     if order is None:
         return
+    check_gates(subject, matching, report)
     ancestors = find_ancestors(matching, nodes, order)
     if ancestors is None:
         report.add("resources", f"the order of {len(subject.tasks)} tasks must be proven in {SET_BYTES >> 20} MiB, but needs more")

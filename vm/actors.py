@@ -72,6 +72,19 @@ class Publish:
     packets: slice
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """An arrival that leaves when all that was published before has arrived."""
+
+    step: int
+    counter: int
+
+
+def unordered(missing: str) -> LaunchFailed:
+    """What becomes of a gated read that does not find its value: the device would take whatever is there."""
+    return LaunchFailed("crash", f"nothing orders a task behind what it reads: it needs {missing}")
+
+
 @dataclass
 class Launch:
     """What the SMs of a launch share."""
@@ -161,7 +174,7 @@ class Sm:
         self.reduced = 0  # reduction slots that the storer has freed
         self.met = [0] * warps  # barriers that each consumer has reached
         self.inputs: dict[tuple[int, int], dict[Access, Values]] = {}  # of joint tasks under way, by token and task
-        self.outbox: list[Publish] = []
+        self.outbox: list[Publish | Arrival] = []
         self.own_rows: list[tuple[int, tuple[int, int], int, F32, F32]] = []  # KV rows that other SMs and copies need not see yet
         self.finished = [0] * (warps + 1)  # tokens that each consumer and the storer have finished
 
@@ -186,10 +199,14 @@ class Sm:
     def _watch(self) -> Steps:
         for step in self._tokens():
             for task in self.queue:
-                if task.wait_counter != NONE and not (task.carried and step == 0):
-                    threshold = task.wait_count * (self.launch.epoch + step - task.carried)
-                    yield Wait(self.launch.counters.reached, (task.wait_counter, threshold), "counter {0} to reach {1}".format, remote=True)
+                yield from self._counted(step, task)
                 self.released += 1
+
+    def _counted(self, step: int, task: Instruction) -> Steps:
+        """Waits for the arrivals that a task of token `step` asks for."""
+        if task.wait_counter != NONE and not (task.carried and step == 0):
+            threshold = task.wait_count * (self.launch.epoch + step - task.carried)
+            yield Wait(self.launch.counters.reached, (task.wait_counter, threshold), "counter {0} to reach {1}".format, remote=True)
 
     def _is_released(self, sequence: int) -> bool:
         return self.released >= sequence
@@ -201,11 +218,15 @@ class Sm:
             rows_waited = False
             for index in self.stream:
                 task = self.queue[index]
-                if not task.stored and not rows_waited:
+                if task.gated:
+                    yield from self._counted(step, task)
+                elif not task.stored and not rows_waited:
                     yield Wait(self.launch.rows_visible, (step,), "the KV rows that token {0} may stream".format, remote=True)
                     rows_waited = True
                 for number in range(len(task.chunk_bytes(self.machine, self._position(step, task)))):
                     yield Wait(self._may_copy, (), "a free ring slot and fewer copies under way".format)
+                    if task.gated:  # x comes with the weights
+                        self._require_reads(step, task)
                     self.under_way.append((self.started, Chunk(step, index, number, self._rows_of(task, step, number))))
                     self.started += 1
 
@@ -246,10 +267,21 @@ class Sm:
     # ---- reads
 
     def _expect(self, access: Access, step: int) -> Steps:
-        """Waits until a read of token `step` finds its tags."""
+        """Waits until a read of token `step` finds its tags. A gated one must find them."""
         arena, epoch = self.launch.arena, self.launch.epoch + step
-        if not (access.carried and step == 0):
+        if access.gated:
+            self._require(access, step)
+        elif not (access.carried and step == 0):
             yield Wait(arena.holds, (access, epoch), arena.describe, remote=True)
+
+    def _require(self, access: Access, step: int) -> None:
+        arena, epoch = self.launch.arena, self.launch.epoch + step
+        if not arena.holds(access, epoch):
+            raise unordered(arena.describe(access, epoch))
+
+    def _require_reads(self, step: int, task: Instruction) -> None:
+        for access in task.reads(self.machine, self._position(step, task)):
+            self._require(access, step)
 
     # ---- consumers
 
@@ -258,9 +290,9 @@ class Sm:
             for index, task in enumerate(self.queue):
                 if isinstance(task, MatVec):
                     yield from self._multiply(warp, step, index, task)
-                elif task.writes(self.machine, self._position(step, task)):
+                elif task.gated or task.writes(self.machine, self._position(step, task)):
                     yield from self._join(warp, step, index, task)
-                if not task.stored:
+                if not (task.stored or task.gated):
                     self.launch.counters.arrive(task.done_counter)
             self.finished[warp] += 1
 
@@ -289,7 +321,7 @@ class Sm:
         return tile - self.reduced < self.machine.reduction_slots
 
     def _join(self, warp: int, step: int, index: int, task: Instruction) -> Steps:
-        """A task that the consumers do together: all read, meet, and publish."""
+        """A task that the consumers do together: all read, meet, and publish; a gated one arrives behind what it has published."""
         yield self._begin(step, index)
         key, position, chunks = (step, index), self._position(step, task), []
         inputs = self.inputs.setdefault(key, {})
@@ -305,6 +337,8 @@ class Sm:
             memory = TaskMemory(self, step, self.inputs.pop(key), chunks)
             for access, values in task.run(memory, position):
                 self._publish(step, access, values)
+            if task.gated:
+                self.outbox.append(Arrival(step, task.done_counter))
 
     def _all_met(self, barrier: int) -> bool:
         return min(self.met) >= barrier
@@ -364,9 +398,12 @@ class Sm:
     def _deliver(self) -> Steps:
         while True:
             yield Wait(self._any_outgoing, (), "a publish".format)
-            free = [i for i, publish in enumerate(self.outbox) if not _overlaps(publish, self.outbox[:i])]
-            publish = self.outbox.pop(free[self.launch.scheduler.choose(len(free))])
-            self.launch.arena.store(publish.access, publish.values, self.launch.epoch + publish.step)
+            free = [i for i, sent in enumerate(self.outbox) if _may_leave(sent, self.outbox[:i])]
+            sent = self.outbox.pop(free[self.launch.scheduler.choose(len(free))])
+            if isinstance(sent, Arrival):
+                self.launch.counters.arrive(sent.counter)
+            else:
+                self.launch.arena.store(sent.access, sent.values, self.launch.epoch + sent.step)
 
     def _any_outgoing(self) -> bool:
         return bool(self.outbox)
@@ -382,9 +419,16 @@ class Sm:
             self.launch.ended[self.number] += 1
 
     def _token_done(self, step: int) -> bool:
-        return min(self.finished) > step and all(publish.step > step for publish in self.outbox)
+        return min(self.finished) > step and all(sent.step > step for sent in self.outbox)
 
 
-def _overlaps(publish: Publish, earlier: list[Publish]) -> bool:
-    """Whether a packet of the publish is also in one before it: stores to one address keep their order."""
-    return any(publish.packets.start < other.packets.stop and other.packets.start < publish.packets.stop for other in earlier)
+def _may_leave(sent: Publish | Arrival, earlier: list[Publish | Arrival]) -> bool:
+    """Whether nothing sent before must leave first: of an arrival all of it, of a publish what has a packet of its own."""
+    if isinstance(sent, Arrival):
+        return not earlier
+    return not any(isinstance(other, Publish) and _overlap(sent.packets, other.packets) for other in earlier)
+
+
+def _overlap(a: slice, b: slice) -> bool:
+    """Whether two runs of packets share one: stores to one address keep their order."""
+    return bool(a.start < b.stop and b.start < a.stop)

@@ -11,16 +11,18 @@ import numpy as np
 
 from amk.isa.abi import NONE
 from amk.isa.attention import Attention
-from amk.isa.machine import KV_BLOCK_ROWS
+from amk.isa.instruction import Instruction
+from amk.isa.machine import FRAGMENT_BYTES, KV_BLOCK_ROWS
 from amk.isa.registry import encode
 from amk.isa.sampling import GREEDY, STOP_TOKENS, Sampling
+from amk.isa.stretch_matmul import StretchMatMul
 from amk.schedule.model import WeightSource
 from amk.schedule.program import Program
 from amk.schedule.proven import ValidProgram
-from amk.schedule.resources import block_threads, shared_layout
+from amk.schedule.resources import PLACE_BYTES, block_threads, shared_layout
 from amk.schedule.stream import stream_of
 from amk.vm.build import Binary, compile_kernel
-from amk.vm.image import pack_stream
+from amk.vm.image import pack_stream, tile_places
 from amk.vm.interface import (
     Decoded,
     DecodedBatch,
@@ -35,7 +37,7 @@ from amk.vm.kv import plane, require_rows, require_same_rows
 from amk.vm.kv_blocks import element_dtype, pack_rows, unpack_rows
 from amk.vm.layout import constants
 from amk.vm.params import param_dtype, sampling_words
-from amk.vm.source import IMAGE_HEAD_BYTES, abi_hash, image_bytes, kernel_source
+from amk.vm.source import IMAGE_HEAD_BYTES, abi_hash, image_bytes, image_places, kernel_source
 
 ABORT_KINDS = {1: "timeout", 2: "timeout", 3: "crash", 4: "mismatch"}
 ACTORS = {0: "the block", 1: "the feeder", 2: "a consumer", 3: "the storer", 4: "the watcher", 5: "the end of the launch"}
@@ -108,8 +110,9 @@ class Kernel:
         driver.cuModuleUnload(self.module)
 
 
-def program_image(program: Program, offsets: Sequence[int]) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Every SM's head, task records and stream entries as the kernel copies them; `offsets` (bytes) are the SMs' weight streams."""
+def program_image(program: Program, weights: DeviceWeights) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Every SM's head, task records and stream entries as the kernel copies them; for prefill also where each entry's tiles lie."""
+    offsets = weights.offsets.tolist()
     size = image_bytes(program)
     records = max(map(len, program.queues), default=0)
     image = np.zeros((len(program.queues), size), dtype=np.uint8)
@@ -122,7 +125,18 @@ def program_image(program: Program, offsets: Sequence[int]) -> np.ndarray[Any, n
         image[sm, IMAGE_HEAD_BYTES : IMAGE_HEAD_BYTES + len(body)] = body
         at = IMAGE_HEAD_BYTES + 64 * records
         image[sm, at : at + 2 * len(entries)] = np.asarray(entries, dtype="<u2").view(np.uint8)
+        if program.machine.prefill:
+            places = b"".join(_places_of(queue[entry], weights) for entry in entries)
+            image[sm, image_places(program) :][: len(places)] = np.frombuffer(places, dtype=np.uint8)
     return image
+
+
+def _places_of(task: Instruction, weights: DeviceWeights) -> bytes:
+    """Where the tiles of a stretch's product begin, in fragments, with zeros for those that its group lacks."""
+    assert isinstance(task, StretchMatMul)
+    places = np.zeros(PLACE_BYTES // 4, dtype="<u4")
+    places[: task.tiles] = [weights.tiles[task.weight, task.tile0 + tile] // FRAGMENT_BYTES for tile in range(task.tiles)]
+    return places.tobytes()
 
 
 class DeviceWeights:
@@ -135,6 +149,7 @@ class DeviceWeights:
     def __init__(self, program: Program, source: WeightSource, device: str = "cuda") -> None:
         self.holds = stream_of(program)
         self.stream, self.offsets = pack_stream(program, source, device)
+        self.tiles = tile_places(program)
         self.constants = constants(program, source, device)
         self.rope = source.rope_table(program.kv.rows, device).float().contiguous()
         self.embedding = source.tensor("embed", device).to(element_dtype(program.machine)).contiguous()
@@ -178,15 +193,17 @@ class UnprovenCudaVM:
         if beside is not None:
             require_same_rows(program, beside.program)
             weights = beside.weights
-        self.program, self.context, self.batch = program, program.machine.context, program.machine.batch
+        m = program.machine
+        self.program, self.context, self.batch = program, m.context, m.batch
         torch.zeros(1, device="cuda")  # the primary context that driver calls below use
+        if weights is None and m.prefill:
+            raise ValueError("beside: must be the machine that decodes, whose weights a program for prefill reads, but got none")
         self.weights = weights or DeviceWeights(program, source)
         if not self.weights.holds.begins_with(stream_of(program)):
             raise LaunchFailed("mismatch", "the program must stream the bytes that its weights were packed as, but they are another's")
         self.kernel = Kernel(binary or compile_kernel(kernel_source(program, **(macros or {})), arch), program)
-        m = program.machine
         self.max_steps, self.logit_rows = max_steps, 1
-        self.arena = torch.zeros(program.arena_packets, dtype=torch.int64, device="cuda")
+        self.arena = torch.zeros(program.arena_packets, dtype=torch.int32 if m.prefill else torch.int64, device="cuda")
         blocks = (program.kv.layers, program.kv.heads, program.kv.rows // KV_BLOCK_ROWS, m.kv_block_bytes)
         self.kv = beside.kv if beside else torch.zeros(blocks, dtype=torch.uint8, device="cuda")
         self.counters = torch.zeros(len(program.counters) + 1, dtype=torch.int32, device="cuda")
@@ -198,7 +215,7 @@ class UnprovenCudaVM:
         self.stops = torch.zeros(STOP_TOKENS, dtype=torch.int32, device="cuda")
         self.positions = torch.zeros(m.batch, dtype=torch.int32, device="cuda")
         self.logits = torch.empty((1, m.batch, 0 if m.prefill else m.vocab), dtype=torch.float32, device="cuda")
-        self.image = torch.from_numpy(program_image(program, self.weights.offsets.tolist())).to("cuda")
+        self.image = torch.from_numpy(program_image(program, self.weights)).to("cuda")
         self.buffers = torch.tensor([b.offset for b in program.buffers], dtype=torch.int32, device="cuda")
         self.epoch, self.launches = 0, 0
         self.ended: int | None = None  # tokens of the last launch, where a stop token ended it

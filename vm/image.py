@@ -118,6 +118,17 @@ def pack_stream(program: Program, source: WeightSource, device: str = "cpu") -> 
     return stream, torch.tensor(starts, dtype=torch.int64)
 
 
+def tile_places(program: Program) -> dict[tuple[int, int], int]:
+    """The byte of the packed streams at which each tile (matrix, number) begins."""
+    _, places, _ = _places(program)
+    return {
+        (matrix, task.tile0 + tile): at + tile * task.plan(program.machine).tile_bytes
+        for matrix, tasks in places.items()
+        for at, task in tasks
+        for tile in range(task.tiles)
+    }
+
+
 def same_weights(one: Program, other: Program) -> bool:
     """Whether the two programs of one model read the same bytes: equal streams, constants and rows of the rotation's table."""
 

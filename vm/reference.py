@@ -15,7 +15,7 @@ from amk.isa.sampling import GREEDY, Sampling
 from amk.schedule.model import WeightSource
 from amk.schedule.program import Program
 from amk.schedule.proven import ValidProgram
-from amk.vm.actors import Launch
+from amk.vm.actors import Launch, unordered
 from amk.vm.arena import Arena
 from amk.vm.interface import (
     Decoded,
@@ -162,7 +162,7 @@ def launch_inputs(machine: Machine, tokens: Sequence[Sequence[int]], positions: 
 
 
 class SequentialMemory(StepMemory):
-    """Packets come straight from the arena; one without its tag is a hang."""
+    """Packets come straight from the arena; one without its tag is a hang, or, where no tag is looked at, garbage."""
 
     def __init__(self, program: Program, weights: Weights, kv: KvRows, launch: LaunchInputs, step: int, arena: Arena, epoch: int) -> None:
         super().__init__(program, weights, kv, launch, step)
@@ -171,7 +171,10 @@ class SequentialMemory(StepMemory):
 
     def read(self, access: Access) -> Values:
         if not (access.carried and self._step == 0) and not self._arena.holds(access, self._epoch):
-            raise LaunchFailed("timeout", f"a task waits for {self._arena.describe(access, self._epoch)}, but nobody publishes that")
+            missing = self._arena.describe(access, self._epoch)
+            if access.gated:
+                raise unordered(missing)
+            raise LaunchFailed("timeout", f"a task waits for {missing}, but nobody publishes that")
         return self._arena.load(access)
 
 

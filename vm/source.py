@@ -11,8 +11,9 @@ from amk.isa.instruction import Instruction
 from amk.isa.matmul import KEPT_SEAT_WORDS
 from amk.isa.matvec import MatVec
 from amk.isa.registry import headers, instructions
+from amk.isa.stretch import MOST_SHARES
 from amk.schedule.program import Program
-from amk.schedule.resources import SharedLayout, shared_layout
+from amk.schedule.resources import PLACE_BYTES, SharedLayout, shared_layout
 from amk.vm.params import param_dtype, param_fields
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +25,12 @@ TEST_MACROS = {"DRY_FEED": 0, "STRESS": 0, "HANG_ACTOR": 0, "TURING": 0}
 
 def image_bytes(program: Program) -> int:
     """Bytes of one SM's part of the program image, the same for every SM."""
+    raw = image_places(program) + (PLACE_BYTES * _max_entries(program) if program.machine.prefill else 0)
+    return raw + -raw % 16
+
+
+def image_places(program: Program) -> int:
+    """Where in an SM's part of the image the places of its tasks' tiles begin: behind head, task records and stream entries."""
     raw = IMAGE_HEAD_BYTES + _max_tasks(program) * TASK_BYTES + 2 * _max_entries(program)
     return raw + -raw % 16
 
@@ -45,7 +52,7 @@ def constants(program: Program, layout: SharedLayout, macros: dict[str, int]) ->
     """Compile-time constants of the device code by name."""
     m, d = program.machine, program.device
     return {
-        "SMS": m.sms, "CONSUMER_WARPS": m.consumer_warps, "STAGES": m.stages, "STAGE_BYTES": m.stage_bytes,
+        "SMS": m.sms, "CONSUMER_WARPS": m.consumer_warps, "STAGES": m.stages, "STAGE_BYTES": m.stage_bytes, "SLOT_BYTES": m.slot_bytes,
         "INFLIGHT": m.inflight, "REDUCTION_SLOTS": m.reduction_slots, "KV_LAG": m.kv_lag, "TAGS": m.tags,
         "HIDDEN": m.hidden, "VOCAB": m.vocab, "KV_HEADS": m.kv_heads, "HEAD_DIM": m.head_dim,
         "HEAD_DIM_PADDED": m.padded_head_dim, "KV_BLOCKS": program.kv.rows // 16, "GROUP": group(program),
@@ -62,8 +69,17 @@ def constants(program: Program, layout: SharedLayout, macros: dict[str, int]) ->
 def batch_constants(program: Program) -> dict[str, int]:
     """What only the device code of a batch reads."""
     machine = program.machine
-    heads = {"HEADS": machine.heads} if machine.prefill else {}
-    return {} if machine.batch == 1 else {"BATCH": machine.batch, "LAYERS": program.layers, "KEPT_SEAT_WORDS": KEPT_SEAT_WORDS} | heads
+    if machine.batch == 1:
+        return {}
+    layout = shared_layout(program)
+    stretch = {
+        "HEADS": machine.heads,
+        "MOST_SHARES": MOST_SHARES,
+        "PLACES_OFFSET": layout.places,
+        "PLACE_BYTES": PLACE_BYTES,
+        "IMAGE_PLACES": image_places(program),
+    }
+    return {"BATCH": machine.batch, "LAYERS": program.layers, "KEPT_SEAT_WORDS": KEPT_SEAT_WORDS} | (stretch if machine.prefill else {})
 
 
 def _constant_line(name: str, value: int | float | bool) -> str:
@@ -83,6 +99,7 @@ def _prelude(program: Program, layout: SharedLayout, macros: dict[str, int]) -> 
         f"#define DRY_FEED {macros['DRY_FEED']}",
         f"#define STRESS {macros['STRESS']}",
         f"#define TURING {macros['TURING']}",
+        f"#define GATED {int(program.machine.prefill)}",
         *(["#define DRAWS"] if program.draws else []),
         f"#define FOR_EACH_SHAPE(X) {shapes}",
         *(_constant_line(n, v) for n, v in (constants(program, layout, macros) | batch_constants(program)).items()),
@@ -127,7 +144,7 @@ def _dispatch(program: Program) -> str:
 
     carried = " || ".join(f"op == OP_{s.upper()}" for s, c in used if c.carried) or "false"
     is_stored = " || ".join(f"op == OP_{s.upper()}" for s, _ in stored) or "false"
-    rows = " || ".join(f"op == OP_{s.upper()}" for s, c in streamed if not c.stored) or "false"
+    rows = " || ".join(f"op == OP_{s.upper()}" for s, c in streamed if not (c.stored or c.gated)) or "false"
     op = "const uint16_t op = *reinterpret_cast<const uint16_t*>(task);"
     return "\n".join(
         [

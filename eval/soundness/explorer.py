@@ -7,6 +7,8 @@ progress until a publish that depends on it is visible. A state is the set of vi
 
 It does so twice. First the actors take their steps in program order: this finds deadlocks. Then every publish is on its own and waits
 for nothing but the packets that its task checks, since relaxed loads and stores of different tasks are in no order: this finds races.
+
+Tasks of a stretch check nothing and wait for counters alone, so the second part is another one for them (eval/soundness/gates.py).
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from amk.eval.soundness.footprint import (
     launches,
     steps_at,
 )
+from amk.eval.soundness.gates import GatedTask, early_problem
 from amk.eval.soundness.static_rules import static_problem
 from amk.isa.abi import NONE
 from amk.isa.attention import Attention
@@ -95,6 +98,7 @@ class _Launch:
         self.producer: dict[tuple[int, int, int], int] = {}  # (token, atom, tag)
         self.readers: dict[tuple[int, int], list[int]] = defaultdict(list)  # (publish, atom): for each reader, the publishes that end it
         self.depends: dict[int, int] = {}  # publish: those that its task checks before it
+        self.gated: list[GatedTask] = []
         self._number_publishes()
         self.scripts = self._scripts()
 
@@ -175,16 +179,36 @@ class _Launch:
         if fed_chunks(self.program, token, sm.number) != expected:
             raise _Found("ring", f"SM {sm.number} streams other chunks than its consumers take")
         waited = False
-        for index, _ in expected:
-            if isinstance(token[sm.number][index].task, Attention) and not waited:
+        for index, chunk in expected:
+            step = token[sm.number][index]
+            if step.task.gated:
+                if chunk == 0:
+                    self._feed_gated(sm, t, step)
+                continue
+            if isinstance(step.task, Attention) and not waited:
                 waited = True
                 self._wait_token_end(sm, sms, t - self.machine.kv_lag)
-            for consumer in sm.consumers:
-                if sm.fed >= self.machine.stages:
-                    sm.feeder.wait(consumer, ("taken", sm.fed - self.machine.stages))
+            self._wait_slot(sm, sm.fed)
             sm.feeder.ops.append((VISIBLE, 0, 0))
             sm.feeder.mark("fed", sm.fed)
             sm.fed += 1
+
+    def _wait_slot(self, sm: _Sm, chunk: int) -> None:
+        for consumer in sm.consumers if chunk >= self.machine.stages else ():
+            sm.feeder.wait(consumer, ("taken", chunk - self.machine.stages))
+
+    def _feed_gated(self, sm: _Sm, t: int, step: Step) -> None:
+        """Weights may be `inflight` chunks ahead of x, which comes behind the gate: at worst they are as far as that."""
+        ahead = min(step.chunks, self.machine.inflight)
+        for chunk in range(sm.fed, sm.fed + ahead):
+            self._wait_slot(sm, chunk)
+        sm.feeder.ops.append(self._gate(t, step))
+        for chunk in range(sm.fed, sm.fed + step.chunks):
+            if chunk >= sm.fed + ahead:
+                self._wait_slot(sm, chunk)
+                sm.feeder.ops.append((VISIBLE, 0, 0))
+            sm.feeder.mark("fed", chunk)
+        sm.fed += step.chunks
 
     def _wait_token_end(self, sm: _Sm, sms: list[_Sm], t: int) -> None:
         for other in sms:
@@ -193,15 +217,19 @@ class _Launch:
                     sm.feeder.wait(script, ("end", t))
 
     def _watch(self, sm: _Sm, t: int, step: Step) -> None:
+        sm.watcher.ops.append(self._gate(t, step))
+        sm.watcher.mark("released", sm.begun)
+
+    def _gate(self, t: int, step: Step) -> Op:
         task = step.task
         threshold = task.wait_count * (t if task.carried else t + 1)
-        sm.watcher.ops.append((COUNTED, task.wait_counter, threshold) if task.wait_counter != NONE else (VISIBLE, 0, 0))
-        sm.watcher.mark("released", sm.begun)
+        return (COUNTED, task.wait_counter, threshold) if task.wait_counter != NONE else (VISIBLE, 0, 0)
 
     def _consume(self, sm: _Sm, t: int, step: Step, warp: int, script: _Script) -> None:
         if not step.skipped:
             script.wait(sm.watcher, ("released", sm.begun))
-            script.ops.append((VISIBLE, self._needed(t, step, step.warp_reads[warp], -1), 0))
+            if not step.task.gated:
+                script.ops.append((VISIBLE, self._needed(t, step, step.warp_reads[warp], -1), 0))
             if step.task.stored:
                 self._reduce(sm, step, warp, script)
                 return
@@ -210,8 +238,21 @@ class _Launch:
             for other in sm.consumers:
                 script.wait(other, ("met", sm.begun))
             script.ops.append((PUBLISH, self._bits(t, step, range(len(step.publishes))), 0))
-        if step.task.done_counter != NONE and not step.task.stored:
+        if step.task.gated:
+            self._release(t, step, warp, script)
+        elif step.task.done_counter != NONE and not step.task.stored:
             script.ops.append((ARRIVE, step.task.done_counter, 1))
+
+    def _release(self, t: int, step: Step, warp: int, script: _Script) -> None:
+        """The consumers' one arrival, when all that they have published is visible."""
+        if warp > 0:
+            return
+        task, published = step.task, self._bits(t, step, range(len(step.publishes)))
+        needed = self._needed(t, step, (*step.warp_reads[warp], *step.fed_reads), -1)
+        count = 0 if task.wait_counter == NONE else task.wait_count
+        self.gated.append(GatedTask(step.name, task.wait_counter, count, task.done_counter, needed, published))
+        if task.done_counter != NONE:
+            script.ops += [(VISIBLE, published, 0), (ARRIVE, task.done_counter, 1)]
 
     def _bits(self, t: int, step: Step, tiles: range) -> int:
         found = (self.bit_of.get((t, step.sm, step.index, tile)) for tile in tiles)
@@ -254,11 +295,19 @@ class _Launch:
         if not first.ended(ops):
             return self._stuck(first, ops)
         hazards = self._hazards(order)
+        if self.gated:
+            return self._early(hazards)
         found = self._visit(start, ops, hazards, max_states)
         if found is not None:
             return found
         alone = [[(VISIBLE, self.depends.get(bit, 0), 0), (PUBLISH, 1 << bit, 0)] for bit in range(len(self.bits))]
         return self._visit(self._start(alone), alone, hazards, max_states)
+
+    def _early(self, hazards: list[_Hazard]) -> Unsafe | None:
+        """Reads and overwrites that a stretch's counters allow too early."""
+        befores = [(bit, 1 << other) for bit, hazard in enumerate(hazards) for other in _bits_of(hazard.before | hazard.same_thread)]
+        ends = [(bit, ends) for bit, hazard in enumerate(hazards) for ends in hazard.readers]
+        return early_problem(self.gated, befores + ends, self._name)
 
     def _start(self, ops: list[list[Op]]) -> _State:
         state = _State(0, 0, [0] * len(ops), [0] * len(self.program.counters))

@@ -16,7 +16,7 @@ from amk.schedule.targets import small_target
 VARIANTS = 256  # lowerings that mutants are made of
 BATCH_EVERY = 8  # one in so many is of a batch, and as many are for prefill
 OF_BATCH, OF_PREFILL = BATCH_EVERY - 1, BATCH_EVERY // 2 - 1  # which ones
-STRETCHES = (SEAT_BLOCK, SEAT_BLOCK, 2 * SEAT_BLOCK)
+STRETCH = 32  # seats: more only make more tasks of the same
 LAYERS, LAYERS_PREFILL = (1, 1, 2), (1, 2, 2)  # of the last layer a program for prefill has the KV rows alone
 
 
@@ -30,7 +30,7 @@ def lowering(variant: int) -> Program:
     """The program of a model and a config that follow from `variant`; a config that the model rejects gives way to the next."""
     random = Random(f"lowering/{variant}")
     turn = variant % BATCH_EVERY
-    batch, prefill = (SEAT_BLOCK, False) if turn == OF_BATCH else (random.choice(STRETCHES), True) if turn == OF_PREFILL else (1, False)
+    batch, prefill = (SEAT_BLOCK, False) if turn == OF_BATCH else (STRETCH, True) if turn == OF_PREFILL else (1, False)
     while True:
         model, config, target = _model(random, LAYERS_PREFILL if prefill else LAYERS), _config(random), small_target(random.randint(2, 8))
         chooser = random.choice(CHOOSERS) if batch == 1 else "greedy"

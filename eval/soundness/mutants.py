@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 
 from amk.isa.abi import NONE
 from amk.isa.attention import Attention
-from amk.isa.attention_prefill import AttentionPrefill
 from amk.isa.batch import SEAT_BLOCK
 from amk.isa.draw import Draw
 from amk.isa.draw_head import DrawHead
@@ -19,16 +18,22 @@ from amk.isa.instruction import Instruction, Kind
 from amk.isa.matmul import OUT_BY_SEAT, X_BY_SEAT, MatMul
 from amk.isa.matvec import MatVec
 from amk.isa.sample import Sample
+from amk.isa.stretch import GROUP_TILES
+from amk.isa.stretch_attention import StretchAttention
+from amk.isa.stretch_matmul import StretchMatMul
 from amk.schedule.program import MatVecShape, Program, TaskId
 
 Mutation: TypeAlias = Callable[[Random, Program], Program | None]
-READ_TAGS = ("token_tag", "x_tag", "res_tag", "in_tag", "gate_tag", "up_tag", "q_tag", "k_tag", "v_tag")
+READ_TAGS = ("token_tag", "x_tag", "res_tag", "in_tag", "gate_tag", "up_tag", "q_tag", "k_tag", "v_tag", "kv_tag", "sums_tag")
 KINDS: tuple[Kind, ...] = ("f32", "narrow", "u32")
 ATTENTION_WORDS = (
     *("split", "splits", "unit_rows", "window", "kv_head", "layer", "q0", "nq"),
-    *("head", "seat0", "q_stride", "kv_stride"),
+    "seat0",
 )
-BUFFER_WORDS = ("token_buf", "x_buf", "res_buf", "in_buf", "gate_buf", "up_buf", "q_buf", "k_buf", "v_buf", "part_buf", "out_buf")
+BUFFER_WORDS = (
+    *("token_buf", "x_buf", "res_buf", "in_buf", "gate_buf", "up_buf", "q_buf", "k_buf", "v_buf", "part_buf", "out_buf"),
+    *("sums_buf", "h_buf", "kv_buf"),
+)
 CHOOSERS_ALIKE: tuple[tuple[type[Instruction], ...], ...] = ((GemvHead, DrawHead, FilterHead), (Sample, Draw))  # of the same words
 
 
@@ -97,7 +102,7 @@ def shift_read_tag(random: Random, program: Program) -> Program | None:
 
 
 def shift_write_tag(random: Random, program: Program) -> Program | None:
-    return _shifted(random, program, ("out_tag", "part_tag"), (-1, 1))
+    return _shifted(random, program, ("out_tag", "part_tag", "h_tag"), (-1, 1))
 
 
 def shift_threshold(random: Random, program: Program) -> Program | None:
@@ -134,12 +139,84 @@ def shift_columns(random: Random, program: Program) -> Program | None:
 
 
 def shift_attention(random: Random, program: Program) -> Program | None:
-    picked = _pick(random, program, ATTENTION_WORDS, (Attention, AttentionPrefill))
+    picked = _pick(random, program, ATTENTION_WORDS, (Attention, StretchAttention))
     if picked is None:
         return None
     step = random.choice((-1, 1)) * {"unit_rows": 16, "seat0": SEAT_BLOCK}.get(picked[1], 1)
     value = getattr(program.task(picked[0]), picked[1]) + step
     return None if value < 0 else _with_task(program, picked[0], **{picked[1]: value})
+
+
+def shift_stretch(random: Random, program: Program) -> Program | None:
+    """A word of a stretch's task: which runs of K, which share of how many, which seat, or x in another order."""
+    picked = _pick(random, program, ("run0", "runs", "share", "shares", "seat", "x_order", "tile0", "layer"))
+    if picked is None or not program.machine.prefill:
+        return None
+    at, name = picked
+    value = getattr(program.task(at), name) + random.choice((-1, 1)) * (GROUP_TILES if name == "tile0" else 1)
+    return None if value < 0 else _with_task(program, at, **{name: value})
+
+
+def shift_runs(random: Random, program: Program) -> Program | None:
+    """Two neighbouring shares of a product divide their runs of K elsewhere, or one takes one less or one more on either side."""
+    picked = _pick(random, program, ("share",), StretchMatMul)
+    if picked is None:
+        return None
+    task, step = program.task(picked[0]), random.choice((-1, 1))
+    assert isinstance(task, StretchMatMul)
+    low = random.random() < 0.5
+    moved = _with_task(program, picked[0], run0=task.run0 + step * low, runs=task.runs - step if low else task.runs + step)
+    border = task.run0 if low else task.run0 + task.runs
+    for at in _tasks(program) if random.random() < 0.5 else ():
+        other = program.task(at)
+        if isinstance(other, StretchMatMul) and (other.weight, other.tile0) == (task.weight, task.tile0):
+            if low and other.run0 + other.runs == border:
+                moved = _with_task(moved, at, runs=other.runs + step)
+            elif not low and other.run0 == border:
+                moved = _with_task(moved, at, run0=border + step, runs=other.runs - step)
+    return moved if task.run0 + step * low >= 0 else None
+
+
+def swap_words(random: Random, program: Program) -> Program | None:
+    """Two tasks of one instruction of a stretch change places: the word that tells them apart."""
+    picked = _pick(random, program, ("share", "seat", "seat0", "kv_head", "run0"))
+    if picked is None or not program.machine.prefill:
+        return None
+    (at, name), task = picked, program.task(picked[0])
+    alike = [other for other in _tasks(program) if other != at and type(program.task(other)) is type(task)]
+    if not alike:
+        return None
+    other = random.choice(alike)
+    swapped = _with_task(program, at, **{name: getattr(program.task(other), name)})
+    return _with_task(swapped, other, **{name: getattr(task, name)})
+
+
+def other_gate(random: Random, program: Program) -> Program | None:
+    """A task that waits for one counter waits for all arrivals of another one."""
+    waiting = [at for at in _tasks(program) if program.task(at).wait_counter != NONE]
+    if not waiting:
+        return None
+    counter = random.randrange(len(program.counters))
+    tasks = (program.task(at) for at in _tasks(program))
+    arrivals = sum(task.arrivals(program.machine) for task in tasks if task.done_counter == counter)
+    return _with_task(program, random.choice(waiting), wait_counter=counter, wait_count=arrivals)
+
+
+def move_arrival(random: Random, program: Program) -> Program | None:
+    """A task arrives at another counter, or at none, and those who wait for either wait for what arrivals these have now."""
+    picked = _pick(random, program, ("done_counter",))
+    if picked is None:
+        return None
+    moved = _with_task(program, picked[0], done_counter=random.choice((*range(len(program.counters)), NONE)))
+    arrivals = [0] * len(program.counters)
+    for task in (moved.task(at) for at in _tasks(moved)):
+        if task.done_counter != NONE:
+            arrivals[task.done_counter] += task.arrivals(moved.machine)
+    for at in _tasks(moved):
+        task = moved.task(at)
+        if task.wait_counter != NONE:
+            moved = _with_task(moved, at, wait_count=arrivals[task.wait_counter])
+    return moved
 
 
 def other_shape(random: Random, program: Program) -> Program | None:
@@ -385,6 +462,11 @@ MUTATIONS: dict[str, Mutation] = {
         shift_tiles,
         shift_columns,
         shift_attention,
+        shift_stretch,
+        shift_runs,
+        swap_words,
+        other_gate,
+        move_arrival,
         other_shape,
         other_batch,
         other_chooser,

@@ -1,6 +1,7 @@
 """Random small decoders: up to 3 SMs and 6 tasks that together make a token, placed, tagged and synchronised at random but rightly.
 
-Of one token, greedy or with draws, or of a batch (isa/batch.py); where a batch attends, each seat has a task of its own.
+Of one token, greedy or with draws, or of a batch (isa/batch.py); where a batch attends, each seat has a task of its own. A few are for
+prefill (eval/soundness/random_stretches.py), which have a task a seat in most of their phases: many, but with few orders that differ.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from functools import partial
 from random import Random
 from typing import Literal, TypeAlias
 
+from amk.eval.soundness.random_stretches import random_stretch
 from amk.isa.abi import NONE
 from amk.isa.attention import Attention
 from amk.isa.batch import SEAT_BLOCK, WIDE_RUN
@@ -62,6 +64,7 @@ BATCH_PLANS: tuple[Plan, ...] = (  # norms and activations of a batch are parts 
 )
 ATTENDING_BATCH: Plan = ("embed", "qkv", "attention", "head", "sample")
 ATTENDING_SHARE = 0.06  # of the batches: they have many more interleavings
+STRETCH_SHARE = 0.08
 LEAST = {"gate_up": 2}  # tasks that a part of a plan needs, where it is not one
 
 
@@ -194,6 +197,8 @@ class Builder:
 
 def random_program(random: Random) -> Program:
     """A program that follows the rules unless chance made a bad choice of ring or queue order."""
+    if random.random() < STRETCH_SHARE:
+        return random_stretch(random)
     (family,) = random.choices(FAMILIES, [family.share for family in FAMILIES])
     plan = _plan(random, family)
     machine = _machine(random, family, "attention" in plan)
@@ -204,7 +209,9 @@ def random_program(random: Random) -> Program:
 
 
 def is_small(program: Program) -> bool:
-    """Whether it has MAX_TASKS tasks at most, those of attention of a batch counted once."""
+    """Whether it has MAX_TASKS tasks at most, those of attention of a batch counted once; of a stretch, how many does not matter."""
+    if program.machine.prefill:
+        return True
     attends = program.machine.batch > 1 and program.kv.layers > 0
     return program.task_count <= MAX_TASKS + (SEAT_BLOCK - 1 if attends else 0)
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from itertools import product
 
 from amk.eval.soundness.findings import Unsafe
 from amk.eval.soundness.footprint import turning_positions
+from amk.eval.soundness.static_stretch import stretch_problems
 from amk.isa.abi import NONE
 from amk.isa.attention import MAX_GROUP, Attention
-from amk.isa.attention_prefill import AttentionPrefill
 from amk.isa.batch import NARROW_RUN, SEAT_BLOCK, WIDE_RUN
 from amk.isa.draw import Draw
 from amk.isa.draw_head import DrawHead
 from amk.isa.embed import Embed
 from amk.isa.embed_batch import EmbedBatch
-from amk.isa.embed_prefill import EmbedPrefill
 from amk.isa.filter_draw import FilterDraw
 from amk.isa.filter_head import FilterHead
 from amk.isa.gemm import Gemm
@@ -34,11 +32,6 @@ from amk.schedule.program import Program
 
 BLOCK_BYTES = 232_448  # shared memory of a block on an H200, which the validator takes where it is told nothing
 
-OF_A_LAYER = (  # words that all attention_prefill tasks of a layer share
-    *("q_buf", "q_tag", "k_buf", "k_tag", "v_buf", "v_tag", "out_buf", "out_tag"),
-    *("q_stride", "kv_stride", "window", "q_gain", "k_gain"),
-)
-
 
 def static_problem(program: Program) -> Unsafe | None:
     """The first rule that the program breaks without being run, or None."""
@@ -51,6 +44,7 @@ def static_problem(program: Program) -> Unsafe | None:
 def _problems(program: Program) -> Iterator[Unsafe]:
     yield from _machine(program)
     yield from _buffers(program)
+    yield from stretch_problems(program)
     for queue in program.queues:
         for task in queue:
             yield from _words(program, task)
@@ -59,8 +53,8 @@ def _problems(program: Program) -> Iterator[Unsafe]:
         yield from _accesses(program, position)
         yield from _as_written(program, position)
         yield from _kv_coverage(program, position)
-    yield from _stretch(program)
-    yield from _tiles(program)
+    if not program.machine.prefill:
+        yield from _tiles(program)
     yield from _token(program)
     yield from _kv_visibility(program)
 
@@ -71,8 +65,8 @@ def _machine(program: Program) -> Iterator[Unsafe]:
         yield Unsafe("kind", f"{len(program.queues)} queues and {len(program.streams)} streams for {machine.sms} SMs")
     if machine.stages < 1 or machine.inflight < 1 or machine.reduction_slots < 1 or machine.consumer_warps < 1:
         yield Unsafe("deadlock", "the ring, the copies in flight and the reduction slots must each be at least one")
-    if machine.stages * machine.stage_bytes + program.scratch_bytes > BLOCK_BYTES:
-        yield Unsafe("resources", f"{machine.stages} stages of {machine.stage_bytes} bytes and the scratch do not fit a block")
+    if machine.stages * machine.slot_bytes + program.scratch_bytes > BLOCK_BYTES:
+        yield Unsafe("resources", f"{machine.stages} slots of {machine.slot_bytes} bytes and the scratch do not fit a block")
 
     if machine.batch > 1 and machine.batch % SEAT_BLOCK or machine.prefill and machine.batch == 1:
         yield Unsafe("kind", f"a batch of {machine.batch}: it must be whole blocks of {SEAT_BLOCK} seats, for prefill at least one")
@@ -98,9 +92,7 @@ def _words(program: Program, task: Instruction) -> Iterator[Unsafe]:
         yield from _matrix(program, task)
     elif isinstance(task, Attention):
         yield from _attention(program, task)
-    elif isinstance(task, AttentionPrefill):
-        yield from _attention_prefill(program, task)
-    elif isinstance(task, Embed | EmbedBatch | EmbedPrefill) and not 0 <= task.col0 < task.col0 + task.cols <= program.machine.hidden:
+    elif isinstance(task, Embed | EmbedBatch) and not 0 <= task.col0 < task.col0 + task.cols <= program.machine.hidden:
         yield Unsafe("bounds", "embed: columns outside the embedding row")
     elif isinstance(task, RmsNorm) and not 0 <= task.col0 < task.col0 + task.count <= task.cols:
         yield Unsafe("bounds", "rmsnorm: columns outside its input")
@@ -111,10 +103,7 @@ def _seats(program: Program, task: Instruction) -> Iterator[Unsafe]:
     batch = program.machine.batch
     if not isinstance(task, Attention) and getattr(task, "batch", 1) != batch:
         yield Unsafe("kind", f"{task.stem}: computes {getattr(task, 'batch', 1)} tokens side by side on a machine of {batch}")
-    own = isinstance(task, EmbedPrefill | AttentionPrefill)
-    if not (own or isinstance(task, Gemm | GemmGlu)) if program.machine.prefill else own:
-        yield Unsafe("kind", f"{task.stem}: on a machine that does {'prefill' if program.machine.prefill else 'no prefill'}")
-    if isinstance(task, EmbedBatch | EmbedPrefill) and (task.col0 % WIDE_RUN or task.cols % WIDE_RUN):
+    if isinstance(task, EmbedBatch) and (task.col0 % WIDE_RUN or task.cols % WIDE_RUN):
         yield Unsafe("kind", f"{task.stem}: columns that are no whole runs")
     if not isinstance(task, MatMul):
         return
@@ -200,15 +189,6 @@ def _attention(program: Program, task: Attention) -> Iterator[Unsafe]:
         yield Unsafe("ring", "attention: a KV block does not fit a stage")
 
 
-def _attention_prefill(program: Program, task: AttentionPrefill) -> Iterator[Unsafe]:
-    machine, kv = program.machine, program.kv
-    if not (0 <= task.layer < kv.layers and 0 <= task.head < machine.heads):
-        yield Unsafe("bounds", "attention_prefill: no such layer in the cache or no such query head")
-    yield from _cached_rows(program, task)
-    if task.seat0 % SEAT_BLOCK or not 0 <= task.seat0 < machine.batch:
-        yield Unsafe("bounds", f"attention_prefill: seats from {task.seat0} of {machine.batch}, in blocks of {SEAT_BLOCK}")
-
-
 def _streams(program: Program) -> Iterator[Unsafe]:
     for sm, (queue, stream) in enumerate(zip(program.queues, program.streams, strict=True)):
         if any(not 0 <= index < len(queue) for index in stream):
@@ -235,6 +215,8 @@ def _access(program: Program, task: Instruction, access: Access, write: bool) ->
         yield Unsafe("kind", f"{task.stem}: {'writes' if write else 'reads'} {buffer.name}, which is no part of the arena")
     if access.start == access.stop:
         return
+    if access.order and not write and (access.start, access.stop) != (0, buffer.packets):
+        yield Unsafe("bounds", f"{task.stem}: takes a part of {buffer.name}, whose packets lie in another order than they count")
     if access.kind != buffer.kind:
         yield Unsafe("kind", f"{task.stem}: {access.kind} packets in {buffer.kind} buffer {buffer.name}")
     if access.tag == 0 and not write:  # relaxed loads are in no order: it may see what was there before the launch
@@ -244,7 +226,7 @@ def _access(program: Program, task: Instruction, access: Access, write: bool) ->
 
 
 def _as_written(program: Program, position: int) -> Iterator[Unsafe]:
-    """A value is read as what was written, through whichever buffer: its kind, and of a batch seats side by side or one after another."""
+    """A value is read as what was written, through whichever buffer: its kind, and in which order its packets count."""
     written: dict[int, list[Access]] = {}
     tasks = [task for queue in program.queues for task in queue]
     for access in (access for task in tasks for access in task.writes(program.machine, position) if access.start < access.stop):
@@ -253,9 +235,13 @@ def _as_written(program: Program, position: int) -> Iterator[Unsafe]:
     for task, read in reads:
         low, high = (_place(program, read.buffer) + at for at in (read.start, read.stop))
         for write in written.get(read.tag, ()):
-            base, alike = _place(program, write.buffer), (write.kind, write.interleaved) == (read.kind, read.interleaved)
+            base, alike = _place(program, write.buffer), _form(write) == _form(read)
             if not alike and base + write.start < high and low < base + write.stop:
                 yield Unsafe("kind", f"{task.stem}: reads packets of another kind, or seats in another order, than were written")
+
+
+def _form(access: Access) -> tuple[str, bool, str]:
+    return access.kind, access.interleaved, access.order
 
 
 def _kv_coverage(program: Program, position: int) -> Iterator[Unsafe]:
@@ -275,20 +261,6 @@ def _kv_coverage(program: Program, position: int) -> Iterator[Unsafe]:
         blocks = Counter(block for start, stop in ranges for block in range(start, stop))
         if blocks != Counter(range(span.first, span.old)):
             yield Unsafe("coverage", f"the splits of layer {layer}, KV head {head} do not cover its window once")
-
-
-def _stretch(program: Program) -> Iterator[Unsafe]:
-    """For prefill each query head of each layer is computed once for every seat, and by all tasks of a layer from the same values alike."""
-    machine = program.machine
-    if not machine.prefill:
-        return
-    tasks = [task for queue in program.queues for task in queue if isinstance(task, AttentionPrefill)]
-    computed = Counter((task.layer, task.head, task.seat0) for task in tasks)
-    if computed != Counter(product(range(program.kv.layers), range(machine.heads), range(0, machine.batch, SEAT_BLOCK))):
-        yield Unsafe("coverage", "the attention tasks do not compute every query head of every layer once for every seat")
-    for layer in range(program.kv.layers):
-        if len({tuple(getattr(task, word) for word in OF_A_LAYER) for task in tasks if task.layer == layer}) > 1:
-            yield Unsafe("coverage", f"the attention tasks of layer {layer} differ in what all must share")
 
 
 def _tiles(program: Program) -> Iterator[Unsafe]:

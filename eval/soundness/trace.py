@@ -2,6 +2,7 @@
 
 The actors are written as docs/machine.md tells them. A value is a hash of what it was made from, so that "different bits" means different
 hashes. `happens_before` then looks at one run: an overwrite must come after every read of the old value through publishes and their checks.
+Tasks of a stretch check nothing: what orders them are counters with all their arrivals, and a read must find what it expects.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from amk.eval.soundness.footprint import (
 from amk.eval.soundness.static_rules import static_problem
 from amk.isa.abi import NONE
 from amk.isa.attention import Attention
+from amk.isa.instruction import Instruction
 from amk.schedule.program import Program
 
 Key: TypeAlias = tuple[str, int] | tuple[str, int, int]  # what an actor waits for
@@ -94,13 +96,17 @@ class Plan:
         self.tasks = tuple((sm, index) for sm, queue in enumerate(program.queues) for index in range(len(queue)))
         self.appending = [sm for sm in range(len(program.queues)) if appends_rows(program, sm)]
         self.words: dict[tuple[TaskRun, str, int], Words] = {}
+        self.arrivals = [0] * len(program.counters)  # of a token, by tasks of a stretch
+        for task in (task for queue in program.queues for task in queue if task.gated and task.done_counter != NONE):
+            self.arrivals[task.done_counter] += 1
         for t, token in enumerate(self.tokens):
             for step in (step for queue in token for step in queue):
                 self._step(t, step)
 
     def _step(self, t: int, step: Step) -> None:
         at = (t, step.sm, step.index)
-        for name, groups in (("warp", step.warp_reads), ("tile", step.tile_reads), ("write", step.publishes)):
+        kinds = (("warp", step.warp_reads), ("tile", step.tile_reads), ("fed", (step.fed_reads,)), ("write", step.publishes))
+        for name, groups in kinds:
             for number, touches in enumerate(groups):
                 self.words[at, name, number] = tuple(
                     (self.atoms(touch), self.word(t, touch)) for touch in touches if touch.lo < touch.hi and t >= touch.carried
@@ -166,6 +172,8 @@ class Run:
         self.turns = 0
         self.waiting: dict[Key, list[int]] = defaultdict(list)
         self.queued: dict[tuple[int, int, int], deque[Publish]] = defaultdict(deque)
+        self.reached = [0] * len(plan.program.counters)  # of a stretch: the publishes that come before the arrivals at a counter, so far
+        self.unseen: dict[TaskRun, int] = defaultdict(int)  # publishes on their way
         self.names: list[str] = []
         self.actors: list[Actor] = []
         for sm in range(len(plan.program.queues)):
@@ -225,6 +233,8 @@ class Run:
                 self.tags[atom], self.values[atom], self.writer[atom] = word, hash((publish.value, atom)), publish.number
                 self.writes[atom].append(publish.number)
                 self.notify(("atom", atom))
+        self.unseen[publish.task] -= 1
+        self.notify(("shown", *publish.task[1:]))
         thread = (*publish.task[1:], publish.tile)
         self.queued[thread].popleft()
         if self.queued[thread]:
@@ -239,17 +249,32 @@ class Run:
     def _read(self, at: TaskRun, name: str, number: int) -> Actor:
         """Waits until every packet of a group of reads carries its tag, and takes what it holds."""
         reading, tile = self.readings[at], number if name == "tile" else -1
+        task = self.plan.program.queues[at[1]][at[2]]
+        opened = self._opened(task) if task.gated else None
+        reading.after |= opened or 0
         seen: list[int] = []
         for atoms, word in self.plan.words[at, name, number]:
             for atom in atoms:
-                while word and self.tags[atom] != word:
+                while word and self.tags[atom] != word and opened is None:
                     yield ("atom", atom)
                 writer = self.writer[atom]
+                if opened is not None:
+                    self._check_gated(at, atom, word, opened)
                 seen.append(self.values[atom])
                 self.reads[writer, atom].add((at, tile))
                 if writer >= 0:
                     reading.after |= self.publishes[writer].after | 1 << writer
-        reading.values[tile, number] = hash(tuple(seen))
+        reading.values[tile, number if name != "fed" else -1] = hash(tuple(seen))
+
+    def _opened(self, task: Instruction) -> int:
+        """The publishes that a task of a stretch comes after, having waited for all arrivals at its counter; a wait for fewer says none."""
+        counter = task.wait_counter
+        return self.reached[counter] if counter != NONE and task.wait_count == self.plan.arrivals[counter] else 0
+
+    def _check_gated(self, at: TaskRun, atom: int, word: int, opened: int) -> None:
+        if self.problem is None and (self.tags[atom] != word or not opened >> self.writer[atom] & 1):
+            why = "holds another value than it expects" if self.tags[atom] != word else "nothing says is there"
+            self.problem = Unsafe("race", f"task {at} reads packet {self.plan.cuts[atom]}, which {why}")
 
     def _publish(self, at: TaskRun, tile: int) -> None:
         words = self.plan.words[at, "write", tile]
@@ -260,6 +285,7 @@ class Run:
             return
         publish = Publish(len(self.publishes), at, tile, words, value, reading.after)
         self.publishes.append(publish)
+        self.unseen[at] += 1
         thread = (*at[1:], tile)
         self.queued[thread].append(publish)
         if len(self.queued[thread]) == 1:
@@ -270,31 +296,69 @@ class Run:
             self.counters[counter] += 1
             self.notify(("counter", counter))
 
+    def _release(self, at: TaskRun, step: Step) -> Actor:
+        """The one arrival of a task of a stretch, when all that it has published is visible."""
+        while self.unseen[at]:
+            yield ("shown", *at[1:])
+        if step.task.done_counter != NONE:
+            own = sum(1 << publish.number for publish in self.publishes if publish.task == at)
+            self.reached[step.task.done_counter] |= own | self._opened(step.task)
+            self._arrive(step.task.done_counter)
+
     # ---- actors
 
     def _watcher(self, sm: int) -> Actor:
         for t, token in enumerate(self.plan.tokens):
             for step in token[sm]:
                 task = step.task
-                if task.wait_counter != NONE:
-                    threshold = task.wait_count * (t if task.carried else t + 1)
-                    while self.counters[task.wait_counter] < threshold:
-                        yield ("counter", task.wait_counter)
+                yield from self._gate(task, t)
                 self.shared[sm].released += 1
                 self.notify(("released", sm))
+
+    def _gate(self, task: Instruction, t: int) -> Actor:
+        while not self._is_open(task, t):
+            yield ("counter", task.wait_counter)
+
+    def _is_open(self, task: Instruction, t: int) -> bool:
+        return task.wait_counter == NONE or self.counters[task.wait_counter] >= task.wait_count * (t if task.carried else t + 1)
 
     def _feeder(self, sm: int) -> Actor:
         shared = self.shared[sm]
         for t, token in enumerate(self.plan.tokens):
             waited = False
             for index, chunk in fed_chunks(self.plan.program, token, sm):
-                if isinstance(token[sm][index].task, Attention) and not waited:
+                task = token[sm][index].task
+                if task.gated:
+                    if chunk == 0:
+                        yield from self._feed_gated(t, token[sm][index])
+                    continue
+                if isinstance(task, Attention) and not waited:
                     waited = True
                     yield from self._token_end(t - self.machine.kv_lag)
                 while len(shared.fed) - min(shared.taken) >= self.machine.stages:
                     yield ("taken", sm)
                 shared.fed.append((t, index, chunk))
                 self.notify(("fed", sm))
+
+    def _feed_gated(self, t: int, step: Step) -> Actor:
+        """Weights go up to `inflight` chunks ahead of x; the gate is looked at before each, and waited for when they are so far."""
+        shared, begun, is_open = self.shared[step.sm], 0, False  # chunks whose weights have been asked for; whether x has been, too
+        first = len(shared.fed)
+        while begun < step.chunks or not is_open:
+            if not is_open and (begun in (self.machine.inflight, step.chunks) or self._is_open(step.task, t)):
+                yield from self._gate(step.task, t)
+                yield from self._read((t, step.sm, step.index), "fed", 0)
+                is_open = True
+                self._fill(t, step, range(begun))
+            if begun < step.chunks:
+                while first + begun - min(shared.taken) >= self.machine.stages:
+                    yield ("taken", step.sm)
+                self._fill(t, step, range(begun, begun + is_open))
+                begun += 1
+
+    def _fill(self, t: int, step: Step, chunks: range) -> None:
+        self.shared[step.sm].fed += [(t, step.index, chunk) for chunk in chunks]
+        self.notify(("fed", step.sm))
 
     def _token_end(self, t: int) -> Actor:
         """Waits for the end of a token of this launch on every SM that appends KV rows."""
@@ -317,7 +381,10 @@ class Run:
                         yield ("released", sm)
                     yield from self._read(at, "warp", warp)
                     yield from self._reduce(at, step, warp) if step.task.stored else self._compute(at, step, warp)
-                if not step.task.stored:
+                if step.task.gated:
+                    if warp == 0:
+                        yield from self._release(at, step)
+                elif not step.task.stored:
                     self._arrive(step.task.done_counter)
             self._end(sm, t)
 

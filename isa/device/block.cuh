@@ -8,8 +8,11 @@
 //   Barrier            where actors of a block meet, with barrier_init, barrier_init_done, barrier_arrive, barrier_passed (which may
 //                      wait a moment) and barrier_tested (which does not)
 //   FEEDER_LANES       lanes of the feeder's warp that run: 1, or all 32 in step
+//   PIECE_A_LANE       a piece of a chunk is copied by the one lane that asks for it, not by all lanes together
 //   FULL_ARRIVALS      arrivals at a stage's `full` barrier that say that its chunk has landed
-//   copy_chunk         starts the copy of a chunk (a multiple of 16 bytes); `full` gets its arrivals when all of it is in the stage
+//   begin_copies, copy_piece, end_copies
+//                      start the copy of a chunk of some bytes, piece by piece (multiples of 16 bytes); `full` gets its arrivals when all of
+//                      it is in the slot
 //   order_copies       what this warp has acquired is seen by the copies that it starts next
 
 constexpr int CONSUMER_THREADS = CONSUMER_WARPS * 32;
@@ -38,7 +41,7 @@ struct Block {
   bool appends_rows;  // has tail tasks: it tells the feeders when its token has ended
 
   __device__ Barriers& barriers() const { return *reinterpret_cast<Barriers*>(shared + BARRIER_OFFSET); }
-  __device__ uint8_t* stage(int slot) const { return shared + slot * STAGE_BYTES; }
+  __device__ uint8_t* stage(int slot) const { return shared + slot * SLOT_BYTES; }
   __device__ float* scratch() const { return reinterpret_cast<float*>(shared + SCRATCH_OFFSET); }
   __device__ float* partial(int slot, int warp) const {
     return reinterpret_cast<float*>(shared + REDUCTION_OFFSET) + (slot * CONSUMER_WARPS + warp) * SLOT_ROW;
@@ -218,6 +221,7 @@ struct Feeder {
   uint32_t slot = 0, empty_parity = 1;
   uint32_t oldest = 0, oldest_parity = 0;
   uint32_t under_way = 0;
+  uint32_t products = 0;  // of a stretch, streamed so far
 
   __device__ Feeder(const Block& b)
       : b(b), abort{reinterpret_cast<uint32_t*>(b.p.abort), b.p.spin_limit, FEEDER, b.sm, 0, 0} {}
@@ -233,6 +237,16 @@ struct Feeder {
     __syncwarp();
     return here;
   }
+  // One look, for every lane alike.
+  template <class Ready>
+  __device__ __forceinline__ bool here(Ready ready) const {
+    if constexpr (FEEDER_LANES == 1) return ready();
+    bool is_here = false;
+    if ((threadIdx.x & 31) == 0) is_here = ready();
+    is_here = __shfl_sync(~0u, is_here, 0);
+    __syncwarp();
+    return is_here;
+  }
   __device__ __forceinline__ bool wait_landed() {
     Barrier* bar = &b.barriers().full[oldest];
     const uint32_t parity = oldest_parity;
@@ -241,16 +255,25 @@ struct Feeder {
     --under_way;
     return true;
   }
-  // Streams one chunk into the next slot; false when the launch is being aborted.
-  __device__ __forceinline__ bool stream(const uint8_t* source, uint32_t bytes) {
+  // Waits until the next slot is free; false when the launch is being aborted. Between this and `started` come the copies into it.
+  __device__ __forceinline__ bool wait_slot() {
     if (under_way == INFLIGHT && !wait_landed()) return false;
-    Barriers& bars = b.barriers();
-    Barrier* empty = &bars.empty[slot];
+    Barrier* empty = &b.barriers().empty[slot];
     const uint32_t parity = empty_parity;
-    if (!wait(WAIT_EMPTY, [=] { return barrier_passed(empty, parity); })) return false;
-    copy_chunk(bars.full[slot], b.stage(slot), source, bytes);
+    return wait(WAIT_EMPTY, [=] { return barrier_passed(empty, parity); });
+  }
+  __device__ __forceinline__ void started() {
     ++under_way;
     if (++slot == STAGES) { slot = 0; empty_parity ^= 1; }
+  }
+  // Streams one chunk into the next slot; false when the launch is being aborted.
+  __device__ __forceinline__ bool stream(const uint8_t* source, uint32_t bytes) {
+    if (!wait_slot()) return false;
+    Barrier& full = b.barriers().full[slot];
+    begin_copies(full, bytes);
+    copy_piece(full, b.stage(slot), source, bytes);
+    end_copies(full);
+    started();
     return true;
   }
   // Copies that have been started must land before the block may end, aborted or not.

@@ -3,15 +3,15 @@
 #include "isa/device/sync_mbarrier.cuh"
 
 constexpr int FEEDER_LANES = 32, FULL_ARRIVALS = 32;
+constexpr bool PIECE_A_LANE = false;
 
 __device__ __forceinline__ void barrier_init_done() {}  // the __syncthreads that follows is enough
 __device__ __forceinline__ bool barrier_passed(Barrier* bar, uint32_t parity) { return test_barrier(bar, parity); }
 __device__ __forceinline__ bool barrier_tested(Barrier* bar, uint32_t parity) { return test_barrier(bar, parity); }
 
-__device__ __forceinline__ void copy_chunk(Barrier& full, uint8_t* to, const uint8_t* from, uint32_t bytes) {
-#if DRY_FEED
-  barrier_arrive(&full);
-#else
+__device__ __forceinline__ void begin_copies(Barrier&, uint32_t) {}
+__device__ __forceinline__ void copy_piece(Barrier&, uint8_t* to, const uint8_t* from, uint32_t bytes) {
+#if !DRY_FEED
 #if EVICT_FIRST
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -25,6 +25,12 @@ __device__ __forceinline__ void copy_chunk(Barrier& full, uint8_t* to, const uin
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to + at)), "l"(from + at) : "memory");
 #endif
   }
+#endif
+}
+__device__ __forceinline__ void end_copies(Barrier& full) {
+#if DRY_FEED
+  barrier_arrive(&full);
+#else
   barrier_arrive_after_copies(&full);
 #endif
 }

@@ -1,8 +1,9 @@
-// Loads into registers and stores into the stage: what every card can do. A chunk has landed when copy_chunk ends: one is under way at a time.
+// Loads into registers and stores into the stage: what every card can do. A chunk has landed when its copies end: one is under way at a time.
 #pragma once
 #include "isa/device/sync_words.cuh"
 
 constexpr int FEEDER_LANES = 32, FULL_ARRIVALS = 1;
+constexpr bool PIECE_A_LANE = false;
 
 __device__ __forceinline__ void barrier_init_done() {}  // the __syncthreads that follows is enough
 
@@ -16,12 +17,12 @@ __device__ __forceinline__ uint4 load_streamed(const uint8_t* from) {
   return v;
 }
 
-__device__ __forceinline__ void copy_chunk(Barrier& full, uint8_t* to, const uint8_t* from, uint32_t bytes) {
-  const uint32_t lane = threadIdx.x & 31;
+__device__ __forceinline__ void begin_copies(Barrier&, uint32_t) {}
+__device__ __forceinline__ void copy_piece(Barrier&, uint8_t* to, const uint8_t* from, uint32_t bytes) {
 #if !DRY_FEED
   constexpr int AT_ONCE = 16, STEP = 32 * 16;  // 8 KiB of the warp are in flight
 #pragma unroll 1
-  for (uint32_t base = lane * 16; base < bytes; base += AT_ONCE * STEP) {
+  for (uint32_t base = (threadIdx.x & 31) * 16; base < bytes; base += AT_ONCE * STEP) {
     uint4 v[AT_ONCE];
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i) v[i] = load_streamed(from + min(base + i * STEP, bytes - 16));  // past the end the last bytes again
@@ -30,8 +31,10 @@ __device__ __forceinline__ void copy_chunk(Barrier& full, uint8_t* to, const uin
       if (base + i * STEP < bytes) *reinterpret_cast<uint4*>(to + base + i * STEP) = v[i];
   }
 #endif
+}
+__device__ __forceinline__ void end_copies(Barrier& full) {
   __syncwarp();
-  if (lane == 0) barrier_arrive(&full);
+  if ((threadIdx.x & 31) == 0) barrier_arrive(&full);
 }
 // These are ordinary loads.
 __device__ __forceinline__ void order_copies() {}

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import product
 
 import numpy as np
 
 from amk.isa.attention import PARTIAL_HEAD, Attention
-from amk.isa.attention_prefill import AttentionPrefill
-from amk.isa.batch import SEAT_BLOCK
 from amk.isa.draw import Draw
 from amk.isa.draw_head import DrawHead
 from amk.isa.filter_draw import FilterDraw
@@ -32,21 +29,6 @@ HEAD_OF: dict[type[Instruction], type[Instruction]] = {
     SampleBatch: GemmHead,
 }
 ALIKE = ("q0", "nq", "window", "unit_rows", "splits", "part_buf", "part_tag", "q_buf", "q_tag")
-STRETCH_ALIKE = (
-    "window",
-    "q_buf",
-    "q_tag",
-    "k_buf",
-    "k_tag",
-    "v_buf",
-    "v_tag",
-    "out_buf",
-    "out_tag",
-    "q_stride",
-    "kv_stride",
-    "q_gain",
-    "k_gain",
-)
 
 
 def check_matrices(subject: Subject, known: Flags, report: Report) -> None:
@@ -59,13 +41,13 @@ def check_matrices(subject: Subject, known: Flags, report: Report) -> None:
         by_matrix[weight].append((tile0, tile0 + tiles, task))
     for matrix, parts in zip(subject.program.matrices, by_matrix, strict=True):
         tiles = -(-matrix.rows // TILE_ROWS)
-        for first, stop, tasks in _uneven(sorted(parts), tiles):
+        for first, stop, tasks in uneven(sorted(parts), tiles):
             region = Region(matrix.name, first * TILE_ROWS, min(matrix.rows, stop * TILE_ROWS))
             said = f"{subject.names(tasks)} all compute rows {region}" if tasks else f"no task computes rows {region}"
             report.add("coverage", said, subject.ids(tasks), [region])
 
 
-def _uneven(parts: list[tuple[int, int, int]], tiles: int) -> Iterator[tuple[int, int, list[int]]]:
+def uneven(parts: list[tuple[int, int, int]], tiles: int) -> Iterator[tuple[int, int, list[int]]]:
     """Ranges of [0, tiles) that no part covers, or two do (with the two)."""
     reached, last = 0, -1
     for first, stop, task in parts:
@@ -138,27 +120,6 @@ def check_splits(subject: Subject, positions: Ints, report: Report) -> None:
         _check_group(subject, key, tasks, positions, report)
 
 
-def check_stretch(subject: Subject, report: Report) -> None:
-    """Of a machine that does prefill: each query head of each layer is computed once for every seat, and alike."""
-    program, machine = subject.program, subject.program.machine
-    if not machine.prefill:
-        return
-    takers: dict[tuple[int, int, int], list[int]] = {}
-    for i in _ids(subject, AttentionPrefill).tolist():
-        task = subject.tasks[i]
-        assert isinstance(task, AttentionPrefill)
-        takers.setdefault((task.layer, task.head, task.seat0), []).append(i)
-    for key in product(range(program.kv.layers), range(machine.heads), range(0, machine.batch, SEAT_BLOCK)):
-        layer, head, seat0 = key
-        held, region = takers.get(key, []), Region(f"L{layer} head {head} seats", seat0, seat0 + SEAT_BLOCK)
-        if len(held) != 1:
-            said = f"{subject.names(held)} all compute {region}" if held else f"no task computes {region}"
-            report.add("coverage", said, subject.ids(held[:16]), [region])
-        else:
-            first = takers.get((layer, 0, 0), held)[0]
-            _check_alike_words(subject, first, held[0], STRETCH_ALIKE, report)
-
-
 def _check_heads(subject: Subject, taken: set[tuple[int, int]], report: Report) -> None:
     """Every KV head of every layer of the cache is taken by somebody."""
     kv = subject.program.kv
@@ -205,16 +166,11 @@ def _check_group(subject: Subject, key: tuple[int, int], ids: list[int], positio
             report.add("coverage", f"{subject.names(held)} all take split {split} of {region}", subject.ids(held[:16]), [region])
 
 
-def _check_alike(subject: Subject, tail: int, other: int, report: Report) -> None:
-    _check_alike_words(subject, tail, other, ALIKE, report)
-
-
-def _check_alike_words(subject: Subject, one: int, other: int, names: tuple[str, ...], report: Report) -> None:
+def _check_alike(subject: Subject, one: int, other: int, report: Report) -> None:
     a, b = subject.tasks[one], subject.tasks[other]
-    unlike = [name for name in names if getattr(a, name) != getattr(b, name)]
+    unlike = [name for name in ALIKE if getattr(a, name) != getattr(b, name)]
     if unlike:
-        shared = "a KV head" if names == ALIKE else "a layer"
-        said = f"{subject.names([one, other])} share {shared}, but differ in {', '.join(unlike)}"
+        said = f"{subject.names([one, other])} share a KV head, but differ in {', '.join(unlike)}"
         report.add("coverage", said, subject.ids([one, other]))
 
 

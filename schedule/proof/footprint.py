@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import get_args
 
 import numpy as np
 
-from amk.isa.instruction import Access
+from amk.isa.instruction import Access, Order
 from amk.schedule.proof.report import Region, Report
 from amk.schedule.proof.subject import Flags, Ints, Subject
 
 KINDS = {"f32": 0, "narrow": 1, "u32": 2}
-INTERLEAVED = len(KINDS)  # added to the kind of packets that hold a batch's seats side by side
-KIND_NAMES = (*KINDS, *(f"interleaved {kind}" for kind in KINDS))
-FIELDS = attrgetter("buffer", "start", "stop", "tag", "kind", "actor", "carried", "tile", "interleaved", "paired")
+# A kind and the order in which a value's packets count are one number: those of a batch interleaved or not, those of a stretch by name.
+INTERLEAVED = len(KINDS)
+ORDERED = {order: at * len(KINDS) for at, order in enumerate(get_args(Order)[1:], start=2)} | {"": 0}
+KIND_NAMES = (*KINDS, *(f"interleaved {kind}" for kind in KINDS), *(f"{kind} ({order})" for order in get_args(Order)[1:] for kind in KINDS))
+FIELDS = attrgetter("buffer", "start", "stop", "tag", "kind", "actor", "carried", "tile", "interleaved", "paired", "order")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ def take_footprint(subject: Subject, positions: Ints, report: Report) -> Footpri
         if sound:
             _kinds(subject, accesses, verb, report)
             _pairs(subject, accesses, verb, report)
+            _whole(subject, accesses, verb, report)
             sound &= _tags(subject, accesses, verb, report)
             kept.append(_placed(subject, accesses))
     return Footprint(*kept) if sound else None
@@ -72,8 +76,9 @@ def take_footprint(subject: Subject, positions: Ints, report: Report) -> Footpri
 def _columns(lists: list[list[Access]]) -> Accesses:
     task = np.repeat(np.arange(len(lists), dtype=np.int64), [len(accesses) for accesses in lists])
     rows = [FIELDS(access) for accesses in lists for access in accesses]
-    buffer, start, stop, tag, kind, actor, carried, tile, interleaved, paired = zip(*rows, strict=True) if rows else ((),) * 10
+    buffer, start, stop, tag, kind, actor, carried, tile, interleaved, paired, order = zip(*rows, strict=True) if rows else ((),) * 11
     kinds = np.array([KINDS[k] for k in kind], dtype=np.int64) + INTERLEAVED * np.array(interleaved, dtype=np.int64)
+    kinds += np.array([ORDERED[o] for o in order], dtype=np.int64)
     storer = np.array([a == "storer" for a in actor], dtype=bool)
     buffers, starts, stops, tags, tiles = (np.array(column, dtype=np.int64) for column in (buffer, start, stop, tag, tile))
     flags = (np.array(column, dtype=bool) for column in (carried, paired))
@@ -105,10 +110,22 @@ def _pairs(subject: Subject, accesses: Accesses, verb: str, report: Report) -> N
         report.add("bounds", said, subject.ids([accesses.task[i]]), [region])
 
 
+def _whole(subject: Subject, accesses: Accesses, verb: str, report: Report) -> None:
+    """Packets with an order of their own lie in it within the whole value, not where they count: who reads them reads all of the buffer."""
+    if verb != "reads":
+        return
+    packets = np.array([b.packets for b in subject.program.buffers] or [0], dtype=np.int64)[accesses.buffer]
+    ordered = accesses.kind >= 2 * len(KINDS)
+    for i in np.flatnonzero(ordered & ((accesses.start != 0) | (accesses.stop != packets))).tolist():
+        region, kind = _region(subject, accesses, i), KIND_NAMES[accesses.kind[i]]
+        said = f"{subject.names([accesses.task[i]])} reads {region} as {kind} packets, which is all of a buffer, but this has {packets[i]}"
+        report.add("bounds", said, subject.ids([accesses.task[i]]), [region])
+
+
 def _kinds(subject: Subject, accesses: Accesses, verb: str, report: Report) -> None:
     buffers = subject.program.buffers
     has = np.array([KINDS[b.kind] for b in buffers] or [0], dtype=np.int64)[accesses.buffer]
-    for i in np.flatnonzero(has != accesses.kind % INTERLEAVED).tolist():
+    for i in np.flatnonzero(has != accesses.kind % len(KINDS)).tolist():
         region = _region(subject, accesses, i)
         asked, held = KIND_NAMES[accesses.kind[i]], KIND_NAMES[has[i]]
         said = f"{subject.names([accesses.task[i]])} {verb} {region} as {asked} packets, but the buffer holds {held}"

@@ -11,7 +11,8 @@ from amk.schedule.proof.limits import Limits
 from amk.schedule.proof.report import Region, Report
 from amk.schedule.proof.subject import Ints, Subject
 
-MOST_EDGES = 1 << 21  # so that two of them, a tag and a kind are one 64-bit key
+MOST_EDGES = 1 << 20  # so that two of them, a tag and a kind are one 64-bit key
+KEY_KINDS = 32  # at least as many as there are kinds
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def match(subject: Subject, footprint: Footprint, limits: Limits, report: Report
 
 def _groups(reads: Accesses, edges: Ints) -> Groups:
     start, stop = np.searchsorted(edges, reads.start), np.searchsorted(edges, reads.stop)
-    key = ((start * (len(edges) + 1) + stop) * (1 << 16) + reads.tag) * 16 + reads.kind * 2 + reads.carried
+    key = (((start * (len(edges) + 1) + stop) * (1 << 16) + reads.tag) * KEY_KINDS + reads.kind) * 2 + reads.carried
     _, first, of = np.unique(key, return_index=True, return_inverse=True)
     return Groups(reads, of, reads.start[first], reads.stop[first], reads.tag[first], reads.carried[first], reads.kind[first])
 
@@ -158,7 +159,7 @@ def _report_twice(subject: Subject, m: Matching, twice: Ints, second: Ints, repo
 
 
 def _report_kinds(subject: Subject, m: Matching, report: Report) -> None:
-    """Reads through one buffer of what another, overlapping one holds, or of a batch's seats in another order than they were written."""
+    """Reads through one buffer of what another, overlapping one holds, or of seats in another order than they were written."""
     has = m.writes.kind[m.written.owner[m.source]] if len(m.written.owner) else np.zeros_like(m.source)
     wrong = np.flatnonzero((m.source >= 0) & (has != m.groups.kind[m.read.owner]))
     for at, first, last in _runs(m.read.owner[wrong], m.read.piece[wrong]):

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from amk.isa.attention import Attention
-from amk.isa.attention_prefill import AttentionPrefill
 from amk.isa.instruction import Instruction
 from amk.isa.machine import KV_BLOCK_ROWS, KV_STREAM_LAG, piece_of
 from amk.isa.matmul import MatMul
@@ -15,8 +14,7 @@ from amk.isa.matvec import MatVec
 from amk.isa.weight_format import FORMAT_FLAGS, format_of
 from amk.schedule.proof.report import Region, Report
 from amk.schedule.proof.subject import Flags, Ints, Subject, Words
-
-COPY_BYTES = 16  # copies into the ring begin at multiples of this, and are multiples of it long
+from amk.schedule.proof.tables import COPY_BYTES
 
 
 def check_streams(subject: Subject, silent: Flags, report: Report) -> None:
@@ -88,8 +86,8 @@ def _own_chunks(subject: Subject, tasks: list[int], report: Report) -> None:
     machine = subject.program.machine
     for number in tasks:
         largest = max(subject.tasks[number].chunk_bytes(machine, machine.context - 1), default=0)
-        if largest > machine.stage_bytes:
-            said = f"streams a chunk of {largest} bytes, but a stage has {machine.stage_bytes}"
+        if largest > machine.slot_bytes:
+            said = f"streams a chunk of {largest} bytes, but a slot of the ring has {machine.slot_bytes}"
             report.add("ring", f"{subject.names([number])} {said}", subject.ids([number]))
 
 
@@ -117,7 +115,7 @@ def scratch_bytes(subject: Subject) -> Ints:
     asked: dict[Any, int] = {}
     needs = np.zeros(len(subject.tasks), dtype=np.int64)
     for words in subject.words:
-        names = {MatMul: ("cols", "flags", "batch"), MatVec: ("cols", "flags"), Attention: ("nq",), AttentionPrefill: ("batch",)}
+        names = {MatMul: ("cols", "flags", "batch"), MatVec: ("cols", "flags"), Attention: ("nq",)}
         shared = next((keys for cls, keys in names.items() if issubclass(words.cls, cls)), None)
         if shared is None and words.cls.shared_bytes is Instruction.shared_bytes:
             continue

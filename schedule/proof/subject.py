@@ -14,6 +14,9 @@ from amk.isa.instruction import Instruction
 from amk.isa.machine import TILE_ROWS
 from amk.isa.matvec import MatVec
 from amk.isa.registry import instructions, word_fields
+from amk.isa.stretch import SEAT_BLOCK
+from amk.isa.stretch_attention import StretchAttention
+from amk.isa.stretch_matmul import StretchMatMul
 from amk.schedule.program import Program, TaskId
 from amk.schedule.proof.limits import Limits
 from amk.schedule.proof.report import Report
@@ -63,15 +66,24 @@ class Subject:
     def ids(self, tasks: Any) -> list[TaskId]:
         return [self.id(int(t)) for t in tasks]
 
+    def _rows(self, weight: int, tile0: int, tiles: int, rows: int) -> str:
+        matrices, first = self.program.matrices, tile0 * TILE_ROWS
+        name = matrices[weight].name if 0 <= weight < len(matrices) else f"matrix {weight}"
+        return f"{name} rows {first}:{min(rows, first + tiles * TILE_ROWS)}"
+
     def _what(self, task: Instruction) -> str:
         if isinstance(task, MatVec):
-            matrices = self.program.matrices
-            name = matrices[task.weight].name if 0 <= task.weight < len(matrices) else f"matrix {task.weight}"
-            first = task.tile0 * TILE_ROWS
-            return f"{task.stem} {name} rows {first}:{min(task.rows, first + task.tiles * TILE_ROWS)}"
+            return f"{task.stem} {self._rows(task.weight, task.tile0, task.tiles, task.rows)}"
         if isinstance(task, Attention):
             return f"attention L{task.layer} head {task.kv_head} split {task.split}"
         words = vars(task)
+        if isinstance(task, StretchMatMul):
+            return f"{task.stem} {self._rows(task.weight, task.tile0, task.tiles, task.rows)} runs {task.run0}:{task.run0 + task.runs}"
+        if isinstance(task, StretchAttention):
+            return f"{task.stem} L{task.layer} head {task.kv_head} seats {task.seat0}:{task.seat0 + SEAT_BLOCK}"
+        if "seat" in words:
+            layer = f" L{words['layer']}" if "layer" in words else ""
+            return f"{task.stem}{layer} seat {words['seat']}"
         if "col0" in words:
             return f"{task.stem} columns {words['col0']}:{words['col0'] + words.get('count', words.get('cols', 0))}"
         return task.stem

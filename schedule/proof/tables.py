@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 from math import isfinite
 from typing import Any
 
@@ -17,6 +18,9 @@ from amk.schedule.proof.report import Region, Report
 from amk.schedule.resources import block_threads
 
 MOST = (1 << 31) - 1
+STRETCH_DIMS = 4  # of a head, which a stretch's attention publishes at once
+COPY_BYTES = 16  # the least copy into the ring; larger ones are multiples of it
+COPY_PACKETS = COPY_BYTES // 4  # of a stretch, whose packets are 4 bytes
 PACKET_KINDS = ("f32", "narrow", "u32")
 LAYOUTS = ("stack", "interleave8")
 POSITIVE = ("sms", "consumer_warps", "stages", "stage_bytes", "inflight", "reduction_slots", "hidden", "vocab", "heads", "kv_heads")
@@ -105,6 +109,10 @@ def _machine(machine: Machine, limits: Limits, report: Report) -> None:
         _batch(machine, report)
     if type(machine.prefill) is not bool or machine.prefill and machine.batch == 1:
         report.add("kind", f"machine.prefill must be False, or True for a batch of more than 1, but is {machine.prefill!r:.20}")
+    if _integers(report, "machine", machine, ("slot",), 0):
+        _slot(machine, report)
+    if machine.prefill is True:
+        _stretch(machine, report)
     heads = (machine.heads, machine.kv_heads)
     if all(_integer(n, 1, MOST) for n in heads) and heads[0] % heads[1]:
         report.add("kind", f"machine.heads must be a multiple of kv_heads, but they are {heads[0]} and {heads[1]}")
@@ -118,7 +126,32 @@ def _batch(machine: Machine, report: Report) -> None:
         report.add("kind", "machine.dtype must be bf16 or fp16 for a batch, but is fp32")
 
 
+def _stretch(machine: Machine, report: Report) -> None:
+    """Rows that a stretch's values are made of, and a feeder that never waits for a slot which only it can fill."""
+    sizes = (machine.hidden, machine.heads, machine.kv_heads, machine.head_dim, machine.inflight, machine.stages)
+    if not all(_integer(n, 1, MOST) for n in sizes):
+        return
+    if (machine.heads + 2 * machine.kv_heads) * machine.head_dim > MOST:
+        report.add("resources", f"a machine for prefill must have at most {MOST} rows of q, k and v")
+    if machine.hidden % TILE_ROWS or machine.heads * machine.head_dim % TILE_ROWS or machine.head_dim % STRETCH_DIMS:
+        wanted = f"hidden and heads by head_dim multiples of {TILE_ROWS}, head_dim of {STRETCH_DIMS}"
+        found = f"{machine.hidden}, {machine.heads} by {machine.head_dim}"
+        report.add("kind", f"a machine for prefill must have {wanted}, but has {found}")
+    if machine.inflight > machine.stages:
+        said = f"machine.inflight must be at most the {machine.stages} stages for prefill, but is {machine.inflight}"
+        report.add("deadlock", f"{said}: a feeder so far ahead of x waits for a slot that waits for x")
+
+
+def _slot(machine: Machine, report: Report) -> None:
+    """A ring slot of a size of its own: of a stretch alone, and whole copies."""
+    if machine.slot and machine.prefill is not True:
+        report.add("ring", f"machine.slot must be 0 but for prefill: a slot is a stage; but is {machine.slot}")
+    elif machine.slot % COPY_BYTES:
+        report.add("ring", f"machine.slot must be a multiple of {COPY_BYTES} bytes, but is {machine.slot}")
+
+
 def _buffers(program: Program, report: Report) -> None:
+    before = report.found.total()
     for number, buffer in enumerate(program.buffers):
         where = f"buffer {number} ({buffer.name})"
         known = _text(report, f"{where}: kind", buffer.kind, PACKET_KINDS) and _text(
@@ -129,6 +162,23 @@ def _buffers(program: Program, report: Report) -> None:
             region = Region(str(buffer.name), 0, buffer.packets)
             end = buffer.offset + buffer.packets
             report.add("bounds", f"{where} ends at packet {end}, but the arena has {program.arena_packets}", regions=[region])
+    if program.machine.prefill is True and before == report.found.total():
+        _apart(program.buffers, report)
+
+
+def _apart(buffers: tuple[Buffer, ...], report: Report) -> None:
+    """Of a stretch: copies take whole 16 bytes. A value's packets lie in an order of its own, so two share all of them or none."""
+    for number, buffer in enumerate(buffers):
+        if buffer.offset % COPY_PACKETS:
+            said = f"begins at packet {buffer.offset}, but in a stretch must at a multiple of {COPY_PACKETS}: 16 bytes"
+            report.add("bounds", f"buffer {number} ({buffer.name}) {said}", regions=[Region(str(buffer.name), 0, buffer.packets)])
+    held = sorted((b for b in buffers if b.packets and b.space == "arena"), key=lambda b: (b.offset, b.offset + b.packets))
+    for one, other in pairwise(held):
+        alike = (one.offset, one.packets, one.kind) == (other.offset, other.packets, other.kind)
+        if other.offset < one.offset + one.packets and not alike:
+            regions = [Region(str(b.name), 0, b.packets) for b in (one, other)]
+            said = f"{regions[0]} ({one.kind}) at packet {one.offset} and {regions[1]} ({other.kind}) at packet {other.offset}"
+            report.add("kind", f"buffers {said} share some packets, but in a stretch must share none, or all in one kind", regions=regions)
 
 
 def _matrices(program: Program, limits: Limits, report: Report) -> None:

@@ -3,7 +3,9 @@
 Events of an SM: the watcher's release of a task, the consumers' part of a task (of a tile, where tiles differ), the storer's. The W
 consumers are one actor here: nothing leaves the SM before all of them have arrived. The feeder is left out: with the stream in queue
 order (ring.py), at least one stage and kv_lag >= 1, a chunk waits only for slots that the consumers free before they ask for it, and for
-earlier tokens.
+earlier tokens. Of a stretch the feeder also waits, before a task's chunks, for the very arrivals that the watcher waits for before it
+releases the task. When the consumers may begin a task, all gates of the stream up to its own are therefore open, and every chunk before
+its own is taken: the feeder comes to its chunks, so this wait adds no cycle either.
 Every wait is for this token or an earlier one, so a token that always ends lets every later one end: from the second token on, a counter
 needs at most as many new arrivals as in the first.
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from amk.isa.abi import NONE
 from amk.isa.attention import MAX_GROUP, Attention
-from amk.isa.attention_prefill import AttentionPrefill
-from amk.isa.batch import NARROW_RUN, SEAT_BLOCK, WIDE_RUN
+from amk.isa.batch import NARROW_RUN, WIDE_RUN
 from amk.isa.embed import Embed
 from amk.isa.embed_batch import EmbedBatch
-from amk.isa.embed_prefill import EmbedPrefill
 from amk.isa.filter_draw import FilterDraw
 from amk.isa.filter_head import FilterHead
 from amk.isa.gemm import Gemm
@@ -28,32 +24,10 @@ from amk.isa.sample import Sample
 from amk.isa.sample_batch import SampleBatch
 from amk.isa.swiglu import SwiGlu
 from amk.isa.weight_format import FORMAT_FLAGS
-from amk.schedule.proof.report import Kind, Report
+from amk.schedule.proof.checker import Checker, agreed_matrix, compiled_shape, inside_constant, looked_up
+from amk.schedule.proof.report import Report
+from amk.schedule.proof.stretch_words import check_stretch_words
 from amk.schedule.proof.subject import Flags, Ints, Subject, Words
-
-
-@dataclass
-class Checker:
-    """Checks conditions over the tasks of one class; `broken` marks tasks whose footprint cannot be asked for."""
-
-    subject: Subject
-    report: Report
-    broken: Flags
-
-    def need(self, words: Words, holds: Flags, kind: Kind, sentence: str, **values: Ints | int) -> None:
-        """Reports each task where `holds` is False: `sentence` goes on after the task's name, its {fields} are the task's `values`."""
-        for row in np.flatnonzero(~holds).tolist():
-            if self.report.full(kind):
-                self.report.count(kind, 1)
-                continue
-            task = int(words.ids[row])
-            told = {name: value if isinstance(value, int) else int(value[row]) for name, value in values.items()}
-            self.report.add(kind, f"{self.subject.names([task])} {sentence.format(**told)}", self.subject.ids([task]))
-
-    def must(self, words: Words, holds: Flags, kind: Kind, sentence: str, **values: Ints | int) -> None:
-        """`need` of something without which the task's footprint or waits cannot be asked for."""
-        self.broken[words.ids[~holds]] = True
-        self.need(words, holds, kind, sentence, **values)
 
 
 def check_words(subject: Subject, report: Report) -> Flags:
@@ -62,14 +36,15 @@ def check_words(subject: Subject, report: Report) -> Flags:
     for words in subject.words:
         _counters(checker, words)
         _batch(checker, words)
-        _prefill(checker, words)
-        if issubclass(words.cls, MatVec):
+        _gated(checker, words)
+        if words.cls.gated:
+            if checker.subject.program.machine.prefill:
+                check_stretch_words(checker, words)
+        elif issubclass(words.cls, MatVec):
             _matvec(checker, words)
         elif words.cls is Attention:
             _attention(checker, words)
-        elif words.cls is AttentionPrefill:
-            _attention_prefill(checker, words)
-        elif words.cls in (Embed, EmbedBatch, EmbedPrefill):
+        elif words.cls in (Embed, EmbedBatch):
             _embed(checker, words)
         elif words.cls is RmsNorm:
             _rmsnorm(checker, words)
@@ -98,12 +73,11 @@ def _batch(checker: Checker, words: Words) -> None:
     checker.must(words, found == batch, "kind", "computes {found} tokens at once, but the machine {batch}", found=found, batch=batch)
 
 
-def _prefill(checker: Checker, words: Words) -> None:
-    """A machine that does prefill runs its own embedding and attention, and products; no other machine runs the former."""
+def _gated(checker: Checker, words: Words) -> None:
+    """A machine that does prefill runs gated instructions alone, and no other machine runs any: data without tags could look like a tag."""
     prefill = checker.subject.program.machine.prefill
-    allowed = words.cls in (EmbedPrefill, AttentionPrefill, Gemm, GemmGlu) if prefill else words.cls not in (EmbedPrefill, AttentionPrefill)
     machine = "that does prefill" if prefill else "of sequences side by side"
-    checker.must(words, np.full(len(words.ids), allowed), "kind", f"has no place on a machine {machine}")
+    checker.must(words, np.full(len(words.ids), words.cls.gated == prefill), "kind", f"has no place on a machine {machine}")
 
 
 def _matmul(checker: Checker, words: Words) -> None:
@@ -127,21 +101,15 @@ def _matmul(checker: Checker, words: Words) -> None:
 
 def _matvec(checker: Checker, words: Words) -> None:
     matrices, column = checker.subject.program.matrices, words.column
-    weight, rows, cols = column["weight"], column["rows"], column["cols"]
-    known = weight < len(matrices)
-    checker.must(words, known, "bounds", "names matrix {weight}, but the program has {has}", weight=weight, has=len(matrices))
-    at = np.where(known, weight, 0)
-    has_rows, has_cols = _looked_up([m.rows for m in matrices], at), _looked_up([m.cols for m in matrices], at)
-    agreed = known & (rows == has_rows) & (cols == has_cols)
-    said = "takes a matrix of {rows} by {cols}, but matrix {at} is {has_rows} by {has_cols}"
-    checker.must(words, ~known | agreed, "kind", said, rows=rows, cols=cols, at=at, has_rows=has_rows, has_cols=has_cols)
+    rows, cols = column["rows"], column["cols"]
+    known, agreed, at = agreed_matrix(checker, words)
     if words.cls.batched:
         _matmul(checker, words)
     _tiles(checker, words, agreed)
     _weights(checker, words, known, at)
-    _shape(checker, words)
-    _inside_constant(checker, words, "gain", cols, needed=(column["flags"] & X_NORM) > 0)
-    _inside_constant(checker, words, "bias", rows, needed=column["bias"] >= 0)
+    compiled_shape(checker, words, column["flags"])
+    inside_constant(checker, words, "gain", cols, needed=(column["flags"] & X_NORM) > 0)
+    inside_constant(checker, words, "bias", rows, needed=column["bias"] >= 0)
     if words.cls in (GemvGlu, GemmGlu):
         interleaved = np.array([m.layout == "interleave8" and m.rows % TILE_ROWS == 0 for m in matrices] or [False])[at]
         checker.need(words, ~agreed | interleaved, "kind", "needs gate and up rows interleaved by 8 in whole tiles, but its matrix is not")
@@ -162,37 +130,9 @@ def _tiles(checker: Checker, words: Words, agreed: Flags) -> None:
 def _weights(checker: Checker, words: Words, known: Flags, at: Ints) -> None:
     """The format that a task decodes is the one in which its matrix is streamed."""
     matrices = checker.subject.program.matrices
-    found, has = words.column["flags"] & FORMAT_FLAGS, _looked_up([m.weights.flags if m.weights else 0 for m in matrices], at)
+    found, has = words.column["flags"] & FORMAT_FLAGS, looked_up([m.weights.flags if m.weights else 0 for m in matrices], at)
     said = "decodes weights of format {found}, but matrix {at} is streamed in format {has} (flag bits of isa.weight_format)"
     checker.must(words, ~known | (found == has), "kind", said, found=found, at=at, has=has)
-
-
-def _shape(checker: Checker, words: Words) -> None:
-    shapes = checker.subject.program.shapes
-    shape, cols, flags = words.column["shape"], words.column["cols"], words.column["flags"]
-    known = shape < len(shapes)
-    checker.need(words, known, "bounds", "names shape {shape}, but the program has {has}", shape=shape, has=len(shapes))
-    at = np.where(known, shape, 0)
-    has_cols, has_flags = _looked_up([s.cols for s in shapes], at), _looked_up([s.flags for s in shapes], at)
-    same = (cols == has_cols) & (flags == has_flags)
-    said = "has {cols} columns and flags {flags}, but shape {at} is compiled for {has_cols} and {has_flags}"
-    checker.need(words, ~known | same, "kind", said, cols=cols, flags=flags, at=at, has_cols=has_cols, has_flags=has_flags)
-
-
-def _looked_up(values: list[int], at: Ints) -> Ints:
-    return np.array(values or [0], dtype=np.int64)[at]
-
-
-def _inside_constant(checker: Checker, words: Words, name: str, count: Ints, needed: Flags) -> None:
-    """Elements [word, word + count) must lie within the constants, where they are needed."""
-    constants = sorted(checker.subject.program.constants, key=lambda c: (c.start, c.count))
-    starts = np.array([c.start for c in constants] or [0], dtype=np.int64)
-    stops = np.maximum.accumulate(np.array([c.start + c.count for c in constants] or [0], dtype=np.int64))
-    at = words.column[name]
-    place = np.searchsorted(starts, at, side="right") - 1
-    inside = (at >= 0) & (place >= 0) & (at + count <= stops[np.maximum(place, 0)])
-    said = f"reads constants [{{at}}:{{stop}}] as its {name}, but no constant lies there"
-    checker.need(words, ~needed | inside, "bounds", said, at=at, stop=at + count)
 
 
 def _attention(checker: Checker, words: Words) -> None:
@@ -208,25 +148,7 @@ def _attention(checker: Checker, words: Words) -> None:
     _heads(checker, words)
     dim = np.full_like(layer, program.machine.head_dim)
     for name in ("q_gain", "k_gain"):
-        _inside_constant(checker, words, name, dim, needed=column[name] >= 0)
-
-
-def _attention_prefill(checker: Checker, words: Words) -> None:
-    program, column = checker.subject.program, words.column
-    machine, layer, head, seat0 = program.machine, column["layer"], column["head"], column["seat0"]
-    said = "is in layer {layer}, but the KV cache has {has}"
-    checker.need(words, layer < program.kv.layers, "bounds", said, layer=layer, has=program.kv.layers)
-    said = "takes query head {head}, but there are {has}"
-    checker.must(words, head < machine.heads, "bounds", said, head=head, has=machine.heads)
-    seated = (seat0 % SEAT_BLOCK == 0) & (seat0 < machine.batch)
-    said = "begins at seat {seat0}, but must at a multiple of {block} below {has}"
-    checker.must(words, seated, "bounds", said, seat0=seat0, block=SEAT_BLOCK, has=machine.batch)
-    checker.need(
-        words, column["window"] >= 0, "bounds", "has a window of {window} rows, but must have 0 (none) or more", window=column["window"]
-    )
-    dim = np.full_like(layer, machine.head_dim)
-    for name in ("q_gain", "k_gain"):
-        _inside_constant(checker, words, name, dim, needed=column[name] >= 0)
+        inside_constant(checker, words, name, dim, needed=column[name] >= 0)
 
 
 def _heads(checker: Checker, words: Words) -> None:
@@ -247,7 +169,7 @@ def _embed(checker: Checker, words: Words) -> None:
     inside = (start >= 0) & (cols >= 1) & (start + cols <= hidden)
     said = "gathers columns {start}:{stop}, but an embedding row has {hidden}"
     checker.must(words, inside, "bounds", said, start=start, stop=start + cols, hidden=hidden)
-    if words.cls in (EmbedBatch, EmbedPrefill):
+    if words.cls is EmbedBatch:
         whole = (start % WIDE_RUN == 0) & (cols % WIDE_RUN == 0)
         said = "must begin and end at multiples of {run} columns, but takes {cols} from {start}"
         checker.must(words, whole, "kind", said, start=start, cols=cols, run=WIDE_RUN)
@@ -261,7 +183,7 @@ def _rmsnorm(checker: Checker, words: Words) -> None:
     aligned = (start % TILE_ROWS == 0) & ((count % TILE_ROWS == 0) | (start + count == cols))
     said = "must begin and end at multiples of 16 columns, but takes {count} from {start}"
     checker.need(words, aligned, "kind", said, start=start, count=count)
-    _inside_constant(checker, words, "gain", cols, needed=np.ones(len(start), dtype=bool))
+    inside_constant(checker, words, "gain", cols, needed=np.ones(len(start), dtype=bool))
 
 
 def _swiglu(checker: Checker, words: Words) -> None:

@@ -68,6 +68,11 @@ def test_figures_of_the_present_code_have_no_mark(tmp_path: Path) -> None:
     assert "\\*" not in prompts(tmp_path, stretch, prompt("transformers, eager", 14e3))
 
 
+def test_figures_of_a_width_that_there_is_no_more_are_of_earlier_code(tmp_path: Path) -> None:
+    text = prompts(tmp_path, ours(stretch=8, batch=8, code_sha256="0" * 64), prompt("transformers, eager", 14e3))
+    assert "AMK, 8 tokens a launch | 32.0\\* |" in text
+
+
 @pytest.mark.parametrize(
     ("broken", "why"),
     [

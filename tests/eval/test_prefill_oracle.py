@@ -9,7 +9,7 @@ import pytest
 
 from amk.eval.oracle import Plan, Reference, make_reference, rounding_points
 from amk.eval.prefill_oracle import judge_prefill
-from amk.isa.attention_prefill import AttentionPrefill
+from amk.isa.stretch_attention import StretchAttention
 from amk.models.registry import resolve
 from amk.schedule.compile import lower
 from amk.schedule.knobs import Config
@@ -18,6 +18,7 @@ from amk.schedule.validate import ValidProgram, validate
 from amk.vm.reference import ReferenceVM
 
 MODEL = resolve("toy-2L")
+BATCH = 32
 PLAN = Plan(prompt=44, steps=50, late=(60, 127), late_steps=26)
 
 
@@ -29,27 +30,28 @@ def proof(batch: int) -> ValidProgram:
 
 @pytest.fixture(scope="module")
 def reference() -> Reference:
-    return make_reference(MODEL.spec, MODEL.eager("fp32"), PLAN, rounding_points(proof(16).program))
+    return make_reference(MODEL.spec, MODEL.eager("fp32"), PLAN, rounding_points(proof(BATCH).program))
 
 
 def machines(kind: type[ReferenceVM] = ReferenceVM) -> tuple[ReferenceVM, ReferenceVM]:
     decoder = ReferenceVM(proof(1), MODEL.weights)
-    return kind(proof(16), MODEL.weights, beside=decoder), decoder
+    return kind(proof(BATCH), MODEL.weights, beside=decoder), decoder
 
 
 class Shifted(ReferenceVM):
     """The second stretch and those after it come one position too late."""
 
     def prefill(self, tokens: Any, position: int) -> None:
-        super().prefill(tokens[:16], position)
-        super().prefill(tokens[16:], position + 17)
+        super().prefill(tokens[:BATCH], position)
+        if tokens[BATCH:]:
+            super().prefill(tokens[BATCH:], position + BATCH + 1)
 
 
 class Forgetful(ReferenceVM):
     """Seats do not see rows that are 16 or more positions old."""
 
     def prefill(self, tokens: Any, position: int) -> None:
-        queues = tuple(tuple(replace(t, window=16) if isinstance(t, AttentionPrefill) else t for t in q) for q in self.program.queues)
+        queues = tuple(tuple(replace(t, window=16) if isinstance(t, StretchAttention) else t for t in q) for q in self.program.queues)
         self.program = replace(self.program, queues=queues)
         super().prefill(tokens, position)
 

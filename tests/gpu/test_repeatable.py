@@ -12,6 +12,7 @@ import torch
 from amk.dev.judged import same_bits
 from amk.isa.machine import KV_BLOCK_ROWS
 from amk.schedule.compile import lower
+from amk.schedule.settings import STRETCHES
 from amk.tests.gpu.machines import card, config_of, machine, named, proven
 from amk.vm.cuda import CudaVM
 
@@ -38,7 +39,7 @@ def test_fresh_processes_give_the_same_bits(name: str, record_property: Any) -> 
         assert ran.stdout.split()[-1] == here
 
 
-@pytest.mark.parametrize("stretch", [8, 16, 32, 64])
+@pytest.mark.parametrize("stretch", STRETCHES)
 def test_many_launches_of_a_stretch_write_the_same_rows(stretch: int) -> None:
     """A chunk that is overwritten while it is read shows as other bits now and then: rows of the last layer depend on every product."""
     model = named("llama-3.2-1b-shape")

@@ -26,12 +26,12 @@ def test_parts_of_shared_memory_follow_each_other_and_fit_the_card(spec: ModelSp
     program = lower(spec, Config(), target)
     needs, layout = shared_needs(program), shared_layout(program)
     assert layout.ring == 0
-    assert layout.scratch - layout.ring >= needs.stages * needs.stage_bytes
+    assert layout.scratch - layout.ring >= needs.stages * needs.slot_bytes
     assert layout.reduction - layout.scratch >= program.scratch_bytes
     assert layout.tasks - layout.reduction >= program.machine.reduction_slots * program.machine.consumer_warps * 80
     assert layout.streams - layout.tasks >= 64 * max(map(len, program.queues))
     assert layout.buffers - layout.streams >= 2 * max(map(len, program.streams))
-    assert layout.barriers - layout.buffers >= 4 * len(program.buffers)
+    assert layout.barriers == layout.places >= layout.buffers + 4 * len(program.buffers)
     assert layout.total <= target.shared_bytes < layout.total + program.machine.stage_bytes
     assert all(offset % 16 == 0 for offset in (layout.scratch, layout.reduction, layout.tasks, layout.barriers))
 

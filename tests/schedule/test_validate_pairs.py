@@ -21,7 +21,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "draw": {"chooser": "draw"},
     "filter": {"chooser": "filter"},
     "batch": {"batch": 8},
-    "prefill": {"batch": 8, "prefill": True},
 }
 
 

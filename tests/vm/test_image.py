@@ -32,8 +32,8 @@ def test_unpacking_is_the_inverse_of_packing_for_every_instruction(make_spec: An
         frame = replace(program, queues=(), streams=(), buffers=tuple(replace(b, offset=0) for b in program.buffers))
         assert unpack_program(pack_program(program), frame) == program
         seen |= {type(task) for queue in program.queues for task in queue}
-    for prefill in (False, True):
-        batch = lower(make_spec("bf16"), Config(), small_target(4), batch=8, prefill=prefill)
+    for seats, prefill in ((8, False), (32, True)):
+        batch = lower(make_spec("bf16"), Config(), small_target(4), batch=seats, prefill=prefill)
         assert unpack_program(pack_program(batch), batch) == batch
         seen |= {type(task) for queue in batch.queues for task in queue}
     assert seen == set(instructions().values())

@@ -116,6 +116,11 @@ __device__ __forceinline__ void run_watcher(const Block& b) {
       if (stuck_here(WATCHER, abort, b.p) && !wait_forever(abort)) leave();
       if (head.wait_counter != NONE && !(before && step == 0)) {
         const uint32_t* counter = b.counter(head.wait_counter);
+#if GATED
+        // Counters are all that orders: every arrival is waited for, and what came before it is there for who is released.
+        const uint32_t threshold = head.wait_count * token.epoch;
+        wait_until(abort, WAIT_COUNTER, [=] { return reached(load_acquire(counter), threshold); });
+#else
         // Counters order nothing, so the last arrivals need not be waited for: consumers find their values by the tags.
         const uint32_t missing = head.wait_count * RELEASE_EARLY / 32;
         const uint32_t threshold = head.wait_count * (token.epoch - before) - missing;
@@ -124,6 +129,7 @@ __device__ __forceinline__ void run_watcher(const Block& b) {
           if (POLL_SLEEP_NS) __nanosleep(POLL_SLEEP_NS);
           return false;
         });
+#endif
       }
       store_shared_release(&b.barriers().released, ++sequence);
     }

@@ -4,7 +4,7 @@
 // What the host compares with the program it is about to run: records, sizes and layout.
 extern "C" __device__ const uint32_t amk_abi = ABI_HASH;
 
-struct ImageHead {  // one SM's part of the program image; task records and stream entries follow
+struct ImageHead {  // one SM's part of the program image; task records and stream entries follow, of a stretch the places of tiles
   uint32_t tasks, entries;
   uint64_t weights;
   uint32_t appends_rows, unused[3];
@@ -55,6 +55,9 @@ extern "C" __global__ void __launch_bounds__(BLOCK_THREADS, 1) megakernel(const 
   const ImageHead head = *reinterpret_cast<const ImageHead*>(image);
   copy_words(shared + TASKS_OFFSET, image + sizeof(ImageHead), head.tasks * TASK_BYTES);
   copy_words(shared + STREAM_OFFSET, image + sizeof(ImageHead) + MAX_TASKS * TASK_BYTES, (head.entries * 2 + 3) / 4 * 4);
+#if GATED
+  copy_words(shared + PLACES_OFFSET, image + IMAGE_PLACES, head.entries * PLACE_BYTES);
+#endif
   copy_words(shared + BUFFERS_OFFSET, reinterpret_cast<const uint8_t*>(p.buffers), BUFFERS * 4);
   const Block block{p, shared, sm, head.tasks, head.entries, head.weights, head.appends_rows != 0};
   if (threadIdx.x == 0) init_barriers(block.barriers());
