@@ -78,8 +78,11 @@ def test_odd_sizes_biases_head_norms_and_windows_are_correct(batch: int, record_
         {"kernel_knobs": {"sync": "tags"}},
         {"fusion_grouping": ["qkv", "gate_up"]},
         {"page_allocation": "linear"},
+        {"kernel_knobs": {"weight_feed": "cp_async"}},
+        {"kernel_knobs": {"weight_feed": "plain"}},
+        {"pipelining_depth": 1},
     ],
-    ids=["128-threads", "wide-stages", "no-hints", "norms-apart", "linear"],
+    ids=["128-threads", "wide-stages", "no-hints", "norms-apart", "linear", "cp-async", "plain", "one-under-way"],
 )
 def test_configs_do_not_change_what_is_computed(knobs: dict[str, Any], record_property: Any) -> None:
     accept(llama("configs", head_dim=64), 32, record_property, config=knobs)
