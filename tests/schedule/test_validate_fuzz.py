@@ -20,8 +20,6 @@ from amk.tests.schedule.builder import Sizes, changed, changed_all, decoder, fin
 DECODER = decoder(Sizes())
 STRETCHES = (random_stretch(Random(seed)) for seed in range(99))
 STRETCH = next(made for made in STRETCHES if find(made, StretchGlu) and isinstance(validate(made), ValidProgram))
-    made for made in map(random_stretch, map(Random, range(99))) if find(made, StretchGlu) and isinstance(validate(made), ValidProgram)
-)
 PROGRAMS = (DECODER, STRETCH)
 CLASSES = sorted({type(task) for program in PROGRAMS for queue in program.queues for task in queue}, key=lambda cls: cls.stem)
 INTEGERS = (-(1 << 80), -(1 << 31), -17, -1, 0, 1, 2, 15, 16, 17, 0xFFFE, 0xFFFF, 1 << 16, (1 << 31) - 1, 1 << 31, 1 << 63, 1 << 80)
