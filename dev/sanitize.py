@@ -1,6 +1,6 @@
 """Runs small programs on the card under compute-sanitizer. Writes results/sanitizer-CARD.json and a log a tool beside it.
 
-    python amk_bootstrap.py amk.dev.sanitize [--tools memcheck,racecheck] [--cases bf16,unfused,cp_async,int8,fp32] [--sms 4]
+    python amk_bootstrap.py amk.dev.sanitize [--tools memcheck,racecheck] [--cases bf16,unfused,cp_async,int8,fp32,prefill] [--sms 4]
                                              [--limit SECONDS] [--sanitizer FILE] [--out FILE]
 
 Exit code 1 if a program was wrong, a tool did not come to its end, or a tool reported anything that is not expected. Expected are a race
@@ -39,7 +39,8 @@ from amk.dev.version import code_digest
 from amk.eval.card import choose, live_card
 from amk.eval.card_lock import live_card_lock
 from amk.eval.errors import EnvironmentProblem, EvalError
-from amk.eval.oracle import Plan, judge, make_reference, rounding_points
+from amk.eval.oracle import Finding, Plan, judge, make_reference, rounding_points
+from amk.eval.prefill_oracle import judge_prefill
 from amk.isa.weight_format import FORMATS
 from amk.models.model import Model, quantised_model, random_model
 from amk.schedule.compile import lower
@@ -75,9 +76,12 @@ CASES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "cp_async": ("bfloat16", None, {"kernel_knobs": {"weight_feed": "cp_async"}}),
     "int8": ("bfloat16", "int8-g32-asym", {}),
     "fp32": ("float32", None, {}),
+    "prefill": ("bfloat16", None, {}),
 }
+STRETCH = {"prefill": 32}  # positions a launch, of the cases whose program makes KV rows for another that decodes
 CONTEXT = 64
 PLAN = Plan(prompt=4, steps=6, late=(40,), late_steps=2)
+STRETCH_PLAN = Plan(prompt=40, steps=42, late=(45,), late_steps=8)  # a whole stretch and parts of two
 SPIN_LIMIT = 1 << 24  # polls: instrumented ones take 0.1 to 10 us, and a hang must end before the tool is ended
 LIMIT_S = 240.0  # of a tool, all cases together
 LAST_LINES = 12  # of the log of a tool that did not come to its end
@@ -93,7 +97,12 @@ def program(case: str, target: Target) -> Program:
     """The case's program for `target`."""
     config = parse_config(CASES[case][2])
     assert isinstance(config, Config), config
-    return lower(model(case).spec, config, target, context=CONTEXT)
+    stretch = STRETCH.get(case, 1)
+    return lower(model(case).spec, config, target, context=CONTEXT, batch=stretch, prefill=stretch > 1)
+
+
+def plan(case: str) -> Plan:
+    return STRETCH_PLAN if case in STRETCH else PLAN
 
 
 def file_name(case: str) -> str:
@@ -124,6 +133,29 @@ def find_sanitizer() -> Path:
     return found
 
 
+def judged(case: str, target: Target) -> tuple[Finding, int]:
+    """What the oracle finds of the case's program, and how often it was launched."""
+    lowered, made = program(case, target), model(case)
+    options: dict[str, Any] = {"arch": target.arch, "spin_limit": SPIN_LIMIT, "max_steps": 8}
+    reference = make_reference(made.spec, made.eager("fp32", "cpu"), plan(case), rounding_points(lowered))
+    if case not in STRETCH:
+        machine = CudaVM(proven(lowered), made.weights, binary=binary(case, lowered, target), **options)
+        finding = judge(machine, reference)
+    else:
+        decoder = CudaVM(proven(lower(made.spec, Config(), target, context=CONTEXT)), made.weights, **options)
+        machine = CudaVM(proven(lowered), made.weights, binary=binary(case, lowered, target), beside=decoder, **options)
+        finding = judge_prefill(machine, decoder, reference)
+        decoder.close()
+    machine.close()
+    return finding, machine.launches
+
+
+def proven(lowered: Program) -> ValidProgram:
+    proof = validate(lowered)
+    assert isinstance(proof, ValidProgram), proof
+    return proof
+
+
 def run_cases(cases: Sequence[str], target: Target, out: Path) -> None:
     """What happens under the tool: each case decodes a few tokens at early and late positions, judged by the source model.
 
@@ -131,16 +163,10 @@ def run_cases(cases: Sequence[str], target: Target, out: Path) -> None:
     """
     found: dict[str, object] = {}
     for case in cases:
-        lowered, made = program(case, target), model(case)
-        proven = validate(lowered)
-        assert isinstance(proven, ValidProgram), proven
-        built = binary(case, lowered, target)
-        machine = CudaVM(proven, made.weights, arch=target.arch, binary=built, spin_limit=SPIN_LIMIT, max_steps=8)
         began = time.monotonic()
-        finding = judge(machine, make_reference(made.spec, made.eager("fp32", "cpu"), PLAN, rounding_points(lowered)))
-        machine.close()
+        finding, launches = judged(case, target)
         seconds = round(time.monotonic() - began, 1)
-        found[case] = {"correct": finding.correct, "failures": finding.failures, "launches": machine.launches, "seconds": seconds}
+        found[case] = {"correct": finding.correct, "failures": finding.failures, "launches": launches, "seconds": seconds}
         write_json(out, found)
         print(f"{case}: correct is {finding.correct} after {seconds} s", flush=True)
 

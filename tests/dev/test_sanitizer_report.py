@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 
-from amk.dev.sanitize import CASES, OPTIONS, PLAN, TOOLS, examined, file_name, model, program, run_tool, small
+from amk.dev.sanitize import CASES, CONTEXT, OPTIONS, STRETCH, TOOLS, examined, file_name, model, plan, program, run_tool, small
+from amk.dev.sanitize import proven as validated
 from amk.dev.sanitizer_report import SYNC_WORDS, function_lines, reports, summary
 from amk.eval.oracle import judge, make_reference, rounding_points
+from amk.eval.prefill_oracle import judge_prefill
+from amk.schedule.compile import lower
+from amk.schedule.knobs import Config
 from amk.schedule.targets import TARGETS
-from amk.schedule.validate import ValidProgram, validate
 from amk.vm.reference import ReferenceVM
 from amk.vm.source import kernel_source
 
@@ -136,7 +139,11 @@ def test_every_tool_is_asked_for_by_its_name_and_looks_at_the_megakernel_alone()
 @pytest.mark.parametrize("case", CASES)
 def test_every_case_is_a_correct_program_of_few_sms(case: str) -> None:
     lowered, made = program(case, small(TARGETS["h200"], 4)), model(case)
-    proven = validate(lowered)
-    assert isinstance(proven, ValidProgram) and len(lowered.queues) == 4
-    reference = make_reference(made.spec, made.eager("fp32", "cpu"), PLAN, rounding_points(lowered))
-    assert judge(ReferenceVM(proven, made.weights), reference).correct
+    proven = validated(lowered)
+    assert len(lowered.queues) == 4
+    reference = make_reference(made.spec, made.eager("fp32", "cpu"), plan(case), rounding_points(lowered))
+    if case in STRETCH:
+        decoder = ReferenceVM(validated(lower(made.spec, Config(), small(TARGETS["h200"], 4), context=CONTEXT)), made.weights)
+        assert judge_prefill(ReferenceVM(proven, made.weights, beside=decoder), decoder, reference).correct
+    else:
+        assert judge(ReferenceVM(proven, made.weights), reference).correct
