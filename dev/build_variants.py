@@ -82,7 +82,7 @@ def variants() -> list[Variant]:
         Variant("llama-3.1-8b, batch 8", describe("llama-3.1-8b-shape"), {}, batch=8),
         Variant("smollm2-135m, batch 8", describe("smollm2-135m-shape"), {}, ("a100",), batch=8),
         Variant("small fp16, batch 16", fp16, {"threads_per_block": 128}, OTHERS, batch=16),
-        *(Variant(f"llama-3.2-1b, prefill by {batch}", one_b, {}, batch=batch, prefill=True) for batch in STRETCHES),
+        *(Variant(f"llama-3.2-1b, prefill by {batch}", one_b, {}, batch=batch, prefill=True, spills=batch == 64) for batch in STRETCHES),
         Variant("llama-3.1-8b, prefill by 128", describe("llama-3.1-8b-shape"), {}, batch=128, prefill=True),
         Variant("qwen3-0.6b, prefill by 128", describe("qwen3-0.6b-shape"), {}, ("b200",), batch=128, prefill=True),
         Variant("smollm2-135m, prefill by 64", describe("smollm2-135m-shape"), {}, ("a100",), batch=64, prefill=True),

@@ -1,4 +1,4 @@
-"""Runs small programs on the card under compute-sanitizer. Writes results/sanitizer-CARD.json and a log a tool beside it.
+"""Runs small programs on the card under compute-sanitizer. Writes results/sanitizer-CARD.json and a log a case beside it.
 
     python amk_bootstrap.py amk.dev.sanitize [--tools memcheck,racecheck] [--cases bf16,unfused,cp_async,int8,fp32,prefill] [--sms 4]
                                              [--limit SECONDS] [--sanitizer FILE] [--out FILE]
@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
@@ -63,6 +63,7 @@ TOOLS: dict[str, tuple[str, ...]] = {  # and how each is asked for
     "racecheck-no-bulk": (*RACECHECK, "--check-bulk-copy", "no"),
     "synccheck": ("--tool", "synccheck", *ON_BARRIERS),
 }
+EVERY_LANE = {"EVERY_LANE_ARRIVES": 1}  # the build for racecheck, which does not follow that a warp's lanes are together when one arrives
 OPTIONS = ("--kernel-name", "kernel_substring=megakernel", "--print-limit", "1000")
 TINY: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -110,14 +111,19 @@ def file_name(case: str) -> str:
     return f"megakernel-{case}.cu"
 
 
-def build(case: str, target: Target) -> None:
+def macros(tool: str) -> dict[str, int]:
+    """Those of the build that a tool looks at."""
+    return EVERY_LANE if tool.startswith("racecheck") else {}
+
+
+def build(case: str, tool: str, target: Target) -> None:
     """The case's kernel is in the cache of cubins then. BuildFailed if it does not compile."""
-    binary(case, program(case, target), target)
+    binary(case, tool, program(case, target), target)
 
 
-def binary(case: str, lowered: Program, target: Target) -> Binary:
-    """The kernel as it is measured, but for line numbers."""
-    return compile_kernel(kernel_source(lowered), target.arch, file_name(case), lines=True)
+def binary(case: str, tool: str, lowered: Program, target: Target) -> Binary:
+    """The kernel as it is measured, but for line numbers and what the tool needs to follow it."""
+    return compile_kernel(kernel_source(lowered, **macros(tool)), target.arch, file_name(case), lines=True)
 
 
 def find_sanitizer() -> Path:
@@ -133,17 +139,18 @@ def find_sanitizer() -> Path:
     return found
 
 
-def judged(case: str, target: Target) -> tuple[Finding, int]:
+def judged(case: str, tool: str, target: Target) -> tuple[Finding, int]:
     """What the oracle finds of the case's program, and how often it was launched."""
     lowered, made = program(case, target), model(case)
+    built = binary(case, tool, lowered, target)
     options: dict[str, Any] = {"arch": target.arch, "spin_limit": SPIN_LIMIT, "max_steps": 8}
     reference = make_reference(made.spec, made.eager("fp32", "cpu"), plan(case), rounding_points(lowered))
     if case not in STRETCH:
-        machine = CudaVM(proven(lowered), made.weights, binary=binary(case, lowered, target), **options)
+        machine = CudaVM(proven(lowered), made.weights, binary=built, **options)
         finding = judge(machine, reference)
     else:
         decoder = CudaVM(proven(lower(made.spec, Config(), target, context=CONTEXT)), made.weights, **options)
-        machine = CudaVM(proven(lowered), made.weights, binary=binary(case, lowered, target), beside=decoder, **options)
+        machine = CudaVM(proven(lowered), made.weights, binary=built, beside=decoder, **options)
         finding = judge_prefill(machine, decoder, reference)
         decoder.close()
     machine.close()
@@ -156,7 +163,7 @@ def proven(lowered: Program) -> ValidProgram:
     return proof
 
 
-def run_cases(cases: Sequence[str], target: Target, out: Path) -> None:
+def run_cases(cases: Sequence[str], tool: str, target: Target, out: Path) -> None:
     """What happens under the tool: each case decodes a few tokens at early and late positions, judged by the source model.
 
     What is found goes to `out`, written anew after each case: a run that is cut keeps it.
@@ -164,18 +171,19 @@ def run_cases(cases: Sequence[str], target: Target, out: Path) -> None:
     found: dict[str, object] = {}
     for case in cases:
         began = time.monotonic()
-        finding, launches = judged(case, target)
+        finding, launches = judged(case, tool, target)
         seconds = round(time.monotonic() - began, 1)
         found[case] = {"correct": finding.correct, "failures": finding.failures, "launches": launches, "seconds": seconds}
         write_json(out, found)
         print(f"{case}: correct is {finding.correct} after {seconds} s", flush=True)
 
 
-def run_tool(command: Sequence[str], cases: Sequence[str], sms: int, log: Path, limit_s: float) -> tuple[int, dict[str, Any]]:
+def run_tool(command: Sequence[str], tool: str, cases: Sequence[str], sms: int, log: Path, limit_s: float) -> tuple[int, dict[str, Any]]:
     """The exit code of the tool (124: it took too long and was ended) and what the cases found; all that was printed goes to `log`."""
     found = log.with_suffix(".found")
     found.unlink(missing_ok=True)
-    child = [sys.executable, str(ROOT / "amk_bootstrap.py"), "amk.dev.sanitize", "--child", "--cases", ",".join(cases), "--sms", str(sms)]
+    child = [sys.executable, str(ROOT / "amk_bootstrap.py"), "amk.dev.sanitize", "--child", "--tools", tool]
+    child += ["--cases", ",".join(cases), "--sms", str(sms)]
     # Each tensor is an allocation of its own, and its end is one. What a case says is in the log before a later one hangs.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONUNBUFFERED": "1"}
     with log.open("w", encoding="utf-8") as file:
@@ -193,15 +201,15 @@ def run_tool(command: Sequence[str], cases: Sequence[str], sms: int, log: Path, 
     return code, cases_found
 
 
-def examined(tool: str, code: int, found: dict[str, Any], text: str, sources: dict[str, str]) -> dict[str, Any]:
-    """The tool's part of the results. Clean: it came to its end, every case is correct, and it reported nothing that is not expected."""
+def examined(tool: str, case: str, code: int, found: dict[str, Any], text: str, source: str) -> dict[str, Any]:
+    """A case's part of the tool's results. Clean: the tool came to its end, the case is correct, and every report is expected."""
     said, count = summary(text) or (None, 0)
-    listed = reports(text, {file_name(case): source for case, source in sources.items()})
+    listed = reports(text, {file_name(case): source})
     unexpected = [report for report in listed if not report["expected"]]
     unread = max(0, count - sum(report["times"] for report in listed))  # counted by the tool, but not printed or not understood
-    correct = set(found) == set(sources) and all(case["correct"] for case in found.values())
+    correct = set(found) == {case} and found[case]["correct"]
     return {
-        "tool": tool, "exit_code": code, "summary": said, "cases": found, "reports": listed, "unexpected": len(unexpected),
+        "tool": tool, "case": case, "exit_code": code, "summary": said, "cases": found, "reports": listed, "unexpected": len(unexpected),
         "unread": unread, "clean": said is not None and code == 0 and correct and not unexpected and not unread,
     }  # fmt: skip
 
@@ -214,10 +222,8 @@ def tell(part: dict[str, Any], log: str) -> None:
             print(f"      {line}")
     if part["summary"] is None or part["exit_code"]:
         print(*log.splitlines()[-LAST_LINES:], sep="\n")
-    state = "clean" if part["clean"] else "NOT CLEAN"
-    print(
-        f"{part['tool']}: {state}; {part['summary'] or 'no summary: it did not come to its end'}; exit code {part['exit_code']}", flush=True
-    )
+    state, end = "clean" if part["clean"] else "NOT CLEAN", part["summary"] or "no summary: it did not come to its end"
+    print(f"{part['tool']} of {part['case']}: {state}; {end}; exit code {part['exit_code']}", flush=True)
 
 
 def small(target: Target, sms: int) -> Target:
@@ -233,8 +239,9 @@ def sanitize(asked: argparse.Namespace) -> bool:
     lowered = {case: program(case, cut) for case in asked.cases}
     sources = {case: kernel_source(entry) for case, entry in lowered.items()}
     print(f"building {', '.join(asked.cases)}", flush=True)
-    with ProcessPoolExecutor(len(asked.cases), mp_context=get_context("spawn")) as pool:
-        list(pool.map(build, asked.cases, [cut] * len(asked.cases)))
+    builds = [(case, tool) for case in asked.cases for tool in asked.tools]
+    with ProcessPoolExecutor(min(len(builds), os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+        list(pool.map(build, *zip(*builds, strict=True), [cut] * len(builds)))
     out = asked.out or Path("results") / f"sanitizer-{target.name}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     head = {
@@ -243,14 +250,20 @@ def sanitize(asked: argparse.Namespace) -> bool:
     }  # fmt: skip
     parts: list[dict[str, Any]] = []
     for tool in asked.tools:
-        log = out.with_name(f"{out.stem}-{tool}.log")
-        print(f"{tool}: running {', '.join(asked.cases)} on {cut.sms} SMs; its output goes to {log}", flush=True)
+        print(f"{tool}: running {', '.join(asked.cases)} on {cut.sms} SMs, each in a process of its own", flush=True)
         began = time.monotonic()
-        code, found = run_tool([str(sanitizer), *TOOLS[tool], *OPTIONS], asked.cases, asked.sms, log, asked.limit)
-        text = log.read_text(encoding="utf-8", errors="replace")
-        took = {"seconds": round(time.monotonic() - began, 1), "options": [*TOOLS[tool], *OPTIONS]}
-        parts.append(examined(tool, code, found, text, sources) | took)
-        tell(parts[-1], text)
+
+        def run(case: str, tool: str = tool) -> tuple[int, dict[str, Any], str]:
+            log = out.with_name(f"{out.stem}-{tool}-{case}.log")
+            code, found = run_tool([str(sanitizer), *TOOLS[tool], *OPTIONS], tool, [case], asked.sms, log, asked.limit)
+            return code, found, log.read_text(encoding="utf-8", errors="replace")
+
+        with ThreadPoolExecutor(len(asked.cases)) as threads:
+            ended = list(threads.map(run, asked.cases))
+        took = {"seconds": round(time.monotonic() - began, 1), "options": [*TOOLS[tool], *OPTIONS], "macros": macros(tool)}
+        for case, (code, found, text) in zip(asked.cases, ended, strict=True):
+            parts.append(examined(tool, case, code, found, text, sources[case]) | took)
+            tell(parts[-1], text)
         write_results(out, {**head, "tools": parts})
     return all(part["clean"] for part in parts)
 
@@ -272,7 +285,7 @@ def main() -> None:
         print("sanitize: needs an NVIDIA card and its driver, but none was found", file=sys.stderr)
         sys.exit(3)
     if asked.child:
-        return run_cases(asked.cases, small(choose(None, "cuda").target, asked.sms), asked.out)
+        return run_cases(asked.cases, asked.tools[0], small(choose(None, "cuda").target, asked.sms), asked.out)
     try:
         with live_card_lock(partial(print, flush=True)):
             clean = sanitize(asked)

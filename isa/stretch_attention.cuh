@@ -10,8 +10,9 @@ constexpr int HEADS_A_KV_HEAD = HEADS / KV_HEADS;
 constexpr int HEAD_STEPS = HD / 16;
 // The largest divisor of n that is at most `most`.
 constexpr int largest_divisor_to(int n, int most) { return n % most ? largest_divisor_to(n, most - 1) : most; }
-// Heads whose output a warp has registers for.
-constexpr int HEADS_AT_ONCE = largest_divisor_to(HEADS_A_KV_HEAD, max_of(1, min_of(HEADS_A_KV_HEAD, 16 / HEAD_STEPS)));
+// Heads that a warp takes at once: with a block's K and V and each head's output, sums and scores in at most 128 registers.
+constexpr int MOST_HEADS_AT_ONCE = max_of(1, (128 - 8 * HEAD_STEPS) / (4 * HEAD_STEPS + 8));
+constexpr int HEADS_AT_ONCE = largest_divisor_to(HEADS_A_KV_HEAD, min_of(HEADS_A_KV_HEAD, MOST_HEADS_AT_ONCE));
 
 // q of every head as the products' B operands; then, for one head at a time, of each warp and seat maximum, sum and output.
 struct StretchScratch {

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 INCLUDE = re.compile(r'^#include "([^"]+)"$', re.MULTILINE)
 ELEMENT = {"bf16": 0, "fp16": 1, "fp32": 2}
 IMAGE_HEAD_BYTES = 32
-TEST_MACROS = {"DRY_FEED": 0, "STRESS": 0, "HANG_ACTOR": 0, "TURING": 0}
+TEST_MACROS = {"DRY_FEED": 0, "STRESS": 0, "HANG_ACTOR": 0, "TURING": 0, "EVERY_LANE_ARRIVES": 0}
 
 
 def image_bytes(program: Program) -> int:
@@ -62,7 +62,7 @@ def constants(program: Program, layout: SharedLayout, macros: dict[str, int]) ->
         "SCRATCH_OFFSET": layout.scratch, "REDUCTION_OFFSET": layout.reduction, "TASKS_OFFSET": layout.tasks,
         "STREAM_OFFSET": layout.streams, "BUFFERS_OFFSET": layout.buffers, "BARRIER_OFFSET": layout.barriers,
         "BARRIER_BYTES": layout.barrier_bytes, "POLL_SLEEP_NS": d.poll_sleep_ns, "RELEASE_EARLY": d.release_early,
-        "HANG_ACTOR": macros["HANG_ACTOR"],
+        "HANG_ACTOR": macros["HANG_ACTOR"], "EVERY_LANE_ARRIVES": macros["EVERY_LANE_ARRIVES"],
     }  # fmt: skip
 
 

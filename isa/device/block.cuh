@@ -22,6 +22,11 @@ constexpr int FRAGMENT_BYTES = 512;
 constexpr int SLOT_ROW = 20;  // floats of one warp's partial tile: 16 rows, the sum of squares, padding against bank conflicts
 constexpr uint16_t NONE = 0xFFFF;
 
+// A warp's arrival is its first lane's, after the others' accesses. In a build for racecheck, which does not follow what orders lanes of a warp,
+// every lane makes one of its own.
+constexpr int WARP_ARRIVALS = EVERY_LANE_ARRIVES ? 32 : 1;
+__device__ __forceinline__ bool arrives(int lane) { return EVERY_LANE_ARRIVES || lane == 0; }
+
 struct Barriers {
   Barrier full[STAGES], empty[STAGES];                              // ring: copied / released by all consumers
   Barrier slot_full[REDUCTION_SLOTS], slot_free[REDUCTION_SLOTS];   // reduction: written by all consumers / read by the storer
@@ -115,12 +120,16 @@ struct Consumer {
   // loads have come. That they have been issued is not enough: they queue behind other loads of the SM, and bulk copies do not.
   __device__ __forceinline__ void release_chunk(uint32_t read) {
     const bool none = __any_sync(~0u, (read & b.p.zero) != 0u);
-    if (lane == 0) barrier_arrive(&b.barriers().empty[taken] + none);
+    if (arrives(lane)) barrier_arrive(&b.barriers().empty[taken] + none);
   }
   // The same for the N chunks from slot `from` on, at once.
   template <int N>
   __device__ __forceinline__ void release_chunks(uint32_t from, uint32_t read) {
     const bool none = __any_sync(~0u, (read & b.p.zero) != 0u);
+    if constexpr (EVERY_LANE_ARRIVES) {
+      for (int i = 0; i < N; ++i) barrier_arrive(&b.barriers().empty[(from + i) % STAGES] + none);
+      return;
+    }
     const uint32_t at = from + lane < STAGES ? from + lane : from + lane - STAGES;
     if (lane < N) barrier_arrive(&b.barriers().empty[at] + none);
   }
@@ -132,7 +141,7 @@ struct Consumer {
   }
   __device__ __forceinline__ void fill_reduction_slot() {
     __syncwarp();
-    if (lane == 0) barrier_arrive(&b.barriers().slot_full[red]);
+    if (arrives(lane)) barrier_arrive(&b.barriers().slot_full[red]);
     if (++red == REDUCTION_SLOTS) { red = 0; red_parity ^= 1; }
   }
   // All consumers of the SM have arrived; what each wrote to shared memory before is visible to all.
@@ -140,7 +149,7 @@ struct Consumer {
     __syncwarp();
     Barrier* bar = &b.barriers().consumers;
     const uint32_t parity = meet_parity;
-    if (lane == 0) barrier_arrive(bar);
+    if (arrives(lane)) barrier_arrive(bar);
     wait_until(abort, WAIT_BARRIER, [=] { return barrier_passed(bar, parity); });
     meet_parity ^= 1;
   }
@@ -207,7 +216,7 @@ struct Storer {
     }
     if (want_squares) squares = ss + __shfl_xor_sync(~0u, ss, 16);
     sum += __shfl_xor_sync(~0u, sum, 16);  // all lanes have read
-    if (lane == 0) barrier_arrive(&b.barriers().slot_free[red]);
+    if (arrives(lane)) barrier_arrive(&b.barriers().slot_free[red]);
     if (++red == REDUCTION_SLOTS) { red = 0; red_parity ^= 1; }
     return sum;
   }

@@ -292,7 +292,7 @@ struct ScaledSeats {
       y[block] = make_float4(sum.x * scale[block], sum.y * scale[block], sum.z * scale[block], sum.w * scale[block]);
     }
     __syncwarp();
-    if (s.lane == 0) barrier_arrive(&s.b.barriers().slot_free[s.red]);
+    if (arrives(s.lane)) barrier_arrive(&s.b.barriers().slot_free[s.red]);
     if (++s.red == REDUCTION_SLOTS) { s.red = 0; s.red_parity ^= 1; }
   }
 

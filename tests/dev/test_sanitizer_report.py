@@ -56,7 +56,7 @@ def out_of_bounds(thread: int, line: int = 7) -> str:
 
 def outcome(text: str, found: dict[str, Any] | None = None, code: int = 0) -> dict[str, Any]:
     cases = {"bf16": {"correct": True, "failures": [], "launches": 3}} if found is None else found
-    return examined("a tool", code, cases, text, {"bf16": SOURCE})
+    return examined("a tool", "bf16", code, cases, text, SOURCE)
 
 
 def test_a_run_without_reports_is_clean() -> None:
@@ -123,9 +123,9 @@ print("========= ERROR SUMMARY: 0 errors")
 def test_a_tool_that_is_cut_keeps_the_cases_that_ended(seconds: str, code: int, tmp_path: Path) -> None:
     """The tool is played by a process that finds a case right, and then ends or hangs."""
     log = tmp_path / "x.log"
-    found = run_tool([sys.executable, "-c", FAKE, seconds], ["bf16"], 4, log, 5.0)
+    found = run_tool([sys.executable, "-c", FAKE, seconds], "memcheck", ["bf16"], 4, log, 5.0)
     assert found == (code, {"bf16": {"correct": True}})
-    part = examined("memcheck", *found, log.read_text(), {"bf16": SOURCE})
+    part = examined("memcheck", "bf16", *found, log.read_text(), SOURCE)
     assert part["clean"] == (code == 0) and "bf16: correct" in log.read_text()
     assert list(tmp_path.iterdir()) == [log]
 

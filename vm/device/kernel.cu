@@ -19,13 +19,13 @@ __device__ __forceinline__ void copy_words(uint8_t* to, const uint8_t* from, int
 __device__ __forceinline__ void init_barriers(Barriers& bars) {
   for (int i = 0; i < STAGES; ++i) {
     barrier_init(&bars.full[i], FULL_ARRIVALS);
-    barrier_init(&bars.empty[i], CONSUMER_WARPS);
+    barrier_init(&bars.empty[i], CONSUMER_WARPS * WARP_ARRIVALS);
   }
   for (int i = 0; i < REDUCTION_SLOTS; ++i) {
-    barrier_init(&bars.slot_full[i], CONSUMER_WARPS);
-    barrier_init(&bars.slot_free[i], 1);
+    barrier_init(&bars.slot_full[i], CONSUMER_WARPS * WARP_ARRIVALS);
+    barrier_init(&bars.slot_free[i], WARP_ARRIVALS);
   }
-  barrier_init(&bars.consumers, CONSUMER_WARPS);
+  barrier_init(&bars.consumers, CONSUMER_WARPS * WARP_ARRIVALS);
   bars.released = bars.finished = 0;
   barrier_init_done();
 }
