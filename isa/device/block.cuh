@@ -23,7 +23,7 @@ constexpr int SLOT_ROW = 20;  // floats of one warp's partial tile: 16 rows, the
 constexpr uint16_t NONE = 0xFFFF;
 
 // A warp's arrival is its first lane's, after the others' accesses. In a build for racecheck, which does not follow what orders lanes of a warp,
-// every lane makes one of its own.
+// every lane makes one of its own, and waits for itself.
 constexpr int WARP_ARRIVALS = EVERY_LANE_ARRIVES ? 32 : 1;
 __device__ __forceinline__ bool arrives(int lane) { return EVERY_LANE_ARRIVES || lane == 0; }
 
@@ -239,7 +239,7 @@ struct Feeder {
   // What one lane has acquired the warp's meeting hands on to all.
   template <class Ready>
   __device__ __forceinline__ bool wait(uint32_t kind, Ready ready) const {
-    if constexpr (FEEDER_LANES == 1) return poll_until(abort, kind, ready);
+    if constexpr (FEEDER_LANES == 1 || EVERY_LANE_ARRIVES) return poll_until(abort, kind, ready);
     bool here = true;
     if ((threadIdx.x & 31) == 0) here = poll_until(abort, kind, ready);
     here = __shfl_sync(~0u, here, 0);
