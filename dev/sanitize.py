@@ -149,7 +149,8 @@ def judged(case: str, tool: str, target: Target) -> tuple[Finding, int]:
         machine = CudaVM(proven(lowered), made.weights, binary=built, **options)
         finding = judge(machine, reference)
     else:
-        decoder = CudaVM(proven(lower(made.spec, Config(), target, context=CONTEXT)), made.weights, **options)
+        beside = lower(made.spec, Config(), target, context=CONTEXT)
+        decoder = CudaVM(proven(beside), made.weights, binary=binary(case, tool, beside, target), **options)
         machine = CudaVM(proven(lowered), made.weights, binary=built, beside=decoder, **options)
         finding = judge_prefill(machine, decoder, reference)
         decoder.close()
