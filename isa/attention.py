@@ -23,6 +23,17 @@ TWO_PART_GROUP = MAX_GROUP // 2  # up to this many heads, q and probabilities go
 PARTIAL_HEAD = 2  # packets before a partial's values: running maximum (base 2) and sum
 
 
+def rotate_heads(memory: Memory, heads: F32, gain: int, position: int) -> F32:
+    """Head norm (if `gain`, a constants offset, is not negative) and RoPE on [heads, head_dim] at a position."""
+    dim = memory.machine.head_dim
+    if gain >= 0:
+        scale = 1.0 / np.sqrt((heads * heads).mean(axis=1, keepdims=True) + np.float32(memory.machine.rms_eps))
+        heads = (heads * scale * memory.constant(gain, dim)).astype(np.float32)
+    cos, sin = memory.rope(position).T
+    low, high = heads[:, : dim // 2], heads[:, dim // 2 :]
+    return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=1).astype(np.float32)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Attention(Instruction):
     """Query heads [q0, q0 + nq) against KV head `kv_head` of `layer`.
@@ -134,18 +145,8 @@ class Attention(Instruction):
             m, total, o = self._merge(machine, (m, total, o), memory.read(reads[3]))
         return [(access, round_to(o / total, machine.dtype).ravel())]
 
-    def _rotate(self, memory: Memory, heads: F32, gain: int, position: int) -> F32:
-        """Head norm (if `gain` >= 0) and RoPE on [heads, head_dim]."""
-        dim = memory.machine.head_dim
-        if gain >= 0:
-            scale = 1.0 / np.sqrt((heads * heads).mean(axis=1, keepdims=True) + np.float32(memory.machine.rms_eps))
-            heads = (heads * scale * memory.constant(gain, dim)).astype(np.float32)
-        cos, sin = memory.rope(position).T
-        low, high = heads[:, : dim // 2], heads[:, dim // 2 :]
-        return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=1).astype(np.float32)
-
     def _query(self, memory: Memory, q: F32, position: int) -> F32:
-        heads = self._rotate(memory, q.reshape(self.nq, -1), self.q_gain, position)
+        heads = rotate_heads(memory, q.reshape(self.nq, -1), self.q_gain, position)
         return self._operand(heads * np.float32(LOG2E / memory.machine.head_dim**0.5), memory.machine.dtype)
 
     def _operand(self, values: F32, dtype: str) -> F32:
@@ -154,7 +155,7 @@ class Attention(Instruction):
 
     def _append(self, memory: Memory, k: F32, v: F32, position: int) -> None:
         dtype = memory.machine.dtype
-        row = self._rotate(memory, k.reshape(1, -1), self.k_gain, position)
+        row = rotate_heads(memory, k.reshape(1, -1), self.k_gain, position)
         memory.write_kv(self.layer, self.kv_head, position, round_to(row[0], dtype), round_to(v, dtype))
 
     def _attend(self, memory: Memory, q: F32, ranges: list[tuple[int, int]]) -> tuple[F32, F32, F32]:

@@ -8,8 +8,8 @@ from typing import ClassVar
 import numpy as np
 
 from amk.isa.abi import I32, NONE, U16
-from amk.isa.attention import LOG2E
-from amk.isa.instruction import F32, Access, Instruction, Memory, Publishes
+from amk.isa.attention import LOG2E, rotate_heads
+from amk.isa.instruction import Access, Instruction, Memory, Publishes
 from amk.isa.machine import Machine
 from amk.isa.rounding import round_to
 from amk.isa.seat_norm import share_sums
@@ -72,21 +72,11 @@ class SeatQkv(Instruction):
             rows = rows + memory.constant(self.bias, len(rows))
         heads = rows.reshape(-1, machine.head_dim)
         place = min(position + self.seat, machine.context - 1)
-        q = self._rotated(memory, heads[: machine.heads], self.q_gain, place) * np.float32(LOG2E / machine.head_dim**0.5)
-        k = self._rotated(memory, heads[machine.heads : machine.heads + machine.kv_heads], self.k_gain, place)
+        q = rotate_heads(memory, heads[: machine.heads], self.q_gain, place) * np.float32(LOG2E / machine.head_dim**0.5)
+        k = rotate_heads(memory, heads[machine.heads : machine.heads + machine.kv_heads], self.k_gain, place)
         q, k, v = (round_to(part, machine.dtype) for part in (q, k, heads[machine.heads + machine.kv_heads :]))
         if self.seat < memory.active():
             for head in range(machine.kv_heads):
                 memory.write_kv(self.layer, head, position + self.seat, k[head], v[head])
         kv = np.pad(np.concatenate([k, v]), ((0, 0), (0, machine.padded_head_dim - machine.head_dim)))
         return list(zip(self.writes(machine, position), (q.ravel(), kv.ravel()), strict=False))
-
-    def _rotated(self, memory: Memory, rows: F32, gain: int, place: int) -> F32:
-        """Head norm (if `gain` >= 0) and RoPE of rows [heads, head_dim]."""
-        dim = memory.machine.head_dim
-        if gain >= 0:
-            scale = 1.0 / np.sqrt((rows * rows).mean(axis=1, keepdims=True) + np.float32(memory.machine.rms_eps))
-            rows = (rows * scale * memory.constant(gain, dim)).astype(np.float32)
-        cos, sin = memory.rope(place).T
-        low, high = rows[:, : dim // 2], rows[:, dim // 2 :]
-        return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=1).astype(np.float32)

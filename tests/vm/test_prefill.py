@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from amk.isa import seat_qkv
 from amk.isa.abi import NONE
+from amk.isa.attention import rotate_heads
 from amk.isa.instruction import Instruction
 from amk.isa.seat_qkv import SeatQkv
 from amk.isa.stretch_attention import StretchAttention
@@ -228,8 +230,8 @@ def test_a_program_runs_from_its_packed_bytes(make_spec: Any) -> None:
 # ---- mutants of the meaning are found by the rows
 
 
-def _late_rotation(self: SeatQkv, memory: Any, rows: Any, gain: int, place: int) -> Any:
-    return ROTATED(self, memory, rows, gain, place + (place >= 16))
+def _late_rotation(memory: Any, heads: Any, gain: int, place: int) -> Any:
+    return rotate_heads(memory, heads, gain, place + (place >= 16))
 
 
 def _stale_row(self: SeatQkv, memory: Any, position: int) -> Any:
@@ -244,8 +246,11 @@ def _without_the_last_run(task: Instruction) -> Instruction:
     return replace(task, runs=task.runs - 1) if isinstance(task, StretchSums) and task.runs > 1 else task
 
 
-ROTATED, RUN = SeatQkv._rotated, SeatQkv.run
-MEANINGS = {"rotation of the next position": ("_rotated", _late_rotation), "the row of the seat before": ("run", _stale_row)}
+RUN = SeatQkv.run
+MEANINGS = {
+    "rotation of the next position": (seat_qkv, "rotate_heads", _late_rotation),
+    "the row of the seat before": (SeatQkv, "run", _stale_row),
+}
 TASKS = {"a window that hides old rows": _hidden, "a run of K left out": _without_the_last_run}
 
 
@@ -255,7 +260,7 @@ def test_wrong_meanings_are_seen_in_the_rows(mutant: str, make_spec: Any, make_s
     source, tokens = make_source(spec), random.Random(5).choices(range(spec.vocab), k=70)
     decoder, prefill = pair(spec, source, 32)
     if mutant in MEANINGS:
-        monkeypatch.setattr(SeatQkv, *MEANINGS[mutant])
+        monkeypatch.setattr(*MEANINGS[mutant])
     else:
         prefill.program = _with_tasks(TASKS[mutant])(prefill.program)
     try:
