@@ -22,6 +22,7 @@ from amk.schedule.knobs import KNOBS
 
 Row = dict[str, Any]
 SAME_DEFAULT = (*IDENTITY, "context", "code_sha256")
+CAME = ("commit", "cards", "time_utc")  # what a provenance has at least
 
 
 class Unlike(ValueError):
@@ -44,6 +45,38 @@ def in_order(rows: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: (row["model"], order[row["knob"]]))
 
 
+def read_part(path: Path) -> Row:
+    """A file of knob effects. ValueError, which names it, for one that is cut or of another form."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise ValueError(f"{path}: must be a file that knob_effects wrote, but is cut or no JSON ({problem})") from problem
+    for key in ("provenance", "plain_read_gbs", "defaults", "rows"):
+        if not (isinstance(data, dict) and _is_formed(key, data.get(key))):
+            raise ValueError(f"{path}: must be a file that knob_effects wrote, but {key} is missing or of another form")
+    return dict(data)
+
+
+def _is_formed(key: str, value: object) -> bool:
+    """Whether a file's `key` has the form in which knob_effects writes it, as far as others rely on it before they look."""
+    if key == "provenance":
+        return isinstance(value, dict) and value.keys() >= set(CAME)
+    of = (int, float) if key == "plain_read_gbs" else dict
+    return isinstance(value, list) and all(isinstance(item, of) for item in value)
+
+
+def parts_at(paths: Sequence[Path]) -> dict[str, Row]:
+    """The parts in these files by name: with its folder where two files have one name."""
+    names = [path.name for path in paths]
+    found: dict[str, Row] = {}
+    for path in paths:
+        name = path.name if names.count(path.name) == 1 else f"{path.resolve().parent.name}/{path.name}"
+        if name in found:
+            raise Unlike(f"{name}: must be named once, but is there again as {path}")
+        found[name] = read_part(path)
+    return found
+
+
 class Keeper:
     """The file of a run: written anew after each knob, with what it had of the same commit, card and driver."""
 
@@ -53,7 +86,7 @@ class Keeper:
         self.defaults: list[Row] = []
         self.found: list[Row] = []
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = read_part(path)
         except (OSError, ValueError):
             return
         now = provenance()
@@ -81,7 +114,8 @@ def merged(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The parts, by name, as one file; each line says whose it is.
 
     Unlike if they are not of one known commit, of cards of one name with one driver, of the same default programs with outputs of the same
-    bits, or if two have the same knob of a model. ValueError for a part that breaks a rule of honesty.
+    bits, if two have the same knob of a model, or if one has a knob that is none or of a model whose default it lacks. ValueError for a
+    part that breaks a rule of honesty.
     """
     if not parts:
         raise Unlike("there must be at least one part, but there is none")
@@ -92,6 +126,7 @@ def merged(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     commit = next(iter(parts.values()))["provenance"]["commit"]
     if not is_known(commit):
         raise Unlike(f"parts must be of a commit without changes, but are of {commit}")
+    _require_known(parts)
     _require_apart(parts)
     newest = max((part["provenance"] for part in parts.values()), key=lambda came: str(came["time_utc"]))
     cards = [card for part in parts.values() for card in part["provenance"]["cards"]]
@@ -110,6 +145,18 @@ def _require_one(what: str, found: Mapping[str, Any]) -> None:
     for name, value in found.items():
         if value != first:
             raise Unlike(f"{what}: must be the same in every part, but {first_name} has {first} and {name} has {value}")
+
+
+def _require_known(parts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Unlike if a line is of no knob, or of a model whose default program its part does not name."""
+    knobs = {knob.name for knob in KNOBS}
+    for name, part in parts.items():
+        models = {row["model"] for row in part["defaults"]}
+        for row in part["rows"]:
+            if row["knob"] not in knobs:
+                raise Unlike(f"{name}: must have lines of knobs, but has one of {row['knob']}")
+            if row["model"] not in models:
+                raise Unlike(f"{name}: must have the default of {row['model']}, whose knobs it has")
 
 
 def _require_apart(parts: Mapping[str, Mapping[str, Any]]) -> None:
@@ -139,7 +186,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, help="the file to write, named after the card")
     asked = parser.parse_args()
     try:
-        whole = merged({path.name: json.loads(path.read_text(encoding="utf-8")) for path in asked.parts})
+        whole = merged(parts_at(asked.parts))
         honest_rows(asked.out.name, whole, "rows")
     except (OSError, ValueError, KeyError) as problem:
         print(f"knob_file: {problem}", file=sys.stderr)

@@ -197,9 +197,9 @@ def _no_ring(draft: Machine, settings: Settings, graph: Graph, queues: Queues) -
     tasks = max(map(len, queues.queues))
     taken = f"{target.shared_bytes - room} of the {target.shared_bytes} bytes on {target.name}"
     rest = f"{tasks} tasks, scratch and reduction slots take {taken}"
-    stage = draft.slot_bytes
+    stage, fewer = draft.slot_bytes, "" if settings.prefill else "; a larger N_tile makes fewer tasks"  # of a stretch tasks are groups
     if room < stage:
-        allowed = f"such that one stage of {stage} bytes fits ({rest}; a larger N_tile makes fewer tasks)"
+        allowed = f"such that one stage of {stage} bytes fits ({rest}{fewer})"
     else:
         allowed = f"at least one stage of {stage} bytes and at most {room // stage * stage} ({rest})"
     return reject("smem_bytes_per_block", asked, allowed)

@@ -181,6 +181,9 @@ def _attention(program: Program, task: Attention) -> Iterator[Unsafe]:
     yield from _cached_rows(program, task)
     if not (1 <= task.nq <= MAX_GROUP and 0 <= task.split < task.splits):
         yield Unsafe("kind", "attention: heads or split outside the task's group")
+    for gain in (task.q_gain, task.k_gain):
+        if (gain >= 0 or machine.qk_norm) and not 0 <= gain <= program.constant_elements - machine.head_dim:
+            yield Unsafe("bounds", f"attention: a head's gain at {gain}, outside the constants")
     group = machine.heads // machine.kv_heads
     if not task.kv_head * group <= task.q0 <= task.q0 + task.nq <= (task.kv_head + 1) * group:
         yield Unsafe("kind", f"attention: query heads that KV head {task.kv_head} does not serve")

@@ -106,7 +106,7 @@ def _constants(program: Program, task: Instruction) -> Iterator[tuple[int, int, 
         rows = machine.hidden if isinstance(task, SeatNorm) else task.rows if isinstance(task, StretchGlu) else task.rows(machine)
         yield task.bias, rows, 1 if isinstance(task, StretchGlu) else 4
     if isinstance(task, SeatQkv):
-        yield from ((gain, machine.head_dim, 1) for gain in (task.q_gain, task.k_gain) if gain >= 0)
+        yield from ((gain, machine.head_dim, 1) for gain in (task.q_gain, task.k_gain) if gain >= 0 or machine.qk_norm)
 
 
 def _product_words(program: Program, task: StretchMatMul) -> Iterator[Unsafe]:

@@ -75,3 +75,11 @@ def inside_constant(checker: Checker, words: Words, name: str, count: Ints, need
     inside = (at >= 0) & (place >= 0) & (at + count <= stops[np.maximum(place, 0)])
     said = f"reads constants [{{at}}:{{stop}}] as its {name}, but no constant lies there"
     checker.need(words, ~needed | inside, "bounds", said, at=at, stop=at + count)
+
+
+def head_gains(checker: Checker, words: Words) -> None:
+    """The gains of head norms lie within the constants: the device takes one for each head where the machine norms them."""
+    machine = checker.subject.program.machine
+    dim = np.full(len(words.ids), machine.head_dim, dtype=np.int64)
+    for name in ("q_gain", "k_gain"):
+        inside_constant(checker, words, name, dim, needed=(words.column[name] >= 0) | machine.qk_norm)

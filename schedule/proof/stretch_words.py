@@ -12,7 +12,7 @@ from amk.isa.stretch import BY_HEAD, BY_SEAT, GROUP_TILES, MOST_SHARES, SEAT_BLO
 from amk.isa.stretch_attention import StretchAttention
 from amk.isa.stretch_glu import StretchGlu
 from amk.isa.stretch_matmul import StretchMatMul
-from amk.schedule.proof.checker import Checker, agreed_matrix, compiled_shape, inside_constant
+from amk.schedule.proof.checker import Checker, agreed_matrix, compiled_shape, head_gains, inside_constant
 from amk.schedule.proof.subject import Flags, Words
 
 MOST_RUNS = 0xFFFF
@@ -134,11 +134,10 @@ def _seat_qkv(checker: Checker, words: Words) -> None:
     _seated(checker, words, "seat", 1)
     _layered(checker, words)
     _shared(checker, words, np.ones(len(words.ids), dtype=bool))
-    dim = np.full(len(words.ids), machine.head_dim, dtype=np.int64)
-    inside_constant(checker, words, "bias", dim * (machine.heads + 2 * machine.kv_heads), needed=column["bias"] >= 0)
+    rows = np.full(len(words.ids), machine.head_dim * (machine.heads + 2 * machine.kv_heads), dtype=np.int64)
+    inside_constant(checker, words, "bias", rows, needed=column["bias"] >= 0)
     _in_vectors(checker, words, "bias")
-    for name in ("q_gain", "k_gain"):
-        inside_constant(checker, words, name, dim, needed=column[name] >= 0)
+    head_gains(checker, words)
 
 
 def _attention(checker: Checker, words: Words) -> None:

@@ -107,6 +107,8 @@ def _machine(machine: Machine, limits: Limits, report: Report) -> None:
         report.add("kind", f"machine.head_dim must be even, because RoPE rotates its halves, but is {machine.head_dim}")
     if _integers(report, "machine", machine, ("batch",), 1, 0xFFFF) and machine.batch > 1:
         _batch(machine, report)
+    if type(machine.qk_norm) is not bool:
+        report.add("kind", f"machine.qk_norm must be True or False, but is {machine.qk_norm!r:.20}")
     if type(machine.prefill) is not bool or machine.prefill and machine.batch == 1:
         report.add("kind", f"machine.prefill must be False, or True for a batch of more than 1, but is {machine.prefill!r:.20}")
     if _integers(report, "machine", machine, ("slot",), 0):

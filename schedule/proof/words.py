@@ -24,7 +24,7 @@ from amk.isa.sample import Sample
 from amk.isa.sample_batch import SampleBatch
 from amk.isa.swiglu import SwiGlu
 from amk.isa.weight_format import FORMAT_FLAGS
-from amk.schedule.proof.checker import Checker, agreed_matrix, compiled_shape, inside_constant, looked_up
+from amk.schedule.proof.checker import Checker, agreed_matrix, compiled_shape, head_gains, inside_constant, looked_up
 from amk.schedule.proof.report import Report
 from amk.schedule.proof.stretch_words import check_stretch_words
 from amk.schedule.proof.subject import Flags, Ints, Subject, Words
@@ -146,9 +146,7 @@ def _attention(checker: Checker, words: Words) -> None:
     checker.must(words, whole, "kind", said, unit=unit, block=KV_BLOCK_ROWS)
     checker.must(words, window >= 0, "bounds", "has a window of {window} rows, but must have 0 (none) or more", window=window)
     _heads(checker, words)
-    dim = np.full_like(layer, program.machine.head_dim)
-    for name in ("q_gain", "k_gain"):
-        inside_constant(checker, words, name, dim, needed=column[name] >= 0)
+    head_gains(checker, words)
 
 
 def _heads(checker: Checker, words: Words) -> None:

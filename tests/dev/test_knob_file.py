@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import amk.dev.knob_file
-from amk.dev.knob_file import Keeper, Unlike, merged
+from amk.dev.knob_file import Keeper, Unlike, merged, parts_at
 from amk.dev.knob_page import page
 from amk.dev.provenance import write_json
 from amk.tests.dev.results_file import effect, effects
@@ -54,6 +54,33 @@ def test_a_ratio_stays_over_the_default_of_its_own_part(tmp_path: Path) -> None:
     assert "Measured in 2 parts" in text
 
 
+def test_parts_of_one_name_in_two_folders_are_both_there(tmp_path: Path) -> None:
+    paths = []
+    for part_of, data in zip(("one", "two"), two_parts().values(), strict=True):
+        paths.append(tmp_path / part_of / "part.h200.json")
+        write_json(paths[-1], dict(data))
+    rows = merged(parts_at(paths))["rows"]
+    assert [row["part"] for row in rows] == ["two/part.h200.json", "one/part.h200.json"]
+    with pytest.raises(Unlike, match=r"part\.h200\.json: must be named once"):
+        parts_at([paths[0], tmp_path / "two" / ".." / "one" / "part.h200.json"])
+
+
+@pytest.mark.parametrize("text", ["", '{"rows": [', "[]", "null", '"rows"', "7", "{}", '{"provenance": {}, "rows": []}', "\udcff"])
+def test_a_file_that_is_no_part_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "cut.h200.json"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"cut\.h200\.json: "):
+        parts_at([path])
+
+
+@pytest.mark.parametrize(("key", "value"), [("rows", None), ("rows", [7]), ("defaults", {}), ("provenance", 7), ("plain_read_gbs", "fast")])
+def test_a_file_of_another_form_is_no_part(tmp_path: Path, key: str, value: object) -> None:
+    path = tmp_path / "other.h200.json"
+    write_json(path, part(effect("kernel_knobs.sync", '"tags"', 630.0)) | {key: value})
+    with pytest.raises(ValueError, match=rf"other\.h200\.json: .*{key}"):
+        parts_at([path])
+
+
 def other_commit(data: Part) -> None:
     data["provenance"]["commit"] = "fedcba"
 
@@ -74,6 +101,14 @@ def other_bits(data: Part) -> None:
     data["defaults"][0]["outputs_sha256"] = "other bits"
 
 
+def no_default(data: Part) -> None:
+    data["defaults"] = []
+
+
+def unknown_knob(data: Part) -> None:
+    data["rows"][0]["knob"] = "kernel_knobs.nothing"
+
+
 def same_knob(data: Part) -> None:
     data["rows"][0] |= {"knob": "kernel_knobs.sync"}
 
@@ -86,6 +121,8 @@ def same_knob(data: Part) -> None:
         (other_card, "cards and driver: must be the same"),
         (other_default, "binary_digest"),
         (other_bits, "outputs_sha256"),
+        (no_default, "must have the default of llama-3.2-1b-shape"),
+        (unknown_knob, "kernel_knobs.nothing"),
         (same_knob, "must be in one part"),
     ],
 )
@@ -124,4 +161,12 @@ def test_a_run_that_was_cut_keeps_what_it_found_and_is_gone_on_with(tmp_path: Pa
     assert [(row["knob"], row["latency_us"]) for row in held["rows"]] == [("threads_per_block", 620.0), ("kernel_knobs.sync", 640.0)]
     assert held["plain_read_gbs"] == [4600.0, 4610.0] and len(held["defaults"]) == 1
     came = came | {"commit": "fedcba"}
+    assert Keeper(path).found == []
+
+
+@pytest.mark.parametrize("text", ["[]", '{"rows": []}', '{"provenance": {}}', '{"provenance": 7, "rows": []}'])
+def test_a_run_begins_anew_beside_a_file_of_another_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(amk.dev.knob_file, "provenance", lambda: part()["provenance"])
+    path = tmp_path / "a.h200.json"
+    path.write_text(text, encoding="utf-8")
     assert Keeper(path).found == []

@@ -26,7 +26,7 @@ from amk.schedule.resources import SharedLayout, shared_layout
 from amk.schedule.settings import STRETCHES
 from amk.schedule.targets import TARGETS, small_target
 from amk.tests.schedule.configs import random_config
-from amk.tests.schedule.specs import BIASED, LARGE, LLAMA_1B, TINY, WINDOWED, random_spec
+from amk.tests.schedule.specs import BIASED, LARGE, LLAMA_1B, QWEN3, TINY, WINDOWED, random_spec
 
 SEEDS = range(24)
 SPECS = (TINY, WINDOWED, BIASED)
@@ -225,3 +225,12 @@ def test_a_stretch_reads_the_matrices_of_its_layers_once(spec: ModelSpec) -> Non
     rows = sum(min(100, (window or 999) - 1) for window in spec.windows[:layers])
     assert streamed_bytes(program, 100) - streamed_bytes(program, 0) == 2 * element * rows * spec.kv_rows
     assert latency_us(program, TARGETS["h200"], 0) > 0
+
+
+@pytest.mark.parametrize("n_tile", [16, 512])
+def test_where_no_ring_fits_nobody_is_told_of_a_knob_that_changes_nothing(n_tile: int) -> None:
+    """Tasks of a stretch are groups of tiles, whatever N_tile is."""
+    config = parse_config({"tiling": {"gemv": {"N_tile": n_tile}}})
+    assert isinstance(config, Config)
+    found = compile_program(replace(QWEN3, dtype="fp16"), config, TARGETS["t4"], batch=32, prefill=True)
+    assert isinstance(found, list) and "330 tasks" in str(found[0]) and "N_tile" not in str(found[0])

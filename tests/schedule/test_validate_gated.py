@@ -14,6 +14,7 @@ from amk.eval.soundness.explorer import explore
 from amk.eval.soundness.random_stretches import random_stretch
 from amk.eval.soundness.trace import check_traces
 from amk.isa.abi import NONE
+from amk.isa.attention import Attention
 from amk.isa.instruction import Instruction
 from amk.isa.registry import instructions
 from amk.isa.seat_norm import SeatNorm
@@ -446,6 +447,18 @@ def test_words_out_of_range_are_rejected(cls: type[Instruction], words: dict[str
     verdict = validate(wrong)
     assert isinstance(verdict, tuple) and any(reason.kind == kind and at in reason.tasks for reason in verdict), [str(r) for r in verdict]
     assert check_traces(wrong, Random(0), orders=1) is not None
+
+
+@pytest.mark.parametrize("name", ["q_gain", "k_gain"])
+@pytest.mark.parametrize("cls", [SeatQkv, Attention], ids=lambda cls: cls.stem)
+def test_a_machine_that_norms_heads_has_a_gain_for_them(cls: type[Instruction], name: str) -> None:
+    """The device norms every head of such a machine: without a gain it would take what lies before the constants."""
+    sizes: dict[str, Any] = {"batch": BATCH, "prefill": True} if cls is SeatQkv else {}
+    program = lower(replace(SPEC, qk_norm=True), Config(), small_target(7), **sizes)
+    assert isinstance(validate(program), ValidProgram)
+    broken(changed_all(program, dict.fromkeys(find(program, cls), {name: -1})), "bounds", f"as its {name}")
+    unclear = validate(replace(program, machine=replace(program.machine, qk_norm=None)))  # type: ignore[arg-type]
+    assert isinstance(unclear, tuple) and "qk_norm must be True or False" in str(unclear[0])
 
 
 def test_rows_of_a_stretch_are_whole_fragments() -> None:
