@@ -108,6 +108,12 @@ struct GroupFeed {
       if (++slot == STAGES) slot = 0;
     }
   }
+  // The launch is being aborted. The barriers of the runs before `stop` count the bytes of their x too, and the block must not end before they have
+  // come: whatever lies there is copied.
+  __device__ __forceinline__ bool give_up(int stop) {
+    copy_x(stop);
+    return false;
+  }
   // Looks whether all of x has been released, or waits for it: false when the launch is being aborted.
   __device__ __forceinline__ bool look(const Token& token, bool must) {
     const uint32_t* counter = f.b.counter(task.wait_counter);
@@ -132,14 +138,14 @@ __device__ __forceinline__ bool stream_group(Feeder& f, const Task& task, const 
   const int stop = task.run0 + task.runs;
 #pragma unroll 1
   for (int r = task.run0; r < stop; ++r) {
-    if (!feed.open && !feed.look(token, r - feed.run == INFLIGHT)) return false;
+    if (!feed.open && !feed.look(token, r - feed.run == INFLIGHT)) return feed.give_up(r);
     if (feed.open) feed.copy_x(r);
-    if (!f.wait_slot()) return false;
+    if (!f.wait_slot()) return feed.give_up(r);
     feed.copy_weights(Run<P>(r));
     if (feed.open) feed.copy_x(r + 1);
     f.started();
   }
-  if (!feed.open && !feed.look(token, true)) return false;
+  if (!feed.open && !feed.look(token, true)) return feed.give_up(stop);
   feed.copy_x(stop);
   return true;
 }
