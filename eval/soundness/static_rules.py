@@ -137,8 +137,9 @@ def _taken_in_pairs(program: Program, task: Instruction) -> Iterator[tuple[int, 
         yield task.out_buf, task.out_start
     if isinstance(task, Sample | SampleBatch | FilterDraw):
         yield task.in_buf, 0
-    if isinstance(task, Attention) and task.splits > 1:  # a partial has an even number of packets
-        yield task.part_buf, 0
+    positions = range(0, program.machine.context, KV_BLOCK_ROWS)
+    if isinstance(task, Attention) and any(task.span(position).active_splits > 1 for position in positions):
+        yield task.part_buf, 0  # a partial has an even number of packets
 
 
 def _matrix(program: Program, task: MatVec) -> Iterator[Unsafe]:

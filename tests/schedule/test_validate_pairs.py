@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from amk.eval.soundness.static_rules import static_problem
+from amk.isa.attention import Attention
 from amk.schedule.compile import lower
 from amk.schedule.knobs import Config
 from amk.schedule.program import Buffer, Program
@@ -72,3 +73,17 @@ def test_of_each_buffer_alone_validator_and_measurement_agree(kind: str) -> None
         assert isinstance(verdict, ValidProgram) == (found is None), (buffer.name, verdict, found)
         kinds.add(found is None)
     assert False in kinds
+
+
+def test_partial_results_that_no_position_has_may_lie_anywhere() -> None:
+    """At a context too short for a second split nobody writes or merges a partial result, so where they would lie touches no packet."""
+    whole = program("greedy")
+    tasks = [task for queue in whole.queues for task in queue if isinstance(task, Attention)]
+    assert max(task.splits for task in tasks) > 1
+    odd = {task.part_buf for task in tasks}
+    buffers = tuple(replace(b, offset=b.offset + (i in odd)) for i, b in enumerate(whole.buffers))
+    shifted = replace(whole, buffers=buffers, arena_packets=whole.arena_packets + 1)
+    assert isinstance(validate(shifted), tuple) and static_problem(shifted) is not None
+    short = replace(shifted, machine=replace(shifted.machine, context=32), kv=replace(shifted.kv, rows=32))
+    assert isinstance(validate(short), ValidProgram), validate(short)
+    assert static_problem(short) is None
