@@ -24,7 +24,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -102,13 +102,24 @@ def program(case: str, target: Target) -> Program:
     return lower(model(case).spec, config, target, context=CONTEXT, batch=stretch, prefill=stretch > 1)
 
 
+def beside(case: str, target: Target) -> Program:
+    """The program that decodes beside a case's program for prefill."""
+    return lower(model(case).spec, Config(), target, context=CONTEXT)
+
+
+def programs(case: str, target: Target) -> dict[str, Program]:
+    """Every program that a case runs, by what the tool calls its source in its reports."""
+    decoder = {file_name(f"{case}-decoder"): beside(case, target)} if case in STRETCH else {}
+    return {file_name(case): program(case, target)} | decoder
+
+
 def plan(case: str) -> Plan:
     return STRETCH_PLAN if case in STRETCH else PLAN
 
 
-def file_name(case: str) -> str:
-    """What the tool calls the case's source in its reports."""
-    return f"megakernel-{case}.cu"
+def file_name(kernel: str) -> str:
+    """What the tool calls a kernel's source in its reports: each has its own, for a line says nothing without it."""
+    return f"megakernel-{kernel}.cu"
 
 
 def macros(tool: str) -> dict[str, int]:
@@ -117,13 +128,14 @@ def macros(tool: str) -> dict[str, int]:
 
 
 def build(case: str, tool: str, target: Target) -> None:
-    """The case's kernel is in the cache of cubins then. BuildFailed if it does not compile."""
-    binary(case, tool, program(case, target), target)
+    """The case's kernels are in the cache of cubins then. BuildFailed if one does not compile."""
+    for file, lowered in programs(case, target).items():
+        binary(file, tool, lowered, target)
 
 
-def binary(case: str, tool: str, lowered: Program, target: Target) -> Binary:
+def binary(file: str, tool: str, lowered: Program, target: Target) -> Binary:
     """The kernel as it is measured, but for line numbers and what the tool needs to follow it."""
-    return compile_kernel(kernel_source(lowered, **macros(tool)), target.arch, file_name(case), lines=True)
+    return compile_kernel(kernel_source(lowered, **macros(tool)), target.arch, file, lines=True)
 
 
 def find_sanitizer() -> Path:
@@ -141,16 +153,15 @@ def find_sanitizer() -> Path:
 
 def judged(case: str, tool: str, target: Target) -> tuple[Finding, int]:
     """What the oracle finds of the case's program, and how often it was launched."""
-    lowered, made = program(case, target), model(case)
-    built = binary(case, tool, lowered, target)
+    made, kernels = model(case), programs(case, target)
+    (lowered, built), *decoders = [(entry, binary(file, tool, entry, target)) for file, entry in kernels.items()]
     options: dict[str, Any] = {"arch": target.arch, "spin_limit": SPIN_LIMIT, "max_steps": 8}
     reference = make_reference(made.spec, made.eager("fp32", "cpu"), plan(case), rounding_points(lowered))
-    if case not in STRETCH:
+    if not decoders:
         machine = CudaVM(proven(lowered), made.weights, binary=built, **options)
         finding = judge(machine, reference)
     else:
-        beside = lower(made.spec, Config(), target, context=CONTEXT)
-        decoder = CudaVM(proven(beside), made.weights, binary=binary(case, tool, beside, target), **options)
+        decoder = CudaVM(proven(decoders[0][0]), made.weights, binary=decoders[0][1], **options)
         machine = CudaVM(proven(lowered), made.weights, binary=built, beside=decoder, **options)
         finding = judge_prefill(machine, decoder, reference)
         decoder.close()
@@ -202,10 +213,13 @@ def run_tool(command: Sequence[str], tool: str, cases: Sequence[str], sms: int, 
     return code, cases_found
 
 
-def examined(tool: str, case: str, code: int, found: dict[str, Any], text: str, source: str) -> dict[str, Any]:
-    """A case's part of the tool's results. Clean: the tool came to its end, the case is correct, and every report is expected."""
+def examined(tool: str, case: str, code: int, found: dict[str, Any], text: str, sources: Mapping[str, str]) -> dict[str, Any]:
+    """A case's part of the tool's results. Clean: the tool came to its end, the case is correct, and every report is expected.
+
+    `sources` are those of the case's kernels by file name.
+    """
     said, count = summary(text) or (None, 0)
-    listed = reports(text, {file_name(case): source})
+    listed = reports(text, sources)
     unexpected = [report for report in listed if not report["expected"]]
     unread = max(0, count - sum(report["times"] for report in listed))  # counted by the tool, but not printed or not understood
     correct = set(found) == {case} and found[case]["correct"]
@@ -237,8 +251,8 @@ def sanitize(asked: argparse.Namespace) -> bool:
     sanitizer, target = asked.sanitizer or find_sanitizer(), choose(None, "cuda").target
     version = subprocess.run([str(sanitizer), "--version"], capture_output=True, text=True).stdout.split("\n")
     cut = small(target, asked.sms)
-    lowered = {case: program(case, cut) for case in asked.cases}
-    sources = {case: kernel_source(entry) for case, entry in lowered.items()}
+    lowered = {case: programs(case, cut) for case in asked.cases}
+    sources = {case: {file: kernel_source(entry) for file, entry in kernels.items()} for case, kernels in lowered.items()}
     print(f"building {', '.join(asked.cases)}", flush=True)
     builds = [(case, tool) for case in asked.cases for tool in asked.tools]
     with ProcessPoolExecutor(min(len(builds), os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
@@ -247,7 +261,7 @@ def sanitize(asked: argparse.Namespace) -> bool:
     out.parent.mkdir(parents=True, exist_ok=True)
     head = {
         "sanitizer": [line for line in version if re.search(r"\d", line)], "sms": cut.sms, "context": CONTEXT,
-        "code_sha256": {case: code_digest(entry) for case, entry in lowered.items()},
+        "code_sha256": {case: code_digest(kernels[file_name(case)]) for case, kernels in lowered.items()},
     }  # fmt: skip
     parts: list[dict[str, Any]] = []
     for tool in asked.tools:

@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 
-from amk.dev.sanitize import CASES, CONTEXT, OPTIONS, STRETCH, TOOLS, examined, file_name, model, plan, program, run_tool, small
+from amk.dev.sanitize import CASES, OPTIONS, STRETCH, TOOLS, beside, examined, file_name, model, plan, program, programs, run_tool, small
 from amk.dev.sanitize import proven as validated
 from amk.dev.sanitizer_report import SYNC_WORDS, function_lines, reports, summary
 from amk.eval.oracle import judge, make_reference, rounding_points
 from amk.eval.prefill_oracle import judge_prefill
-from amk.schedule.compile import lower
-from amk.schedule.knobs import Config
 from amk.schedule.targets import TARGETS
 from amk.vm.reference import ReferenceVM
 from amk.vm.source import kernel_source
@@ -56,7 +54,7 @@ def out_of_bounds(thread: int, line: int = 7) -> str:
 
 def outcome(text: str, found: dict[str, Any] | None = None, code: int = 0) -> dict[str, Any]:
     cases = {"bf16": {"correct": True, "failures": [], "launches": 3}} if found is None else found
-    return examined("a tool", "bf16", code, cases, text, SOURCE)
+    return examined("a tool", "bf16", code, cases, text, {FILE: SOURCE})
 
 
 def test_a_run_without_reports_is_clean() -> None:
@@ -109,6 +107,19 @@ def test_the_words_are_functions_of_the_kernel() -> None:
         assert any("asm volatile" in line for line in lines[start - 1 : stop - 1])
 
 
+def test_a_report_has_the_lines_of_the_kernel_that_it_is_of() -> None:
+    """Beside the program for prefill runs the one that decodes: the same functions are at other lines of it."""
+    sources = {file: kernel_source(entry) for file, entry in programs("prefill", small(TARGETS["h200"], 4)).items()}
+    assert len(sources) == 2
+    spots = {file: [next(function_lines(text.splitlines(), word))[0] for word in SYNC_WORDS[:2]] for file, text in sources.items()}
+    own, decoder = spots
+    assert spots[own] != spots[decoder]
+    for file, at in ((own, own), (decoder, decoder), (decoder, own), (own, decoder)):
+        (report,) = reports(racecheck(race(*spots[at]).replace(FILE, file)), sources)
+        assert report["expected"] == (file == at)
+        assert all((f" {word}(" in line) == (file == at) for word, line in zip(SYNC_WORDS, report["source"], strict=False))
+
+
 FAKE = """\
 import json, pathlib, sys, time
 out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
@@ -125,7 +136,7 @@ def test_a_tool_that_is_cut_keeps_the_cases_that_ended(seconds: str, code: int, 
     log = tmp_path / "x.log"
     found = run_tool([sys.executable, "-c", FAKE, seconds], "memcheck", ["bf16"], 4, log, 5.0)
     assert found == (code, {"bf16": {"correct": True}})
-    part = examined("memcheck", "bf16", *found, log.read_text(), SOURCE)
+    part = examined("memcheck", "bf16", *found, log.read_text(), {FILE: SOURCE})
     assert part["clean"] == (code == 0) and "bf16: correct" in log.read_text()
     assert list(tmp_path.iterdir()) == [log]
 
@@ -143,7 +154,7 @@ def test_every_case_is_a_correct_program_of_few_sms(case: str) -> None:
     assert len(lowered.queues) == 4
     reference = make_reference(made.spec, made.eager("fp32", "cpu"), plan(case), rounding_points(lowered))
     if case in STRETCH:
-        decoder = ReferenceVM(validated(lower(made.spec, Config(), small(TARGETS["h200"], 4), context=CONTEXT)), made.weights)
+        decoder = ReferenceVM(validated(beside(case, small(TARGETS["h200"], 4))), made.weights)
         assert judge_prefill(ReferenceVM(proven, made.weights, beside=decoder), decoder, reference).correct
     else:
         assert judge(ReferenceVM(proven, made.weights), reference).correct
