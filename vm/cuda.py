@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -149,10 +150,15 @@ class DeviceWeights:
     def __init__(self, program: Program, source: WeightSource, device: str = "cuda") -> None:
         self.holds = stream_of(program)
         self.stream, self.offsets = pack_stream(program, source, device)
-        self.tiles = tile_places(program)
+        self._program = program
         self.constants = constants(program, source, device)
         self.rope = source.rope_table(program.kv.rows, device).float().contiguous()
         self.embedding = source.tensor("embed", device).to(element_dtype(program.machine)).contiguous()
+
+    @cached_property
+    def tiles(self) -> dict[tuple[int, int], int]:
+        """The byte of the stream at which each tile (matrix, number) begins, which only programs for prefill ask for."""
+        return tile_places(self._program)
 
 
 def _is_over(end: Any) -> bool:

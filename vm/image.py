@@ -121,12 +121,12 @@ def pack_stream(program: Program, source: WeightSource, device: str = "cpu") -> 
 def tile_places(program: Program) -> dict[tuple[int, int], int]:
     """The byte of the packed streams at which each tile (matrix, number) begins."""
     _, places, _ = _places(program)
-    return {
-        (matrix, task.tile0 + tile): at + tile * task.plan(program.machine).tile_bytes
-        for matrix, tasks in places.items()
-        for at, task in tasks
-        for tile in range(task.tiles)
-    }
+    found: dict[tuple[int, int], int] = {}
+    for matrix, tasks in places.items():
+        for at, task in tasks:
+            tile_bytes = task.plan(program.machine).tile_bytes
+            found |= {(matrix, task.tile0 + tile): at + tile * tile_bytes for tile in range(task.tiles)}
+    return found
 
 
 def same_weights(one: Program, other: Program) -> bool:

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from amk.isa.machine import TILE_ROWS, Machine, chunk_plan
+from amk.isa.machine import FRAGMENT_BYTES, TILE_ROWS, Machine, chunk_plan
 from amk.isa.matvec import MatVec
 from amk.isa.registry import instructions
+from amk.isa.stretch import runs
 from amk.schedule.compile import lower
 from amk.schedule.knobs import Config
 from amk.schedule.targets import small_target
-from amk.vm.image import pack_matrix, pack_program, pack_stream, same_weights, unpack_matrix, unpack_program
+from amk.vm.image import pack_matrix, pack_program, pack_stream, same_weights, tile_places, unpack_matrix, unpack_program
 from amk.vm.layout import constants, matrix_rows
 from amk.vm.reference import UnprovenVM
 
@@ -109,6 +110,23 @@ def test_the_stream_holds_each_sms_tiles_in_the_order_in_which_it_eats_them(
                 assert torch.equal(unpack_matrix(packed, plan, program.machine, len(expected)), expected)
                 at += packed.numel()
     assert at == len(stream)
+
+
+def test_a_run_of_a_tile_is_found_where_the_stream_of_the_decoder_has_it(make_spec: Any, make_program: Any, make_source: Any) -> None:
+    """What a stretch's feeder copies: the bytes at a tile's place and a run's offset are the fragments of the run's columns."""
+    spec = make_spec("bf16", intermediate=92)
+    program, source = make_program(spec, n_tile=32), make_source(spec)
+    stream, _ = pack_stream(program, source)
+    places = tile_places(program)
+    assert len(places) == sum(-(-matrix.rows // TILE_ROWS) for matrix in program.matrices)
+    for (number, tile), at in places.items():
+        matrix = program.matrices[number]
+        rows = matrix_rows(matrix, source)[tile * TILE_ROWS : (tile + 1) * TILE_ROWS].to(torch.bfloat16)
+        for run in runs(chunk_plan(program.machine, matrix.cols)):
+            columns = rows[:, 16 * run.first : 16 * (run.first + run.count)]
+            alone = replace(program.machine, consumer_warps=1, stage_bytes=FRAGMENT_BYTES * run.count)
+            expected = pack_matrix(columns, chunk_plan(alone, 16 * run.count), alone).view(-1)
+            assert torch.equal(stream[at + run.offset :][: len(expected)], expected)
 
 
 def test_programs_that_read_the_same_weights_read_the_same_bytes(make_spec: Any, make_program: Any, make_source: Any) -> None:
