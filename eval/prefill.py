@@ -5,13 +5,14 @@ from __future__ import annotations
 from amk.eval.candidate import Candidate
 from amk.eval.session import Loaded, Session
 from amk.eval.shapes import Prefill
+from amk.schedule.settings import STRETCHES
 from amk.vm.kv import has_same_rows
 
 # The second program is lowered and proven once a session, for about 0.7 s at 1B and 2 s at 8B, and built once a machine, for 3 s. A token
 # that is decoded takes 0.3 to 3.4 ms, 128 of a launch 1.5 ms at 1B. So a session's first prompt gains from about a thousand tokens on and
 # those that follow at once; below this many they would gain less than anybody notices.
 LEAST_PROMPT = 256
-STRETCHES = (128, 64, 32)  # tokens of a launch, best first
+WIDEST_FIRST = tuple(sorted(STRETCHES, reverse=True))  # tokens of a launch, best first
 
 
 def prefill(session: Session, candidate: Candidate, decoder: Loaded, prompt: list[int]) -> Prefill:
@@ -39,7 +40,7 @@ def prefill(session: Session, candidate: Candidate, decoder: Loaded, prompt: lis
 def stretch_program(session: Session, candidate: Candidate) -> Candidate | str:
     """The widest program for prefill that can run beside the candidate's, or why the narrowest cannot."""
     reason = ""
-    for stretch in STRETCHES:
+    for stretch in WIDEST_FIRST:
         found = session.prepare_stretch(candidate, stretch)
         reason = _against(found, candidate)
         if not reason:

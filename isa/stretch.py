@@ -14,13 +14,13 @@ from functools import cache
 
 import numpy as np
 
+from amk.isa.batch import SEAT_BLOCK
 from amk.isa.instruction import F32, Order
-from amk.isa.machine import ChunkPlan, Machine
+from amk.isa.machine import FRAGMENT_BYTES, TILE_ROWS, ChunkPlan, Machine
 
 GROUP_TILES = 8  # tiles of one task: a stage holds a run of each of them
-GROUP_ROWS = 16 * GROUP_TILES
+GROUP_ROWS = TILE_ROWS * GROUP_TILES
 MOST_SHARES = 8  # of K that a product is cut into: who adds them asks for all at once
-SEAT_BLOCK = 8  # the N of mma.m16n8k16
 
 # Orders of a value x [columns, seats], by who writes it: a seat at a time; some columns of all seats at a time; some columns of 8 seats.
 BY_SEAT, BY_COLUMN, BY_HEAD = 0, 1, 2
@@ -61,7 +61,7 @@ def fragment_row_bytes(machine: Machine) -> int:
 
 def slot_bytes(machine: Machine, fragments: int) -> int:
     """Bytes of a ring slot: a run of at most `fragments` fragments of each tile of a task, and the x that goes with it."""
-    return fragments * (512 * GROUP_TILES + fragment_row_bytes(machine))
+    return fragments * (FRAGMENT_BYTES * GROUP_TILES + fragment_row_bytes(machine))
 
 
 def ordered(x: F32, order: int, heads: int) -> F32:

@@ -13,10 +13,11 @@ import numpy as np
 
 from amk.isa.abi import I32, U16
 from amk.isa.attention import PARTIAL_HEAD
+from amk.isa.batch import SEAT_BLOCK
 from amk.isa.instruction import Access, Instruction, Memory, Publishes
 from amk.isa.machine import Machine
 from amk.isa.rounding import round_to
-from amk.isa.stretch import BY_HEAD, SEAT_BLOCK, X_ORDERS, ordered
+from amk.isa.stretch import BY_HEAD, X_ORDERS, ordered
 
 
 @dataclass(frozen=True, kw_only=True)

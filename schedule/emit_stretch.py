@@ -5,11 +5,12 @@ from __future__ import annotations
 from functools import singledispatch
 from typing import Any
 
+from amk.isa.batch import SEAT_BLOCK
 from amk.isa.instruction import Instruction
 from amk.isa.machine import TILE_ROWS
 from amk.isa.seat_norm import SeatNorm
 from amk.isa.seat_qkv import SeatQkv
-from amk.isa.stretch import GROUP_TILES, SEAT_BLOCK
+from amk.isa.stretch import GROUP_TILES
 from amk.isa.stretch_attention import StretchAttention
 from amk.isa.stretch_glu import StretchGlu
 from amk.isa.stretch_sums import StretchSums

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from amk.isa.batch import SEAT_BLOCK
 from amk.isa.instruction import Instruction, Kind
 from amk.isa.registry import instructions
-from amk.isa.stretch import GROUP_ROWS, SEAT_BLOCK
+from amk.isa.stretch import GROUP_ROWS
 from amk.schedule.program import Constant, Matrix
 
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
+from amk.isa.batch import SEAT_BLOCK
 from amk.isa.instruction import Access, Instruction, Kind
 from amk.isa.machine import FRAGMENT_BYTES, TILE_ROWS, Machine, chunk_plan
 from amk.isa.seat_norm import SeatNorm
 from amk.isa.seat_qkv import SeatQkv
-from amk.isa.stretch import BY_COLUMN, BY_HEAD, BY_SEAT, GROUP_ROWS, GROUP_TILES, SEAT_BLOCK, runs, slot_bytes
+from amk.isa.stretch import BY_COLUMN, BY_HEAD, BY_SEAT, GROUP_ROWS, GROUP_TILES, runs, slot_bytes
 from amk.isa.stretch_attention import StretchAttention
 from amk.isa.stretch_glu import StretchGlu
 from amk.isa.stretch_sums import StretchSums

@@ -8,11 +8,12 @@ from itertools import combinations, product
 
 from amk.eval.soundness.findings import Unsafe
 from amk.isa.abi import NONE
+from amk.isa.batch import SEAT_BLOCK
 from amk.isa.instruction import Instruction
 from amk.isa.machine import FRAGMENT_BYTES, TILE_ROWS, Machine
 from amk.isa.seat_norm import SeatNorm
 from amk.isa.seat_qkv import SeatQkv
-from amk.isa.stretch import BY_HEAD, BY_SEAT, MOST_SHARES, SEAT_BLOCK, fragment_row_bytes, runs
+from amk.isa.stretch import BY_HEAD, BY_SEAT, MOST_SHARES, fragment_row_bytes, runs
 from amk.isa.stretch_attention import StretchAttention
 from amk.isa.stretch_glu import StretchGlu
 from amk.isa.stretch_matmul import StretchMatMul

@@ -90,7 +90,7 @@ struct SeatSlice {
 // Sums of one tile: 16 rows of every seat over the warp's slice. Few seats have several accumulators, so that products need not wait for each
 // other.
 struct SeatSums {
-  static constexpr int SETS = SEAT_BLOCKS >= 4 ? 1 : 4 / SEAT_BLOCKS;
+  static constexpr int SETS = 4 / SEAT_BLOCKS;
   float acc[SETS][SEAT_BLOCKS][4];
 
   __device__ __forceinline__ SeatSums() {
@@ -175,7 +175,7 @@ __device__ __forceinline__ void multiply_kept(Consumer& c, S& slice, uint8_t* ow
   using O = SeatOperands<P>;
   constexpr int STEP = max_of(1, S::AT_ONCE / SEAT_BLOCKS), N = STEP * SEAT_BLOCKS;  // fragments, and operands, at a time
   O x{own};
-  Fetched<P, (O::KEPT ? 1 : SEAT_BLOCKS > 2 ? 2 : 4)> chunks(c.warp);
+  Fetched<P, (O::KEPT ? 1 : 4)> chunks(c.warp);
 #pragma unroll
   for (int d = 0; d < chunks.DEPTH; ++d) chunks.fetch(c, d, d + 1 == P::CHUNKS);
   c.wait_released();
@@ -203,8 +203,7 @@ __device__ __forceinline__ void multiply_kept(Consumer& c, S& slice, uint8_t* ow
 template <class P, class S>
 __device__ __forceinline__ void multiply_passing(Consumer& c, S& slice, int tiles) {
   // A step is some chunks, or an equal part of one: fragments whose operands are in registers at a time.
-  constexpr int AT_ONCE = SEAT_BLOCKS > 2 ? S::AT_ONCE / 2 : S::AT_ONCE;  // of many seats the sums take the registers
-  constexpr int MOST = max_of(1, AT_ONCE / SEAT_BLOCKS), GROUP = MOST / P::PER_CHUNK >= 2 && P::CHUNKS % 2 == 0 ? 2 : 1;
+  constexpr int MOST = max_of(1, S::AT_ONCE / SEAT_BLOCKS), GROUP = MOST / P::PER_CHUNK >= 2 && P::CHUNKS % 2 == 0 ? 2 : 1;
   constexpr int PARTS = MOST >= P::PER_CHUNK ? 1 : smallest_divisor_from(P::PER_CHUNK, ceil_div(P::PER_CHUNK, MOST));
   constexpr int STEP = GROUP * P::PER_CHUNK / PARTS, N = STEP * SEAT_BLOCKS;
   Fetched<P, GROUP> chunks(c.warp);

@@ -9,10 +9,11 @@ from itertools import product
 import numpy as np
 
 from amk.isa.abi import NONE
+from amk.isa.batch import SEAT_BLOCK
 from amk.isa.instruction import Instruction
 from amk.isa.seat_norm import SeatNorm
 from amk.isa.seat_qkv import SeatQkv
-from amk.isa.stretch import GROUP_ROWS, GROUP_TILES, SEAT_BLOCK
+from amk.isa.stretch import GROUP_ROWS, GROUP_TILES
 from amk.isa.stretch import runs as runs_of
 from amk.isa.stretch_attention import StretchAttention
 from amk.isa.stretch_matmul import StretchMatMul

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from amk.isa.abi import NONE
+from amk.isa.batch import SEAT_BLOCK
 from amk.isa.machine import FRAGMENT_BYTES, TILE_ROWS, chunk_plan
 from amk.isa.seat_norm import SeatNorm
 from amk.isa.seat_qkv import SeatQkv
-from amk.isa.stretch import BY_HEAD, BY_SEAT, GROUP_TILES, MOST_SHARES, SEAT_BLOCK, X_ORDERS, runs, slot_bytes
+from amk.isa.stretch import BY_HEAD, BY_SEAT, GROUP_TILES, MOST_SHARES, X_ORDERS, runs, slot_bytes
 from amk.isa.stretch_attention import StretchAttention
 from amk.isa.stretch_glu import StretchGlu
 from amk.isa.stretch_matmul import StretchMatMul

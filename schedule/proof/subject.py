@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from amk.isa.attention import Attention
+from amk.isa.batch import SEAT_BLOCK
 from amk.isa.instruction import Instruction
 from amk.isa.machine import TILE_ROWS
 from amk.isa.matvec import MatVec
 from amk.isa.registry import instructions, word_fields
-from amk.isa.stretch import SEAT_BLOCK
 from amk.isa.stretch_attention import StretchAttention
 from amk.isa.stretch_matmul import StretchMatMul
 from amk.schedule.program import Program, TaskId

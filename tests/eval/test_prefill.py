@@ -10,7 +10,7 @@ import pytest
 
 from amk.eval.card import Place
 from amk.eval.generation import compare, generate
-from amk.eval.prefill import LEAST_PROMPT, STRETCHES, stretch_program
+from amk.eval.prefill import LEAST_PROMPT, WIDEST_FIRST, stretch_program
 from amk.eval.session import Session
 from amk.isa.sampling import GREEDY, Sampling
 from amk.schedule.settings import Chooser
@@ -36,11 +36,11 @@ def session() -> Session:
 @pytest.mark.parametrize(("chooser", "sampling"), [("draw", GREEDY), ("filter", DRAWN)], ids=["greedy", "drawn"])
 def test_tokens_after_a_prefilled_prompt_are_those_after_a_decoded_one(chooser: Chooser, sampling: Sampling, session: Session) -> None:
     candidate, told = session.prepare({}, chooser=chooser), []
-    prompt = prompt_of(session, LEAST_PROMPT + STRETCHES[0])  # all before the last: whole stretches and a part of one
+    prompt = prompt_of(session, LEAST_PROMPT + WIDEST_FIRST[0])  # all before the last: whole stretches and a part of one
     options: dict[str, Any] = {"stream": True, "on_token": lambda index, token, text: told.append(token)}
     result = generate(session, candidate, prompt_ids=prompt, max_tokens=TOKENS, sampling=sampling, verify=True, **options)
-    launches = LEAST_PROMPT // STRETCHES[0] + 1
-    prefill = {"stretch": STRETCHES[0], "launches": launches, "tokens": len(prompt) - 1, "elapsed_us": None, "reason": None}
+    launches = LEAST_PROMPT // WIDEST_FIRST[0] + 1
+    prefill = {"stretch": WIDEST_FIRST[0], "launches": launches, "tokens": len(prompt) - 1, "elapsed_us": None, "reason": None}
     assert (result["prefill"], result["matches_eager"], result["tokens"]) == (prefill, True, [*prompt, *told])
 
     _, machine = session.load(candidate)
