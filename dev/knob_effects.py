@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -208,9 +209,10 @@ def chosen(parser: argparse.ArgumentParser, option: str, text: str, allowed: Seq
 def share(text: str, knobs: Sequence[Knob]) -> list[Knob]:
     """The knobs of part K of N, "K/N": every Nth of them. ValueError where K is not from 1 to N."""
     number, _, count = text.partition("/")
-    if not (number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count)):
+    numbers = [int(part) for part in (number, count) if re.fullmatch("[0-9]{1,6}", part)]
+    if len(numbers) < 2 or not 1 <= numbers[0] <= numbers[1]:
         raise ValueError(f"must be K/N with K from 1 to N, but got {text!r}")
-    return list(knobs[int(number) - 1 :: int(count)])
+    return list(knobs[numbers[0] - 1 :: numbers[1]])
 
 
 def main() -> None:

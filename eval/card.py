@@ -62,7 +62,6 @@ def _read_card(driver: Any) -> Card:
         arch=f"sm_{major}{minor}" + ("a" if major >= 9 else ""),
         sms=attribute("MULTIPROCESSOR_COUNT"),
         shared_bytes=attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN"),
-        l2_bytes=attribute("L2_CACHE_SIZE"),
         memory_bytes=int(driver.cuDeviceTotalMem(device)[1]),
         clock_mhz=attribute("CLOCK_RATE") // 1000,
         bandwidth_gbs=bandwidth,

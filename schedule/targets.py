@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass, replace
 
 GB = 10**9
-MIB = 1 << 20
 FEED_CAPABILITY = {"bulk": 90, "cp_async": 80, "plain": 0}  # compute capability from which a card has each weight feed, the fastest first
 
 
@@ -20,7 +19,6 @@ class Target:
     shared_bytes: int
     bandwidth_gbs: float
     memory_bytes: int
-    l2_bytes: int
     clock_mhz: int
 
     @property
@@ -39,22 +37,22 @@ class Target:
         return tuple(feed for feed, least in FEED_CAPABILITY.items() if self.capability >= least)
 
 
-def _card(name: str, arch: str, sms: int, shared_bytes: int, bandwidth_gbs: float, memory_gb: int, l2_mib: int, clock_mhz: int) -> Target:
-    return Target(name, arch, sms, shared_bytes, bandwidth_gbs, memory_gb * GB, l2_mib * MIB, clock_mhz)
+def _card(name: str, arch: str, sms: int, shared_bytes: int, bandwidth_gbs: float, memory_gb: int, clock_mhz: int) -> Target:
+    return Target(name, arch, sms, shared_bytes, bandwidth_gbs, memory_gb * GB, clock_mhz)
 
 
 TARGETS: dict[str, Target] = {
     card.name: card
     for card in (
-        _card("rtx5090", "sm_120a", 170, 101376, 1792, 32, 96, 2407),
-        _card("b200", "sm_100a", 148, 232448, 8000, 180, 126, 1965),
-        _card("h200", "sm_90a", 132, 232448, 4800, 141, 50, 1980),
-        _card("h100", "sm_90a", 132, 232448, 3350, 80, 50, 1980),
-        _card("a100", "sm_80", 108, 166912, 2039, 80, 40, 1410),
-        _card("l40s", "sm_89", 142, 101376, 864, 48, 96, 2520),
-        _card("l4", "sm_89", 58, 101376, 300, 24, 48, 2040),
-        _card("a10g", "sm_86", 80, 101376, 600, 24, 6, 1710),
-        _card("t4", "sm_75", 40, 65536, 320, 16, 4, 1590),
+        _card("rtx5090", "sm_120a", 170, 101376, 1792, 32, 2407),
+        _card("b200", "sm_100a", 148, 232448, 8000, 180, 1965),
+        _card("h200", "sm_90a", 132, 232448, 4800, 141, 1980),
+        _card("h100", "sm_90a", 132, 232448, 3350, 80, 1980),
+        _card("a100", "sm_80", 108, 166912, 2039, 80, 1410),
+        _card("l40s", "sm_89", 142, 101376, 864, 48, 2520),
+        _card("l4", "sm_89", 58, 101376, 300, 24, 2040),
+        _card("a10g", "sm_86", 80, 101376, 600, 24, 1710),
+        _card("t4", "sm_75", 40, 65536, 320, 16, 1590),
     )
 }
 
@@ -71,7 +69,6 @@ def live_target(
     arch: str,
     sms: int,
     shared_bytes: int,
-    l2_bytes: int,
     memory_bytes: int,
     clock_mhz: int,
     bandwidth_gbs: float | None = None,
@@ -85,7 +82,7 @@ def live_target(
         if known is None:
             raise ValueError(f"bandwidth_gbs: must be given for a card that is not in the table, but {device_name!r} came without it")
         bandwidth_gbs = TARGETS[known].bandwidth_gbs
-    return Target(known or "auto", arch, sms, shared_bytes, bandwidth_gbs, memory_bytes, l2_bytes, clock_mhz)
+    return Target(known or "auto", arch, sms, shared_bytes, bandwidth_gbs, memory_bytes, clock_mhz)
 
 
 def small_target(sms: int = 4, shared_bytes: int = 232448) -> Target:

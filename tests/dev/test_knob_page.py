@@ -79,7 +79,7 @@ def test_shares_have_every_knob_once() -> None:
     assert all(shares)
 
 
-@pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/0", "-1/2"])
+@pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/0", "-1/2", "²/3", "1/²", "1/" + "9" * 5000])
 def test_a_share_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="K/N"):
         share(text, KNOBS)

@@ -26,7 +26,6 @@ def card() -> Target:
         sms=p.multi_processor_count,
         shared_bytes=p.shared_memory_per_block_optin,
         memory_bytes=p.total_memory,
-        l2_bytes=p.L2_cache_size,
         clock_mhz=1980,
     )
 

@@ -17,7 +17,7 @@ from amk.schedule.targets import TARGETS, Target, card_of, live_target, small_ta
 from amk.schedule.validate import Limits, ValidProgram, validate
 from amk.tests.schedule.specs import LARGE, LLAMA_1B, SMALL, TOY
 
-LIVE = {"arch": "sm_90a", "sms": 114, "shared_bytes": 232448, "l2_bytes": 1, "memory_bytes": 2, "clock_mhz": 3}
+LIVE = {"arch": "sm_90a", "sms": 114, "shared_bytes": 232448, "memory_bytes": 2, "clock_mhz": 3}
 
 
 @pytest.mark.parametrize("spec", (*SMALL, *LARGE), ids=lambda s: s.name)
