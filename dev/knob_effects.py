@@ -1,11 +1,11 @@
 """What each knob does on the live card: some of its values, in turns with the default. Writes results/knob-effects-CARD.json.
 
-    python amk_bootstrap.py amk.dev.knob_effects [--models A,B] [--knobs NAME,NAME] [--share K/N] [--all] [--out FILE]
+    python amk_bootstrap.py amk.dev.knob_effects [--models A,B] [--knobs NAME,NAME] [--share K/N] [--all] [--again] [--out FILE]
 
 Kernels are built ahead, in a process a core. Every program is judged by the oracle before it is timed. One knob's values are timed in one
 round: the default, the default once more from another place in memory, each value, and again. What the two defaults differ by, or what
 the samples of default and value scatter, whichever is more, is the noise that an effect must exceed. The file is written anew after each
-knob; a file of the same commit and card is gone on with, and what was asked for takes the place of what it has.
+knob; a file of the same commit and card is gone on with: what it has is not measured again, but with --again.
 
 On N cards at once, a process each measures the knobs of `--share K/N` into a file of its own (--out); dev/knob_file.py puts them together.
 """
@@ -167,14 +167,19 @@ def configs(model: str, tried: Values) -> dict[tuple[str, str, str], dict[str, A
     return {(model, "", ""): {}} | {(model, *key): config for key, config in found.items()}
 
 
-def measure(models: Sequence[str], tried: Values, keeper: Keeper) -> None:
-    """Measures each model's knobs, one after the other, and gives the rows of each to the keeper."""
+def left(model: str, tried: Values, keeper: Keeper) -> Values:
+    """Those knobs of a model that the keeper has not, or not with all of these values."""
+    return {knob: values for knob, values in tried.items() if not keeper.has(model, knob.name, list(map(shown, values)))}
+
+
+def measure(todo: Mapping[str, Values], keeper: Keeper) -> None:
+    """Measures the knobs of each model, one after the other, and gives the rows of each to the keeper."""
     place = choose(None, "cuda")
     refuse_company(context=False)
-    wanted = {key: config for model in models for key, config in configs(model, tried).items()}
+    wanted = {key: config for model, tried in todo.items() for key, config in configs(model, tried).items()}
     with ahead([Build(model, config, CONTEXT) for (model, _, _), config in wanted.items()], place) as futures:
         cases = dict(zip(wanted, futures, strict=True))
-        for model in models:
+        for model, tried in todo.items():
             session = Session(model, place, partial(say, model))
             bench = Bench(session, *(judged(session, cases[model, "", ""].result(), name) for name in ("default", TWIN)))
             keeper.begin(bench.default.facts | {"context": CONTEXT}, session.bandwidth())
@@ -222,6 +227,7 @@ def main() -> None:
     parser.add_argument("--knobs", default=",".join(names), help="some of the knobs, with commas between them")
     parser.add_argument("--share", default="1/1", help="K/N: the Kth of N equal parts of these knobs")
     parser.add_argument("--all", action="store_true", help="every value that is offered, not two or three a knob")
+    parser.add_argument("--again", action="store_true", help="what the results file has of this commit and card too")
     parser.add_argument("--out", type=Path, help="the results file; results/knob-effects-CARD.json where none is named")
     asked = parser.parse_args()
     models, named = chosen(parser, "models", asked.models, MODELS), chosen(parser, "knobs", asked.knobs, names)
@@ -235,7 +241,9 @@ def main() -> None:
     try:
         with live_card_lock(partial(print, flush=True)):
             keeper = Keeper(asked.out or Path("results") / f"knob-effects-{choose(None, 'cuda').target.name}.json")
-            measure(models, {knob: other_values(knob, asked.all) for knob in knobs}, keeper)
+            tried = {knob: other_values(knob, asked.all) for knob in knobs}
+            todo = {model: tried if asked.again else left(model, tried, keeper) for model in models}
+            measure({model: some for model, some in todo.items() if some}, keeper)
     except (EvalError, NotCorrect, LaunchFailed, BuildFailed) as problem:
         print(f"knob_effects: {problem}", file=sys.stderr)
         sys.exit(getattr(problem, "exit_code", 1))

@@ -17,8 +17,10 @@ from typing import Any
 
 from amk.dev.judged import IDENTITY
 from amk.dev.provenance import provenance, write_json, write_results
-from amk.dev.results_check import honest_rows
-from amk.schedule.knobs import KNOBS
+from amk.dev.results_check import card_name, honest_rows
+from amk.dev.version import config_digest
+from amk.schedule.config import with_value
+from amk.schedule.knobs import KNOBS, Config
 
 Row = dict[str, Any]
 SAME_DEFAULT = (*IDENTITY, "context", "code_sha256")
@@ -104,6 +106,10 @@ class Keeper:
         self.found = in_order([*others, *rows])
         write_results(self.path, {"plain_read_gbs": self.reads, "defaults": self.defaults, "rows": self.found})
 
+    def has(self, model: str, knob: str, values: Sequence[str]) -> bool:
+        """Whether each of these values (as shown) of a model's knob has been measured."""
+        return {row["value"] for row in self.found if (row["model"], row["knob"]) == (model, knob)} >= set(values)
+
     @property
     def failed(self) -> list[Row]:
         """Values that are not correct, or were timed and refused."""
@@ -113,26 +119,27 @@ class Keeper:
 def merged(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The parts, by name, as one file; each line says whose it is.
 
-    Unlike if they are not of one known commit, of cards of one name with one driver, of the same default programs with outputs of the same
-    bits, if two have the same knob of a model, or if one has a knob that is none or of a model whose default it lacks. ValueError for a
-    part that breaks a rule of honesty.
+    Unlike if they are not of one known commit or else each line of the program and kernel that the code at hand makes, of cards of one name
+    with one driver, of the same default programs with outputs of the same bits, if two have the same knob of a model, or if one has a knob
+    that is none or of a model whose default it lacks. ValueError for a part that breaks a rule of honesty.
     """
     if not parts:
         raise Unlike("there must be at least one part, but there is none")
     for name, part in parts.items():
         honest_rows(name, part, "rows")
-    _require_one("commit", {name: part["provenance"]["commit"] for name, part in parts.items()})
     _require_one("cards and driver", {name: sorted(origin_of(part["provenance"])[1]) for name, part in parts.items()})
-    commit = next(iter(parts.values()))["provenance"]["commit"]
-    if not is_known(commit):
-        raise Unlike(f"parts must be of a commit without changes, but are of {commit}")
+    for name, part in parts.items():
+        if not is_known(commit := part["provenance"]["commit"]):
+            raise Unlike(f"{name}: must be of a commit without changes, but is of {commit}")
     _require_known(parts)
     _require_apart(parts)
+    if len({part["provenance"]["commit"] for part in parts.values()}) > 1:
+        _require_present(parts)
     newest = max((part["provenance"] for part in parts.values()), key=lambda came: str(came["time_utc"]))
     cards = [card for part in parts.values() for card in part["provenance"]["cards"]]
     return {
         "provenance": newest | {"cards": cards},
-        "parts": {name: part["plain_read_gbs"] for name, part in parts.items()},
+        "parts": {name: {"commit": part["provenance"]["commit"], "plain_read_gbs": part["plain_read_gbs"]} for name, part in parts.items()},
         "plain_read_gbs": [gbs for part in parts.values() for gbs in part["plain_read_gbs"]],
         "defaults": _defaults(parts),
         "rows": in_order([row | {"part": name} for name, part in parts.items() for row in part["rows"]]),
@@ -157,6 +164,20 @@ def _require_known(parts: Mapping[str, Mapping[str, Any]]) -> None:
                 raise Unlike(f"{name}: must have lines of knobs, but has one of {row['knob']}")
             if row["model"] not in models:
                 raise Unlike(f"{name}: must have the default of {row['model']}, whose knobs it has")
+
+
+def _require_present(parts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Unlike if a line is of another program or kernel than the code at hand makes of its value."""
+    for name, part in parts.items():
+        card = card_name(part["provenance"]["cards"][0]["name"])
+        contexts = {row["model"]: row["context"] for row in part["defaults"]}
+        for row in part["rows"]:
+            model, knob, value = row["model"], row["knob"], json.loads(row["value"])
+            config = with_value(Config(), knob, tuple(value) if isinstance(value, list) else value)
+            present = config_digest(model, config, card, contexts[model])
+            if not present or row.get("code_sha256") != present:
+                either = "must be the same in every part, or every line's program and kernel those of the code at hand"
+                raise Unlike(f"commit: {either}, but {knob}={row['value']} of {model} in {name} has others")
 
 
 def _require_apart(parts: Mapping[str, Mapping[str, Any]]) -> None:

@@ -46,8 +46,12 @@ def _file_part(path: Path) -> str:
 
 def _parts(data: dict[str, Any]) -> str:
     """Said of a file that several runs were put together to."""
-    count = len(data.get("parts", ()))
-    return f" Measured in {count} parts on cards of this name, each with a default of its own." if count > 1 else ""
+    parts = data.get("parts", {})
+    if len(parts) < 2:
+        return ""
+    of_others = sorted({part["commit"][:12] for part in parts.values()} - {data["provenance"]["commit"][:12]})
+    same = f"; at `{'`, `'.join(of_others)}` too, whose programs and kernels are the same" if of_others else ""
+    return f" Measured in {len(parts)} parts on cards of this name, each with a default of its own{same}."
 
 
 def _earlier(path: Path, data: dict[str, Any]) -> str:

@@ -14,6 +14,9 @@ import amk.dev.knob_file
 from amk.dev.knob_file import Keeper, Unlike, merged, parts_at
 from amk.dev.knob_page import page
 from amk.dev.provenance import write_json
+from amk.dev.version import config_digest
+from amk.schedule.config import parse_config
+from amk.schedule.knobs import Config
 from amk.tests.dev.results_file import effect, effects
 from amk.tests.dev.test_readme_table import folder
 
@@ -81,6 +84,12 @@ def test_a_file_of_another_form_is_no_part(tmp_path: Path, key: str, value: obje
         parts_at([path])
 
 
+def config_of(obj: dict[str, Any]) -> Config:
+    config = parse_config(obj)
+    assert isinstance(config, Config)
+    return config
+
+
 def other_commit(data: Part) -> None:
     data["provenance"]["commit"] = "fedcba"
 
@@ -133,6 +142,23 @@ def test_parts_that_do_not_belong_together_are_refused(spoil: Callable[[Part], N
         merged(parts)
 
 
+def test_parts_of_two_commits_whose_programs_and_kernels_are_those_of_the_code_at_hand_become_one_file(tmp_path: Path) -> None:
+    parts = two_parts()
+    other_commit(parts["a.h200.json"])
+    for data, config in (("a.h200.json", {"kernel_knobs": {"sync": "tags"}}), ("b.h200.json", {"threads_per_block": 128})):
+        row = parts[data]["rows"][0]
+        row["model"], default = "toy", parts[data]["defaults"][0]
+        default |= {"model": "toy", "context": 512}
+        row["code_sha256"] = config_digest("toy", config_of(config), "h200", 512)
+    whole = merged(parts)
+    assert whole["provenance"]["commit"] == "0123456789abcdef" and whole["parts"]["a.h200.json"]["commit"] == "fedcba"
+    assert "at `fedcba` too, whose programs and kernels are the same" in page(folder(tmp_path, knob_effects_h200=whole))
+    for others in (parts["b.h200.json"]["rows"][0]["code_sha256"], "", None):
+        parts["a.h200.json"]["rows"][0]["code_sha256"] = others
+        with pytest.raises(Unlike, match=r'kernel_knobs\.sync="tags" of toy in a\.h200\.json has others'):
+            merged(parts)
+
+
 @pytest.mark.parametrize("commit", ["0123456789abcdef+changes"])
 def test_parts_of_changed_code_are_refused(commit: str) -> None:
     with pytest.raises(Unlike, match="without changes"):
@@ -154,6 +180,8 @@ def test_a_run_that_was_cut_keeps_what_it_found_and_is_gone_on_with(tmp_path: Pa
     first.begin(effects()["defaults"][0], 4600.0)
     first.take(ONE_B, "kernel_knobs.sync", [effect("kernel_knobs.sync", '"tags"', 630.0)])
     second = Keeper(path)
+    assert second.has(ONE_B, "kernel_knobs.sync", ['"tags"']) and not second.has(ONE_B, "kernel_knobs.sync", ['"tags"', '"none"'])
+    assert not second.has("smollm2-135m-shape", "kernel_knobs.sync", ['"tags"']) and not second.has(ONE_B, "threads_per_block", ["128"])
     second.begin(effects()["defaults"][0], 4610.0)
     second.take(ONE_B, "threads_per_block", [effect("threads_per_block", "128", 620.0)])
     second.take(ONE_B, "kernel_knobs.sync", [effect("kernel_knobs.sync", '"tags"', 640.0)])
