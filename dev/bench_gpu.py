@@ -203,7 +203,8 @@ def arguments() -> argparse.Namespace:
         if unknown := sorted(set(given[option]) - set(allowed)):
             parser.error(f"--{option}: must be some of {', '.join(allowed)}, but got {unknown[0]!r}")
     if not wanted(asked):
-        parser.error(f"--positions: must be some of {', '.join(map(str, POSITIONS[asked.models]))} for {asked.models}")
+        some = sorted({position for name in given["models"] for position in POSITIONS[name]})
+        parser.error(f"--positions: must be some of {', '.join(map(str, some))} for {asked.models}")
     if asked.chain and (asked.baselines or asked.processes > 1):
         parser.error("--chain: must stand without --baselines and --processes")
     return asked

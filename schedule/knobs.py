@@ -210,7 +210,7 @@ class Config:
         "tiles whose partial sums may wait for the storer",
         "compile, vm storer",
         unit="tiles",
-        choices=(4, 8),
+        choices=(1, 2, 4, 8),
     )
     kv_splits: int = _knob(
         "kernel_knobs.kv_splits",

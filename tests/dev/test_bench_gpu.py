@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
         (("--models", "llama"), 2, "'llama'"),
         (("--positions", "16,17"), 2, "'17'"),
         (("--models", "smollm2-135m-shape", "--positions", "8000"), 2, "16, 128, 1024"),
+        (("--models", "llama-3.1-8b-shape,llama-3.2-1b-shape@int8", "--positions", "16"), 2, "must be some of 128 for"),
     ],
 )
 def test_what_cannot_be_measured_is_one_sentence(arguments: tuple[str, ...], code: int, words: str, tmp_path: Path) -> None:
