@@ -14,7 +14,7 @@ def pack_rows(machine: Machine, keys: torch.Tensor, values: torch.Tensor) -> tor
     """Blocks uint8 [heads, blocks, kv_block_bytes] of K and V rows [heads, n, head_dim]; rows and dims beyond are zero.
 
     16-bit: of a 16x16 piece, lane (g, t) holds K rows g and g + 8 at dims 4t..4t+3, and V dims g and g + 8 at rows 2t, 2t+1, 2t+8, 2t+9
-    (isa/attention.cuh, k_index and v_index). fp32: plain rows.
+    (isa/device/attention_rows.cuh, k_index and v_index). fp32: plain rows.
     """
     import torch
 
