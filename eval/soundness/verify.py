@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
-from multiprocessing import get_context
+from itertools import takewhile
+from multiprocessing import get_context, parent_process
 from random import Random
+from threading import Thread
 from time import monotonic
 from typing import Any, Literal, TypeAlias
 
@@ -160,11 +163,11 @@ def _counts(programs: int, mutants: int) -> tuple[tuple[Source, int], ...]:
 
 
 def _judged(batches: Iterator[tuple[Case, ...]], processes: int, deadline: float | None) -> Iterator[list[Outcome]]:
-    in_time = (batch for batch in batches if deadline is None or monotonic() < deadline)
+    in_time = takewhile(lambda _: deadline is None or monotonic() < deadline, batches)
     if processes == 1:
         yield from map(judge_all, in_time)
         return
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), _end_with_parent) as pool:
         running: set[Future[list[Outcome]]] = set()
         for batch in in_time:
             running.add(pool.submit(judge_all, batch))
@@ -172,6 +175,18 @@ def _judged(batches: Iterator[tuple[Case, ...]], processes: int, deadline: float
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
         yield from (future.result() for future in running)
+
+
+def _end_with_parent() -> None:
+    """Ends this worker when its parent is gone: a parent that is killed tells nobody, and its workers would wait for cases forever."""
+    parent = parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def summary(outcomes: list[Outcome]) -> dict[str, Any]:

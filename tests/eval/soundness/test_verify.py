@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -26,6 +32,7 @@ from amk.schedule.proven import ValidProgram
 from amk.schedule.validate import validate
 from amk.tests.schedule.builder import changed, find
 
+ROOT = Path(__file__).resolve().parents[3]
 PARTS = 4  # so that the workers of pytest share them
 
 
@@ -158,6 +165,34 @@ def test_progress_is_told_and_no_time_means_no_cases() -> None:
     run_verify(programs=60, mutants=0, seed=0, progress=lambda done, wanted: told.append((done, wanted)), processes=1)
     assert told[-1] == (60, 60)
     assert run_verify(programs=60, mutants=0, minutes=0.0, processes=1)["programs"]["cases"] == 0
+
+
+def test_time_that_is_up_ends_a_run_of_any_number_of_cases() -> None:
+    assert run_verify(programs=10**15, mutants=10**15, minutes=0.0, processes=1)["programs"]["cases"] == 0
+
+
+def test_no_worker_outlives_a_killed_run() -> None:
+    command = [sys.executable, str(ROOT / "amk_bootstrap.py"), "amk.amk_cli", "verify", "--programs", "200000", "--mutants", "0"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True) as run:
+        try:
+            while not _workers(run.pid):
+                assert run.poll() is None
+            run.kill()
+            run.communicate(timeout=60)  # returns when the last that could write there has ended
+        finally:
+            for worker in _workers(run.pid):
+                os.kill(worker, signal.SIGKILL)
+
+
+def _workers(session: int) -> list[int]:
+    """Processes of a session that multiprocessing has started and that have loaded the validator."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            spawned = b"spawn_main" in (folder / "cmdline").read_bytes()
+            if spawned and os.getsid(int(folder.name)) == session and "numpy" in (folder / "maps").read_text():
+                found.append(int(folder.name))
+    return found
 
 
 def test_a_run_without_cases_does_not_pass() -> None:
