@@ -44,9 +44,7 @@ Device = Annotated[str, typer.Option(help="where to judge: auto, cuda or cpu")]
 ConfigFile = Annotated[
     str | None, typer.Option("--config", metavar="FILE|-", help="the ScheduleConfig as JSON; - reads stdin", show_default=False)
 ]
-Batch = Annotated[
-    int, typer.Option(help="rows that are decoded side by side, each at a position of its own: 1 or 8 (16 on the reference machine)")
-]
+Batch = Annotated[int, typer.Option(help="rows that are decoded side by side, each at a position of its own: 1, 8 or 16")]
 Results = Annotated[Path, typer.Option("--results", help="results.tsv to add to; trials and corpus lie beside it")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 
