@@ -5,8 +5,8 @@ python amk_bootstrap.py amk.dev.cost_error [RESULTS...]
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -52,7 +52,12 @@ def lines(files: Sequence[Path]) -> Iterator[tuple[Row, float]]:
 
 
 def main() -> None:
-    files = [Path(name) for name in sys.argv[1:]] or sorted([*RESULTS.glob("bench-*.json"), *RESULTS.glob("knob-effects-*.json")])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", metavar="RESULTS", nargs="*", type=Path, help="results files; all of bench and knob-effects by default")
+    files = parser.parse_args().files or sorted([*RESULTS.glob("bench-*.json"), *RESULTS.glob("knob-effects-*.json")])
+    for file in files:
+        if not file.is_file() or not set(file.stem.split("-")) & set(TARGETS):
+            parser.error(f"RESULTS: must be a results file named after its card, but got {str(file)!r}")
     table = Table("model", "config", "position", "measured us", "predicted us", "error")
     pairs = []
     for row, guess in lines(files):

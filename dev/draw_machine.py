@@ -7,6 +7,7 @@ The sizes in the picture are those of the program that the default config gives 
 
 from __future__ import annotations
 
+import argparse
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -257,7 +258,9 @@ def render() -> str:
 
 def main(arguments: list[str]) -> int:
     """Write the picture; 0."""
-    path = Path(arguments[0]) if arguments else PICTURE
+    parser = argparse.ArgumentParser(prog="draw_machine", description="Draws the flow from config to verdict, and one SM of the machine.")
+    parser.add_argument("file", nargs="?", type=Path, default=PICTURE, help="the SVG file to write; docs/images/machine.svg by default")
+    path: Path = parser.parse_args(arguments).file
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(render(), encoding="utf-8")
     return 0

@@ -7,6 +7,7 @@ A module imports its own package and those below it, absolutely, at module level
 
 from __future__ import annotations
 
+import argparse
 import ast
 import re
 import sys
@@ -232,4 +233,5 @@ def main(report: Callable[[str], None] = print) -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     sys.exit(main())

@@ -55,7 +55,10 @@ NOTE = (
 
 def text_tokens(session: Session, count: int | None) -> list[int]:
     """The text in the model's tokens, or the first `count` of them."""
-    tokens: list[int] = session.model.tokenizer()(TEXT.read_text(encoding="utf-8"))["input_ids"]
+    tokenizer = session.model.tokenizer()
+    if tokenizer is None:
+        raise UsageError(f"model: must have a tokenizer, but {session.model.spec.name} has none")
+    tokens: list[int] = tokenizer(TEXT.read_text(encoding="utf-8"))["input_ids"]
     return tokens if count is None else tokens[:count]
 
 

@@ -5,6 +5,7 @@ Each command runs `RUNS` times in a process of its own; results/timings.json kee
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -54,4 +55,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     sys.exit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,14 @@ def test_what_cannot_be_measured_is_one_sentence(arguments: tuple[str, ...], cod
 
 @pytest.mark.skipif(card_count() > 0, reason="says what happens where there is no card")
 @pytest.mark.parametrize(
-    ("arguments", "code", "words"), [((), 3, "card"), (("--models", "toy"), 2, "'toy'"), (("--knobs", "unroll"), 2, "'unroll'")]
+    ("arguments", "code", "words"),
+    [
+        ((), 3, "card"),
+        (("--models", "toy"), 2, "'toy'"),
+        (("--knobs", "unroll"), 2, "'unroll'"),
+        (("--share", "²/3"), 2, "K/N"),
+        (("--share", "1/" + "9" * 5000), 2, "K/N"),
+    ],
 )
 def test_effects_that_cannot_be_measured_are_one_sentence(arguments: tuple[str, ...], code: int, words: str, tmp_path: Path) -> None:
     refuses("knob_effects", arguments, code, words, tmp_path)
@@ -48,6 +56,35 @@ def test_effects_that_cannot_be_measured_are_one_sentence(arguments: tuple[str, 
 )
 def test_a_sanitizer_that_cannot_run_is_one_sentence(arguments: tuple[str, ...], code: int, words: str, tmp_path: Path) -> None:
     refuses("sanitize", arguments, code, words, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "words"),
+    [
+        ("verify_full", ("--processes", "0"), "--processes: must be at least 1"),
+        ("verify_full", ("--programs", "-1"), "--programs: must be at least 0"),
+        ("verify_full", ("--programs", "0", "--mutants", "0"), "at least one case"),
+        ("cost_error", ("nofile-h200.json",), "'nofile-h200.json'"),
+        ("cost_error", (__file__,), "named after its card"),
+        ("draw_machine", ("--chart",), "--chart"),
+        ("timings", ("--chart",), "--chart"),
+        ("build_variants", ("--chart",), "--chart"),
+        ("import_order", ("--chart",), "--chart"),
+        ("quality", ("--device", "cpu", "--model", "toy", "--tokens", "10", "int8"), "must have a tokenizer"),
+    ],
+)
+def test_commands_that_need_no_card_refuse_in_one_sentence(module: str, arguments: tuple[str, ...], words: str, tmp_path: Path) -> None:
+    refuses(module, arguments, 2, words, tmp_path)
+
+
+def test_a_part_of_the_full_verification_is_not_published(tmp_path: Path) -> None:
+    published = ROOT / "results" / "soundness.json"
+    before = published.read_bytes()
+    command = [sys.executable, str(ROOT / "amk_bootstrap.py"), "amk.dev.verify_full", "--programs", "3", "--mutants", "0"]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert published.read_bytes() == before
+    assert subprocess.run([*command, "--out", str(tmp_path / "some.json")], capture_output=True).returncode == 0
+    assert json.loads((tmp_path / "some.json").read_text(encoding="utf-8"))["programs"]["cases"] == 3
 
 
 def refuses(module: str, arguments: tuple[str, ...], code: int, words: str, folder: Path) -> None:
