@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amk.eval import worker
+from amk.eval import arguments, worker
+from amk.eval.artefacts import artefact_names
 from amk.eval.candidate import Candidate, prepare, require_program
 from amk.eval.card import Place, choose, live_card
 from amk.eval.errors import EnvironmentProblem, UsageError
@@ -25,7 +26,7 @@ from amk.eval.soundness.verify import run_verify
 from amk.eval.trace import untraced
 from amk.eval.verdict import failed, rejected
 from amk.eval.writable import require_writable_file, require_writable_folder
-from amk.flywheel.journal import REGIME, open_journal, trial_of
+from amk.flywheel.journal import REGIME, Journal, open_journal, trial_of
 from amk.flywheel.search import run_loop
 from amk.isa.sampling import Sampling
 from amk.models.cache import cache_root
@@ -58,6 +59,7 @@ class _Subject:
 
 
 def _subject(model_id: str, gpu: str | None, device: str, token: str | None, progress: Progress | None = None) -> _Subject:
+    arguments.text("model", model_id)
     place = choose(gpu, device)
     return _Subject(model_id, describe(model_id, token=token), place, token, progress or (lambda _: None))
 
@@ -70,7 +72,7 @@ def propose(
     Rejected for an incumbent that is refused.
     """
     subject = _subject(model_id, gpu, "auto", token)
-    config = dict(incumbent) if incumbent is not None else config_dict(Config())
+    config: Any = config_dict(Config()) if incumbent is None else dict(incumbent) if isinstance(incumbent, Mapping) else incumbent
     candidate = subject.prepare(config)
     require_program(candidate, "incumbent")
     return {
@@ -104,13 +106,19 @@ def evaluate(
     `token` is a HuggingFace access token for a gated or private model. With `results_path` the trial is written down there and in the
     folders beside it (flywheel.journal); UsageError, before anything is judged, if that cannot be.
     """
-    journal = None if results_path is None or batch != 1 else open_journal(results_path, corpus_path)
+    batch = arguments.whole("batch", batch)
+    journal = None if results_path is None or batch != 1 else _journal(results_path, corpus_path)
     subject = _subject(model_id, gpu, device, token, progress)
     candidate = subject.prepare(config_dict, batch=batch)
     verdict = _judge(subject, candidate)
     if journal is not None:
         journal.write(trial_of(candidate, verdict, kept=None, loop="eval", source="external", experiment=model_id))
     return verdict
+
+
+def _journal(results_path: Path | str, corpus_path: Path | str | None) -> Journal:
+    corpus = None if corpus_path is None else arguments.path("corpus", corpus_path)
+    return open_journal(arguments.path("results", results_path), corpus)
 
 
 def _judge(subject: _Subject, candidate: Candidate) -> dict[str, Any]:
@@ -176,12 +184,18 @@ def generate(
     Greedy at temperature 0; else drawn with noise from `seed`, after the filters of transformers in its order (isa.sampling.Sampling).
     `on_token(index, token, text)` hears of each token as it is made. `token` as for `evaluate`.
     """
-    sampling = Sampling(temperature, top_k, top_p, min_p, seed)
-    check_request(prompt, prompt_ids, max_tokens, stop, sampling)
+    ids = None if prompt_ids is None else arguments.wholes("prompt_ids", prompt_ids)
+    if prompt is not None:
+        arguments.text("prompt", prompt)
+    max_tokens = arguments.whole("max_tokens", max_tokens)
+    numbers = (arguments.number(name, value) for name, value in (("temperature", temperature), ("top_p", top_p), ("min_p", min_p)))
+    temperature, top_p, min_p = numbers
+    sampling = Sampling(temperature, arguments.whole("top_k", top_k), top_p, min_p, arguments.whole("seed", seed))
+    check_request(prompt, ids, max_tokens, stop, sampling)
     subject = _subject(model_id, gpu, device, token, progress)
     candidate = subject.prepare(config_dict, chooser_for(sampling))
     require_program(candidate)
-    options = {"prompt": prompt, "prompt_ids": prompt_ids, "max_tokens": max_tokens, "stop": list(stop), "verify": verify}
+    options = {"prompt": prompt, "prompt_ids": ids, "max_tokens": max_tokens, "stop": list(stop), "verify": verify}
     heard = on_token is not None
     result: dict[str, Any] = _answer(subject, "generate", candidate, on_token, stream=heard, sampling=sampling, **options)
     return result
@@ -204,7 +218,8 @@ def bench(
     `baselines` measures transformers under a CUDA graph and torch.compile in turns with it; EnvironmentProblem without a card, UsageError
     for quantised weights, which the baselines would run in 16 bits.
     """
-    if not positions:
+    places, batch = arguments.wholes("positions", positions), arguments.whole("batch", batch)
+    if not places:
         raise UsageError("positions: must be at least one, but got none")
     if baselines and batch != 1:
         raise UsageError(f"batch: must be 1 beside the baselines, which run a single stream, but got {batch}")
@@ -217,7 +232,7 @@ def bench(
     if candidate.program is None:
         result = {"verdict": _judge(subject, candidate), "rows": []}
     else:
-        result = _answer(subject, "bench", candidate, positions=list(positions), baselines=baselines)
+        result = _answer(subject, "bench", candidate, positions=places, baselines=baselines)
     return {"model": model_id, "gpu": subject.place.target.name, "device": subject.place.device, **result}
 
 
@@ -236,7 +251,7 @@ def trace(
 
     UsageError, before anything is judged, if that file cannot be written. `token` as for `evaluate`.
     """
-    file = Path(out)
+    file, position = arguments.path("out", out), arguments.whole("position", position)
     require_writable_file(file, "out")
     _require_card("trace", gpu, device)
     subject = _subject(model_id, gpu, device, token, progress)
@@ -281,9 +296,11 @@ def compile_model(
 
     UsageError, before anything is judged, if files cannot be written there. `token` as for `evaluate`.
     """
-    folder = Path(out)
+    folder = arguments.path("out", out)
     require_writable_folder(folder, "out")
     subject = _subject(model_id, gpu, device, token, progress)
+    for name in artefact_names(subject.place.target.arch):
+        require_writable_file(folder / name, "out")
     candidate = subject.prepare(config_dict)
     if candidate.program is None:
         return {"verdict": _judge(subject, candidate), "regime": REGIME, "files": []}
@@ -312,11 +329,12 @@ def loop(
 
     UsageError for a budget below 1 or, before anything is judged, for files that cannot be written. `token` as for `evaluate`.
     """
+    budget, seed = arguments.whole("budget", budget), arguments.whole("seed", seed)
     if budget < 1:
         raise UsageError(f"budget: must be at least 1, but got {budget}")
-    if not 0 <= explore_fraction <= 1:
+    if not 0 <= arguments.number("explore_fraction", explore_fraction) <= 1:
         raise UsageError(f"explore_fraction: must be from 0 to 1, but got {explore_fraction}")
-    journal = open_journal(results_path, corpus_path)
+    journal = _journal(results_path, corpus_path)
     subject = _subject(model_id, gpu, device, token, progress)
     return run_loop(
         subject.spec,
@@ -392,11 +410,12 @@ def verify(
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measures the validator against the explorer and the trace checker (eval.soundness)."""
+    arguments.whole("seed", seed)
     for name, value in (("programs", programs), ("mutants", mutants)):
-        if value < 0:
+        if arguments.whole(name, value) < 0:
             raise UsageError(f"{name}: must be at least 0, but got {value}")
     if programs + mutants == 0:
         raise UsageError("programs and mutants: must be at least one case together, but got none")
-    if minutes is not None and not 0 < minutes < math.inf:
+    if minutes is not None and not 0 < arguments.number("minutes", minutes) < math.inf:
         raise UsageError(f"minutes: must be a positive number, but got {minutes}")
     return run_verify(programs, mutants, seed, minutes, progress)

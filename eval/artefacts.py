@@ -12,6 +12,11 @@ from amk.vm.image import pack_program
 from amk.vm.source import kernel_source
 
 
+def artefact_names(arch: str) -> tuple[str, str, str, str]:
+    """The files of `write_artefacts`: source, binary, records and report."""
+    return "megakernel.cu", f"megakernel.{arch}.cubin", "records.bin", "report.json"
+
+
 def write_artefacts(folder: Path, candidate: Candidate, arch: str, binary: Binary, verdict: dict[str, Any]) -> list[str]:
     """Writes into `folder` (made if missing) and returns the files' paths."""
     assert candidate.program is not None
@@ -27,13 +32,10 @@ def write_artefacts(folder: Path, candidate: Candidate, arch: str, binary: Binar
         "spill_load_bytes": binary.spill_load_bytes,
         "cubin_digest": binary.digest,
     }
-    contents = {
-        "megakernel.cu": kernel_source(program).encode(),
-        f"megakernel.{arch}.cubin": binary.cubin,
-        "records.bin": b"".join(image.tasks),
-        "report.json": (json.dumps(report, indent=1) + "\n").encode(),
-    }
+    text = json.dumps(report, indent=1) + "\n"
+    contents = (kernel_source(program).encode(), binary.cubin, b"".join(image.tasks), text.encode())
     folder.mkdir(parents=True, exist_ok=True)
-    for name, data in contents.items():
-        (folder / name).write_bytes(data)
-    return [str(folder / name) for name in contents]
+    paths = [folder / name for name in artefact_names(arch)]
+    for path, data in zip(paths, contents, strict=True):
+        path.write_bytes(data)
+    return list(map(str, paths))

@@ -73,7 +73,7 @@ def choose(gpu: str | None, device: str) -> Place:
     """The place for `--gpu` and `--device`. UsageError for an unknown name; EnvironmentProblem where the card asked for is not there."""
     if device not in DEVICES:
         raise UsageError(f"device: must be one of {', '.join(DEVICES)}, but got {device!r}")
-    if gpu not in (None, "auto") and gpu not in TARGETS:
+    if gpu is not None and not (isinstance(gpu, str) and (gpu == "auto" or gpu in TARGETS)):
         raise UsageError(f"gpu: must be one of {', '.join(TARGETS)} or auto, but got {gpu!r}")
     card = live_card()
     if card is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from amk.isa.sampling import F32, GREEDY, STOP_TOKENS, Sampling, kept_tokens, pe
 from amk.models.rounded import rounded
 from amk.models.source import SourceRun
 from amk.schedule.program import Program
+from amk.schedule.rejection import show
 from amk.schedule.settings import Chooser
 from amk.vm.interface import DecodeMachine
 
@@ -38,6 +39,8 @@ def check_request(
         raise UsageError(f"max_tokens: must be at least 1, but got {max_tokens}")
     if isinstance(stop, str):
         raise UsageError(f"stop: must be a list of texts, but got the text {stop!r} alone")
+    if not (isinstance(stop, Iterable) and all(isinstance(text, str) for text in stop)):
+        raise UsageError(f"stop: must be a list of texts, but got {show(stop)}")
     if "" in stop:
         raise UsageError("stop: must be a text, but got an empty one, which is everywhere")
     problems = list(sampling.problems())

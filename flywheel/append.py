@@ -11,14 +11,19 @@ from pathlib import Path
 BLOCK_BYTES = 1 << 16
 
 
+def lock_of(path: Path) -> Path:
+    """The file beside `path` that is locked in its place, since `path` itself may be replaced."""
+    return path.with_name(f".{path.name}.lock")
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Excludes every other process and thread that locks `path`; the folder is made if need be.
 
-    The lock is a file beside it, since `path` itself may be replaced. A killed holder releases it.
+    A killed holder releases the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    lock = os.open(lock_of(path), os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

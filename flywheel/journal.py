@@ -11,6 +11,7 @@ from typing import Any
 from amk.eval.candidate import Candidate
 from amk.eval.errors import UsageError
 from amk.eval.writable import require_appendable_file, require_writable_folder
+from amk.flywheel.append import lock_of
 from amk.flywheel.corpus import append_record, record_of
 from amk.flywheel.log import append_row, check_columns
 from amk.flywheel.provenance import point_provenance
@@ -46,8 +47,9 @@ def open_journal(results: Path | str, corpus: Path | str | None = None) -> Journ
     """The journal at `results`, its corpus beside it where no other is named. UsageError unless all of it can be written."""
     results = Path(results)
     journal = Journal(results, results.parent / "corpus.jsonl" if corpus is None else Path(corpus))
-    require_appendable_file(journal.results, "results")
-    require_appendable_file(journal.corpus, "corpus")
+    for file, option in ((journal.results, "results"), (journal.corpus, "corpus")):
+        require_appendable_file(file, option)
+        require_appendable_file(lock_of(file), option)
     require_writable_folder(journal.runs, "results")
     try:
         check_columns(journal.results)
@@ -106,6 +108,6 @@ def changes(config: Any, default: Any = None, at: str = "") -> str:
         known = default.get(key)
         if isinstance(value, Mapping) and isinstance(known, Mapping):
             parts.append(changes(value, known, f"{at}{key}."))
-        elif value != known:
+        elif value != known or type(value) is not type(known):  # 3.0 and true are refused where 3 and 1 are not
             parts.append(f"{at}{key}={show(value)}" if isinstance(key, str) else f"{at}{show(key)}")
     return ", ".join(filter(None, parts)) or ("" if at else "default")

@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from amk import harness
@@ -65,6 +66,24 @@ def test_a_refused_config_is_a_verdict_with_all_its_reasons(verb: str) -> None:
     assert list(Path().iterdir()) == []
 
 
+def test_a_file_that_cannot_be_written_is_named_before_anything_is_judged() -> None:
+    Path("out", "report.json").mkdir(parents=True)
+    with pytest.raises(UsageError, match="^out: must be a file to write, but out/report.json is not"):
+        harness.compile_model(**TOY, out="out")
+    assert [path.name for path in Path("out").iterdir()] == ["report.json"]
+
+
+def test_an_incumbent_that_is_no_object_is_rejected() -> None:
+    with pytest.raises(Rejected, match="^incumbent: config: must be an object"):
+        harness.propose("toy", "h200", incumbent="x")  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    found = harness.generate(**TOY, prompt_ids=np.array([1, 2]), max_tokens=np.int64(2), temperature=np.float32(0))
+    assert json.loads(json.dumps(found["tokens"]))[:2] == [1, 2] and len(found["generated"]) == 2
+    assert [row["position"] for row in harness.bench(**TOY, positions=np.array([3]))["rows"]] == [3]
+
+
 @pytest.mark.parametrize("call", [lambda: harness.propose("toy", "h200", incumbent=BAD), lambda: VERBS["generate"](**TOY, config_dict=BAD)])
 def test_where_a_program_is_needed_a_refused_config_is_judged_and_failed_not_misused(call: Callable[[], Any]) -> None:
     with pytest.raises(Rejected, match=r"N_tile.*bogus") as caught:
@@ -95,6 +114,32 @@ def test_where_a_program_is_needed_a_refused_config_is_judged_and_failed_not_mis
         (lambda: harness.bench(**TOY, positions=[10**30]), "positions"),
         (lambda: harness.verify(programs=0, mutants=0), "programs and mutants"),
         (lambda: harness.verify(minutes=float("nan")), "minutes"),
+        (lambda: harness.propose(5), "^model"),  # type: ignore[arg-type]
+        (lambda: harness.propose("toy", ["h200"]), "^gpu"),  # type: ignore[arg-type]
+        (lambda: harness.evaluate(**TOY, batch=8.0), "^batch: must be a whole number, but got 8.0"),
+        (lambda: harness.evaluate(**TOY, results_path=b"x"), "^results: must be a path"),
+        (lambda: harness.evaluate(**TOY, results_path="x", corpus_path=5), "^corpus: must be a path"),
+        (lambda: harness.loop("toy", "h200", float("nan")), "^budget"),  # type: ignore[arg-type]
+        (lambda: harness.loop("toy", "h200", "2"), "^budget"),  # type: ignore[arg-type]
+        (lambda: harness.loop("toy", "h200", seed=[1]), "^seed"),  # type: ignore[arg-type]
+        (lambda: harness.loop("toy", "h200", explore_fraction="x"), "^explore_fraction"),  # type: ignore[arg-type]
+        (lambda: harness.generate(**TOY, prompt_ids=[True]), "^prompt_ids"),
+        (lambda: harness.generate(**TOY, prompt_ids="12"), "^prompt_ids"),
+        (lambda: harness.generate(**TOY, prompt_ids=5), "^prompt_ids"),
+        (lambda: harness.generate(**TOY, prompt=5), "^prompt"),
+        (lambda: harness.generate(**TOY, prompt_ids=[1], max_tokens=2.5), "^max_tokens"),
+        (lambda: harness.generate(**TOY, prompt_ids=[1], temperature="1"), "^temperature"),
+        (lambda: harness.generate(**TOY, prompt_ids=[1], top_k=1.5), "^top_k"),
+        (lambda: harness.generate(**TOY, prompt_ids=[1], seed=None), "^seed"),
+        (lambda: harness.generate(**TOY, prompt_ids=[1], stop=[5]), "^stop"),
+        (lambda: harness.generate(**TOY, prompt_ids=[1], stop=5), "^stop"),
+        (lambda: harness.bench(**TOY, positions=[1.5]), "^positions"),
+        (lambda: harness.bench(**TOY, positions="16"), "^positions"),
+        (lambda: harness.trace(**TOY, out=None), "^out"),
+        (lambda: harness.trace(**TOY, out="x", position=1.5), "^position"),
+        (lambda: harness.compile_model(**TOY, out=5), "^out"),
+        (lambda: harness.verify(programs=1.5), "^programs"),  # type: ignore[arg-type]
+        (lambda: harness.verify(minutes="5"), "^minutes"),  # type: ignore[arg-type]
     ],
 )
 def test_a_misuse_is_named_before_anything_is_judged(call: Callable[[], Any], words: str) -> None:

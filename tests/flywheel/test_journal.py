@@ -49,6 +49,7 @@ def test_a_config_that_is_no_json_is_written_down_as_it_looks(tmp_path: Path, co
         (config_dict(Config()), "default"),
         ({"pipelining_depth": 5}, "pipelining_depth=5"),
         ({"tiling": {"gemv": {"N_tile": 512}}, "bogus": 1}, "tiling.gemv.N_tile=512, bogus=1"),
+        ({"pipelining_depth": 3.0, "fusion_grouping": ["norm", "qkv", "gate_up"]}, "pipelining_depth=3.0"),
         ([], "no config: a list"),
     ],
 )
@@ -56,13 +57,14 @@ def test_a_trial_is_described_by_what_it_changes(config: Any, words: str) -> Non
     assert changes(config) == words
 
 
-@pytest.mark.parametrize("name", ["file/results.tsv", "folder", "other.tsv", "taken/results.tsv"])
+@pytest.mark.parametrize("name", ["file/results.tsv", "folder", "other.tsv", "taken/results.tsv", "locked/results.tsv"])
 def test_a_journal_that_cannot_be_written_is_a_usage_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
     (tmp_path / "other.tsv").write_text("somebody\telse's\n")
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "runs").write_text("")
+    (tmp_path / "locked" / ".results.tsv.lock").mkdir(parents=True)
     with pytest.raises(UsageError, match="^results: "):
         open_journal(tmp_path / name)
 

@@ -1,0 +1,45 @@
+"""What a Python caller gave, as what it must be: UsageError in one sentence for anything else, before work is spent."""
+
+from __future__ import annotations
+
+import numbers
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from amk.eval.errors import UsageError
+from amk.schedule.rejection import show
+
+
+def whole(name: str, value: Any) -> int:
+    """A whole number, numpy's too."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise UsageError(f"{name}: must be a whole number, but got {show(value)}")
+    return int(value)
+
+
+def wholes(name: str, values: Any) -> list[int]:
+    """Whole numbers, in any iterable but a text."""
+    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+        raise UsageError(f"{name}: must be a list of whole numbers, but got {show(values)}")
+    return [whole(name, value) for value in values]
+
+
+def number(name: str, value: Any) -> float:
+    """A number, numpy's too; a whole one stays whole."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise UsageError(f"{name}: must be a number, but got {show(value)}")
+    return value  # type: ignore[return-value]  # typeshed does not know that a Real compares with floats
+
+
+def text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise UsageError(f"{name}: must be a text, but got {show(value)}")
+    return value
+
+
+def path(name: str, value: Any) -> Path:
+    if not isinstance(value, str | os.PathLike):
+        raise UsageError(f"{name}: must be a path, but got {show(value)}")
+    return Path(value)
