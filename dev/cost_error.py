@@ -51,10 +51,15 @@ def lines(files: Sequence[Path]) -> Iterator[tuple[Row, float]]:
                 yield row, predicted(row, gpu, max(found["plain_read_gbs"]))
 
 
+def default_files() -> list[Path]:
+    """All that is published with a latency a line."""
+    return sorted([*RESULTS.glob("bench-*.json"), *RESULTS.glob("knob-effects-*.json")])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", metavar="RESULTS", nargs="*", type=Path, help="results files; all of bench and knob-effects by default")
-    files = parser.parse_args().files or sorted([*RESULTS.glob("bench-*.json"), *RESULTS.glob("knob-effects-*.json")])
+    files = parser.parse_args().files or default_files()
     for file in files:
         if not file.is_file() or not set(file.stem.split("-")) & set(TARGETS):
             parser.error(f"RESULTS: must be a results file named after its card, but got {str(file)!r}")

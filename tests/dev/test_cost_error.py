@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from amk.dev.cost_error import RESULTS, lines
+from amk.dev.cost_error import RESULTS, default_files, lines
 from amk.schedule.config import config_dict
 from amk.schedule.cost import error_report
 from amk.schedule.knobs import Config
@@ -34,3 +34,10 @@ def test_the_published_latencies_are_predicted_within_15_percent(tmp_path: Path)
         pairs += [(guess, row["latency_us"]) for row, guess in lines([file])]
     report = error_report(pairs)
     assert report.points >= 8 and report.worst_pct <= 15 and report.rank == pytest.approx(1.0, abs=0.05)
+
+
+def test_the_error_that_the_page_names_is_that_of_the_published_figures() -> None:
+    pairs = [(guess, row["latency_us"]) for row, guess in lines(default_files())]
+    report = error_report(pairs)
+    page = (RESULTS.parent / "HARNESS.md").read_text(encoding="utf-8")
+    assert f"{report.points} points of an H200, mean error {report.mean_abs_pct:.1f} %" in page
