@@ -24,10 +24,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from amk import harness
+try:
+    from amk import harness  # most of what starting takes: an interrupt may come before there is a verb to end
+except KeyboardInterrupt:
+    print('{"error": "interrupted"}', flush=True)
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
 
 OK, FAILED, USAGE, ENVIRONMENT, INTERRUPTED, READER_GONE = 0, 1, 2, 3, 130, 141
-MOST_CONFIG_BYTES = 1 << 24
+MOST_CONFIG_BYTES, MOST_DIGITS = 1 << 24, 1000
 Answer = Callable[[Any], None]
 
 app = typer.Typer(
@@ -95,7 +100,7 @@ def loop(
 @app.command("compile")
 def compile_model(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", file_okay=False, help="folder for program, kernel and report", show_default=False)],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="DIR", help="folder for program, kernel and report", show_default=False)],
     gpu: Gpu = None,
     config: ConfigFile = None,
     device: Device = "auto",
@@ -245,7 +250,9 @@ def _read_config(source: str | None) -> dict[str, Any] | None:
         return None
     try:
         data = _read_bytes(source).decode("utf-8-sig")
-        config = json.loads(data, parse_constant=_no_constant, parse_float=_finite_number, object_pairs_hook=_unique_keys)
+        config = json.loads(
+            data, parse_constant=_no_constant, parse_float=_finite_number, parse_int=_short_number, object_pairs_hook=_unique_keys
+        )
     except OSError as problem:
         _refuse("--config", f"must be a readable file, but {source!r} is not: {problem.strerror}")
     except (ValueError, RecursionError) as problem:
@@ -265,6 +272,12 @@ def _read_bytes(source: str) -> bytes:
     if len(data) > MOST_CONFIG_BYTES:
         _refuse("--config", f"must be at most {MOST_CONFIG_BYTES >> 20} MiB of JSON, but {source} is longer")
     return data
+
+
+def _short_number(text: str) -> int:
+    if len(text) > MOST_DIGITS:
+        raise ValueError(f"{text[:20]}... has {len(text)} digits")
+    return int(text)
 
 
 def _finite_number(text: str) -> float:
@@ -292,8 +305,10 @@ def _whole_numbers(text: str | None, option: str) -> list[int] | None:
         return None
     numbers = []
     for piece in text.split(","):
-        if not (piece.strip().isascii() and piece.strip().isdigit() and len(piece) < 20):
+        if not (piece.strip().isascii() and piece.strip().isdigit()):
             _refuse(option, f"must be whole numbers with commas between them, but got {piece.strip()!r}")
+        if len(piece) > MOST_DIGITS:
+            _refuse(option, f"must be whole numbers that are token ids, but got one of {len(piece)} digits")
         numbers.append(int(piece))
     return numbers
 

@@ -1,4 +1,4 @@
-"""propose / evaluate / loop / generate: the one API. The CLI and the MCP server are adapters over this module.
+"""propose / evaluate / loop / generate: the one API. The command line is an adapter over this module.
 
 Every function returns plain JSON-able data. What a caller got wrong is raised as an exception with an `exit_code` (amk.eval.errors,
 amk.models.errors); a config that is refused or wrong is a verdict, not an exception.
@@ -35,7 +35,7 @@ from amk.schedule.config import config_dict
 from amk.schedule.knobs import KNOBS, Config
 from amk.schedule.model import ModelSpec
 from amk.schedule.render import search_space
-from amk.schedule.settings import Chooser
+from amk.schedule.settings import BATCHES, Chooser
 from amk.vm.build import BuildFailed, compiler_version
 
 SCHEMA_PATH = "schemas/schedule_config.json"
@@ -106,7 +106,7 @@ def evaluate(
     `token` is a HuggingFace access token for a gated or private model. With `results_path` the trial is written down there and in the
     folders beside it (flywheel.journal); UsageError, before anything is judged, if that cannot be.
     """
-    batch = arguments.whole("batch", batch)
+    batch = arguments.one_of("batch", arguments.whole("batch", batch), BATCHES)
     journal = None if results_path is None or batch != 1 else _journal(results_path, corpus_path)
     subject = _subject(model_id, gpu, device, token, progress)
     candidate = subject.prepare(config_dict, batch=batch)
@@ -218,7 +218,7 @@ def bench(
     `baselines` measures transformers under a CUDA graph and torch.compile in turns with it; EnvironmentProblem without a card, UsageError
     for quantised weights, which the baselines would run in 16 bits.
     """
-    places, batch = arguments.wholes("positions", positions), arguments.whole("batch", batch)
+    places, batch = arguments.wholes("positions", positions), arguments.one_of("batch", arguments.whole("batch", batch), BATCHES)
     if not places:
         raise UsageError("positions: must be at least one, but got none")
     if baselines and batch != 1:
@@ -330,8 +330,9 @@ def loop(
     UsageError for a budget below 1 or, before anything is judged, for files that cannot be written. `token` as for `evaluate`.
     """
     budget, seed = arguments.whole("budget", budget), arguments.whole("seed", seed)
-    if budget < 1:
-        raise UsageError(f"budget: must be at least 1, but got {budget}")
+    for name, value, least in (("budget", budget, 1), ("seed", seed, 0)):
+        if value < least:
+            raise UsageError(f"{name}: must be at least {least}, but got {value}")
     if not 0 <= arguments.number("explore_fraction", explore_fraction) <= 1:
         raise UsageError(f"explore_fraction: must be from 0 to 1, but got {explore_fraction}")
     journal = _journal(results_path, corpus_path)
@@ -410,9 +411,11 @@ def verify(
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Measures the validator against the explorer and the trace checker (eval.soundness)."""
-    arguments.whole("seed", seed)
-    for name, value in (("programs", programs), ("mutants", mutants)):
-        if arguments.whole(name, value) < 0:
+    programs, mutants, seed = (
+        arguments.whole(name, value) for name, value in (("programs", programs), ("mutants", mutants), ("seed", seed))
+    )
+    for name, value in (("programs", programs), ("mutants", mutants), ("seed", seed)):
+        if value < 0:
             raise UsageError(f"{name}: must be at least 0, but got {value}")
     if programs + mutants == 0:
         raise UsageError("programs and mutants: must be at least one case together, but got none")

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from amk.dev.asked import at_least, numbers, writable
 from amk.dev.provenance import write_results
 from amk.dev.version import code_digest
 from amk.eval.batch_oracle import judge_batch
@@ -25,6 +26,7 @@ from amk.models.registry import resolve
 from amk.schedule.compile import lower
 from amk.schedule.knobs import Config
 from amk.schedule.program import Program
+from amk.schedule.settings import BATCHES
 from amk.schedule.targets import Target
 from amk.schedule.validate import ValidProgram, validate
 from amk.vm.cuda import CudaVM, DeviceWeights
@@ -89,10 +91,12 @@ def main() -> None:
     parser.add_argument("--no-judging", action="store_true", help="time without the oracle; nothing is written")
     parser.add_argument("--out", type=Path, help="the results file; results/batch-CARD.json where none is named")
     asked = parser.parse_args()
+    batches = [1, *numbers(parser, "batches", asked.batches, [batch for batch in BATCHES if batch > 1])]
+    at_least(parser, "position", asked.position, 0)
+    writable(parser, asked.out)
     if live_card() is None:
         print("bench_batch: needs an NVIDIA card and its driver, but none was found", file=sys.stderr)
         sys.exit(3)
-    batches = [1, *map(int, asked.batches.split(","))]
     with live_card_lock(partial(print, flush=True)):
         results = measure(asked.model, batches, asked.position, not asked.no_judging)
     if not asked.no_judging:

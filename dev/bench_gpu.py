@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from amk.dev.asked import at_least, writable
 from amk.dev.fresh import Unlike, combined
 from amk.dev.judged import JudgedMachine, NotCorrect, judged
 from amk.dev.provenance import write_results
@@ -195,8 +196,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)  # this is a fresh process: its part into --out
     parser.add_argument("--before", type=Path, help=argparse.SUPPRESS)  # the first process's part
     asked = parser.parse_args()
-    if asked.processes < 1:
-        parser.error(f"--processes: must be at least 1, but got {asked.processes}")
+    at_least(parser, "processes", asked.processes, 1)
+    writable(parser, asked.out)
     asked.baselines = tuple(filter(None, asked.baselines.split(",")))
     given = {"models": asked.models.split(","), "positions": asked.positions.split(","), "baselines": list(asked.baselines)}
     for option, allowed in (("models", list(POSITIONS)), ("positions", list(map(str, ALL_POSITIONS))), ("baselines", list(BUILDERS))):

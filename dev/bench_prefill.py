@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from amk.dev.asked import at_least, numbers, writable
 from amk.dev.provenance import write_results
 from amk.dev.version import code_digest
 from amk.eval.bench import interleaved, quantiles, read_bandwidth_gbs
@@ -27,6 +28,7 @@ from amk.models.model import Model
 from amk.models.registry import resolve
 from amk.schedule.compile import lower
 from amk.schedule.knobs import Config
+from amk.schedule.settings import STRETCHES
 from amk.schedule.targets import Target
 from amk.schedule.validate import ValidProgram, validate
 from amk.vm.cuda import CudaVM
@@ -120,11 +122,14 @@ def main() -> None:
     parser.add_argument("--no-judging", action="store_true", help="time without the oracle; nothing is written")
     parser.add_argument("--out", type=Path, help="the results file; results/prefill-CARD.json where none is named")
     asked = parser.parse_args()
+    stretches = numbers(parser, "stretches", asked.stretches, STRETCHES)
+    at_least(parser, "tokens", asked.tokens, 2)
+    writable(parser, asked.out)
     if live_card() is None:
         print("bench_prefill: needs an NVIDIA card and its driver, but none was found", file=sys.stderr)
         sys.exit(3)
     with live_card_lock(partial(print, flush=True)):
-        results = measure(asked.model, list(map(int, asked.stretches.split(","))), asked.tokens, not asked.no_judging)
+        results = measure(asked.model, stretches, asked.tokens, not asked.no_judging)
     if not asked.no_judging:
         write_results(asked.out or Path("results") / f"prefill-{results['target']}.json", results)
 

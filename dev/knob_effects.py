@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from amk.dev.asked import chosen, share_of, writable
 from amk.dev.judged import JudgedMachine, NotCorrect, judged
 from amk.dev.knob_file import Keeper
 from amk.dev.noise import noise_us
@@ -203,21 +203,10 @@ def line(row: Row) -> str:
     return f"{head} position {row['position']:5}: {row['latency_us']:7.1f} us, default {row['default_us']:7.1f} us: {effect}"
 
 
-def chosen(parser: argparse.ArgumentParser, option: str, text: str, allowed: Sequence[str]) -> list[str]:
-    """The names that were asked for, in the order of `allowed`; ends the process where one is unknown."""
-    asked = text.split(",")
-    if unknown := [name for name in asked if name not in allowed]:
-        parser.error(f"--{option}: must be some of {', '.join(allowed)}, but got {unknown[0]!r}")
-    return [name for name in allowed if name in asked]
-
-
 def share(text: str, knobs: Sequence[Knob]) -> list[Knob]:
     """The knobs of part K of N, "K/N": every Nth of them. ValueError where K is not from 1 to N."""
-    number, _, count = text.partition("/")
-    numbers = [int(part) for part in (number, count) if re.fullmatch("[0-9]{1,6}", part)]
-    if len(numbers) < 2 or not 1 <= numbers[0] <= numbers[1]:
-        raise ValueError(f"must be K/N with K from 1 to N, but got {text!r}")
-    return list(knobs[numbers[0] - 1 :: numbers[1]])
+    number, count = share_of(text)
+    return list(knobs[number - 1 :: count])
 
 
 def main() -> None:
@@ -235,6 +224,7 @@ def main() -> None:
         knobs = share(asked.share, [knob for knob in KNOBS if knob.name in named])
     except ValueError as problem:
         parser.error(f"--share: {problem}")
+    writable(parser, asked.out)
     if live_card() is None:
         print("knob_effects: needs an NVIDIA card and its driver, but none was found", file=sys.stderr)
         sys.exit(3)

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from amk.dev.asked import chosen
 from amk.dev.bench_gpu import ONE_B, SMOL, context
-from amk.dev.knob_effects import chosen
 from amk.dev.prebuild import Build, ahead
 from amk.dev.readme_table import table
 from amk.eval.card import Place, choose, live_card

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from amk.dev.asked import writable
 from amk.dev.judged import NotCorrect
 from amk.dev.prebuild import Build, ahead
 from amk.dev.provenance import write_results
@@ -204,6 +205,7 @@ def main() -> None:
     unknown = sorted(set(asked.formats) - set(FORMATS))
     if unknown or (asked.tokens is not None and asked.tokens < 2):
         parser.error(f"formats must be among {', '.join(FORMATS)} and tokens at least 2, but got {unknown or asked.tokens}")
+    writable(parser, asked.out)
     out = asked.out or (Path("results/quality.json") if asked.device == "cuda" and asked.tokens is None else None)
     try:
         place = choose(None, asked.device)

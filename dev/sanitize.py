@@ -32,7 +32,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from amk.dev.knob_effects import chosen
+from amk.dev.asked import at_least, chosen, writable
 from amk.dev.provenance import write_json, write_results
 from amk.dev.sanitizer_report import reports, summary
 from amk.dev.version import code_digest
@@ -294,8 +294,9 @@ def main() -> None:
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # this process runs under the tool
     asked = parser.parse_args()
     asked.tools, asked.cases = chosen(parser, "tools", asked.tools, list(TOOLS)), chosen(parser, "cases", asked.cases, list(CASES))
-    if asked.sms < 1:
-        parser.error(f"--sms: must be at least 1, but got {asked.sms}")
+    at_least(parser, "sms", asked.sms, 1)
+    at_least(parser, "limit", asked.limit, 1)
+    writable(parser, asked.out)
     if live_card() is None:
         print("sanitize: needs an NVIDIA card and its driver, but none was found", file=sys.stderr)
         sys.exit(3)

@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from amk.dev.asked import at_least, writable
 from amk.dev.provenance import write_results
 from amk.eval.soundness.verify import run_verify
 
@@ -26,8 +27,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="the results file; results/soundness.json for a full run")
     asked = parser.parse_args()
     for name, least in LEAST.items():
-        if (given := getattr(asked, name)) < least:
-            parser.error(f"--{name}: must be at least {least}, but got {given}")
+        at_least(parser, name, getattr(asked, name), least)
+    writable(parser, asked.out)
     if asked.programs + asked.mutants == 0:
         parser.error("--programs and --mutants: must be at least one case together, but got none")
     full = all(getattr(asked, name) >= count for name, count in FULL.items())

@@ -33,6 +33,12 @@ def number(name: str, value: Any) -> float:
     return value  # type: ignore[return-value]  # typeshed does not know that a Real compares with floats
 
 
+def one_of(name: str, value: int, allowed: tuple[int, ...]) -> int:
+    if value not in allowed:
+        raise UsageError(f"{name}: must be one of {', '.join(map(str, allowed))}, but got {value}")
+    return value
+
+
 def text(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise UsageError(f"{name}: must be a text, but got {show(value)}")
@@ -42,4 +48,6 @@ def text(name: str, value: Any) -> str:
 def path(name: str, value: Any) -> Path:
     if not isinstance(value, str | os.PathLike):
         raise UsageError(f"{name}: must be a path, but got {show(value)}")
+    if not os.fspath(value):
+        raise UsageError(f"{name}: must be a path, but got an empty text")
     return Path(value)

@@ -86,6 +86,10 @@ def feed_stdin(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
         (("trace", "toy", "-o", "/proc/amk/x.json"), ("out", "/proc/amk")),
         (("generate", "toy", *CPU), ("prompt",)),
         (("generate", "toy", "--prompt-ids", "1,x", *CPU), ("--prompt-ids", "'x'")),
+        (("generate", "toy", "--prompt-ids", "9" * 30, *CPU), ("999999999999", "256")),
+        (("generate", "toy", "--prompt-ids", "9" * 5000, *CPU), ("--prompt-ids", "5000 digits")),
+        (("eval", "toy", "--batch", "3", *CPU), ("batch", "1, 8, 16")),
+        (("compile", "toy", "-o", "", *CPU), ("out", "empty")),
         (("generate", "toy", "--prompt-ids", "1,99999", *CPU), ("99999", "256")),
         (("generate", "toy", "--prompt-ids", "1", "--max-tokens", "0", *CPU), ("max_tokens", "got 0")),
         (("generate", "toy", "--prompt-ids", "1", "--max-tokens", "9" * 30, *CPU), ("context", "2048")),
@@ -156,7 +160,7 @@ def test_broken_config_on_stdin_is_a_usage_error(capsys: Capture, monkeypatch: p
 def test_folder_as_config_or_file_as_output_folder_is_a_usage_error(capsys: Capture, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert str(tmp_path) in refused(capsys, 2, "eval", "toy", "--config", str(tmp_path), *CPU)
-    assert "--out" in refused(capsys, 2, "compile", "toy", "-o", str(tmp_path / "file"), *CPU)
+    assert "out: must be a folder" in refused(capsys, 2, "compile", "toy", "-o", str(tmp_path / "file"), *CPU)
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,11 @@ def test_where_a_program_is_needed_a_refused_config_is_judged_and_failed_not_mis
         (lambda: harness.propose(5), "^model"),  # type: ignore[arg-type]
         (lambda: harness.propose("toy", ["h200"]), "^gpu"),  # type: ignore[arg-type]
         (lambda: harness.evaluate(**TOY, batch=8.0), "^batch: must be a whole number, but got 8.0"),
+        (lambda: harness.evaluate(**TOY, batch=3), "^batch: must be one of 1, 8, 16, but got 3"),
+        (lambda: harness.bench(**TOY, batch=0), "^batch: must be one of 1, 8, 16, but got 0"),
+        (lambda: harness.loop("toy", "h200", seed=-1), "^seed: must be at least 0"),
+        (lambda: harness.verify(seed=-1), "^seed: must be at least 0"),
+        (lambda: harness.compile_model(**TOY, out=""), "^out: must be a path, but got an empty text"),
         (lambda: harness.evaluate(**TOY, results_path=b"x"), "^results: must be a path"),
         (lambda: harness.evaluate(**TOY, results_path="x", corpus_path=5), "^corpus: must be a path"),
         (lambda: harness.loop("toy", "h200", float("nan")), "^budget"),  # type: ignore[arg-type]
@@ -172,7 +177,6 @@ def test_a_batch_is_judged_row_by_row_and_its_verdict_says_so(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("model", "batch", "config", "words"),
     [
-        ("toy", 3, {}, "batch: must be one of"),
         ("toy", 8, {}, "model dtype: must be bf16 or fp16"),
         ("toy-2L", 8, {"fusion_grouping": []}, "norm and gate_up among them for a batch"),
         ("toy-2L@int8", 8, {}, "batch: must be 1 for quantised weights"),

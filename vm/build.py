@@ -58,14 +58,22 @@ def compile_kernel(source: str, arch: str, name: str = "megakernel", lines: bool
     key = hashlib.sha256("\x00".join(parts).encode()).hexdigest()
     folder = cache_folder()
     cubin_path, log_path = folder / f"{key}.cubin", folder / f"{key}.log"
-    try:
-        return _binary(cubin_path.read_bytes(), log_path.read_text(), cached=True)
-    except OSError:
-        cubin, log = _compile(source, arch, name, lines)
+    if (kept := _kept(cubin_path, log_path)) is not None:
+        return kept
+    cubin, log = _compile(source, arch, name, lines)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_whole(log_path, log.encode())
+    _write_whole(log_path, f"{hashlib.sha256(cubin).hexdigest()}\n{log}".encode())
     _write_whole(cubin_path, cubin)
     return _binary(cubin, log, cached=False)
+
+
+def _kept(cubin_path: Path, log_path: Path) -> Binary | None:
+    """What was built before: None if it is not there, or not with the bytes whose digest begins the log."""
+    try:
+        cubin, (digest, _, log) = cubin_path.read_bytes(), log_path.read_text().partition("\n")
+    except (OSError, ValueError):
+        return None
+    return _binary(cubin, log, cached=True) if hashlib.sha256(cubin).hexdigest() == digest else None
 
 
 def _compile(source: str, arch: str, name: str, lines: bool) -> tuple[bytes, str]:
@@ -94,4 +102,6 @@ def _write_whole(path: Path, data: bytes) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent)
     with os.fdopen(handle, "wb") as file:
         file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)

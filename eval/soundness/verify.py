@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from multiprocessing import get_context, parent_process
 from random import Random
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 from time import monotonic
 from typing import Any, Literal, TypeAlias
 
@@ -170,11 +172,25 @@ def _judged(batches: Iterator[tuple[Case, ...]], processes: int, deadline: float
     with ProcessPoolExecutor(processes, get_context("spawn"), _end_with_parent) as pool:
         running: set[Future[list[Outcome]]] = set()
         for batch in in_time:
-            running.add(pool.submit(judge_all, batch))
+            with _interrupts_ignored():  # a worker that starts takes this over: what interrupts the terminal is for its parent
+                running.add(pool.submit(judge_all, batch))
             if len(running) >= 2 * processes:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 yield from (future.result() for future in done)
         yield from (future.result() for future in running)
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Only the main thread may say what a signal does, and only there do signals arrive."""
+    if current_thread() is not main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
 
 
 def _end_with_parent() -> None:
