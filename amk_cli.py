@@ -26,6 +26,7 @@ from rich.table import Table
 
 try:
     from amk import harness  # most of what starting takes: an interrupt may come before there is a verb to end
+    from amk.schedule.strict_json import unique_keys
 except KeyboardInterrupt:
     print('{"error": "interrupted"}', flush=True)
     print("interrupted", file=sys.stderr)
@@ -251,7 +252,7 @@ def _read_config(source: str | None) -> dict[str, Any] | None:
     try:
         data = _read_bytes(source).decode("utf-8-sig")
         config = json.loads(
-            data, parse_constant=_no_constant, parse_float=_finite_number, parse_int=_short_number, object_pairs_hook=_unique_keys
+            data, parse_constant=_no_constant, parse_float=_finite_number, parse_int=_short_number, object_pairs_hook=unique_keys
         )
     except OSError as problem:
         _refuse("--config", f"must be a readable file, but {source!r} is not: {problem.strerror}")
@@ -288,15 +289,6 @@ def _finite_number(text: str) -> float:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A repeated key would silently hide a value that somebody set."""
-    keys = [key for key, _ in pairs]
-    repeated = sorted({key for key in keys if keys.count(key) > 1})
-    if repeated:
-        raise ValueError(f"key {repeated[0]!r} stands there twice")
-    return dict(pairs)
 
 
 def _whole_numbers(text: str | None, option: str) -> list[int] | None:

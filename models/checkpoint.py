@@ -19,6 +19,7 @@ from amk.models.rope import rope_table
 from amk.models.safetensors_header import StoredTensor, read_header
 from amk.models.stored_matrix import SCALES, Part, Scheme
 from amk.schedule.model import DType, ModelSpec, QuantisedMatrix, weight_format, weight_shapes
+from amk.schedule.strict_json import unique_keys
 
 if TYPE_CHECKING:
     import torch
@@ -92,7 +93,7 @@ def stored_parts(spec: ModelSpec, scheme: Scheme | None) -> dict[str, Part]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; `UnknownModel` when there is no such file, `DamagedCheckpoint` when it is not a JSON object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except FileNotFoundError as error:
         raise UnknownModel(f"{path.parent} is no checkpoint: it has no {path.name}") from error
     except OSError as error:

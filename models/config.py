@@ -13,6 +13,7 @@ from amk.models.quantization_config import scheme_of, without_quantization
 from amk.models.rope import rope_problems
 from amk.models.stored_matrix import Scheme
 from amk.schedule.model import DType, ModelSpec
+from amk.schedule.settings import MOST_LAYERS
 
 DTYPES: dict[str, DType] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 MAX_HEAD_DIM = 256
@@ -54,7 +55,7 @@ def _read(reader: _Reader, name: str, dtype: DType | None, generation: Mapping[s
     family = reader.family
     reader.choice("architectures", (None, [], [family.architecture]))
     reader.choice("hidden_act", _ACTIVATIONS)
-    hidden, layers = reader.size("hidden_size"), reader.size("num_hidden_layers")
+    hidden, layers = reader.size("hidden_size"), reader.size("num_hidden_layers", MOST_LAYERS)
     heads, vocab = reader.size("num_attention_heads"), reader.size("vocab_size")
     intermediate, max_context = reader.size("intermediate_size"), reader.size("max_position_embeddings")
     kv_heads = heads if reader.value("num_key_value_heads") is None else reader.size("num_key_value_heads")
@@ -92,11 +93,11 @@ class _Reader:
         if self.value(name) not in allowed:
             self.reject(name, " or ".join(repr(value) for value in allowed))
 
-    def size(self, name: str) -> int:
+    def size(self, name: str, most: int | None = None) -> int:
         value = self.value(name)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= (most or value):
             return value
-        self.reject(name, "a positive integer")
+        self.reject(name, "a positive integer" if most is None else f"an integer from 1 to {most}")
         return 1
 
     def flag(self, name: str) -> bool:

@@ -18,6 +18,7 @@ DEFAULT_CONTEXT = 16384
 STAGE_CHOICES = (8192, 16384, 32768)
 SPLIT_CHOICES = (1, 2, 4, 8, 16)
 MAX_HEAD_DIM = 256
+MOST_LAYERS = NONE // 16 - 1  # the names of their buffers and counters must fit into a field of a record
 BATCHES = (1, 8, 16)  # tokens that a program may compute side by side
 STRETCHES = (32, 64, 128)  # and consecutive positions of one sequence
 
@@ -120,7 +121,7 @@ def model_problems(spec: ModelSpec) -> Iterator[Rejection]:
         ("head_dim", spec.head_dim, 0 < spec.head_dim <= MAX_HEAD_DIM and spec.head_dim % 8 == 0, f"a multiple of 8 up to {MAX_HEAD_DIM}"),
         ("heads", spec.heads, spec.heads > 0 and spec.heads % spec.kv_heads == 0, f"a multiple of kv_heads ({spec.kv_heads})"),
         ("heads", spec.heads, spec.group <= MAX_GROUP, f"at most {MAX_GROUP} for each of the {spec.kv_heads} KV heads"),
-        ("layers", spec.layers, 0 < spec.layers < NONE // 16, f"from 1 to {NONE // 16 - 1}"),
+        ("layers", spec.layers, 0 < spec.layers <= MOST_LAYERS, f"from 1 to {MOST_LAYERS}"),
         ("vocab", spec.vocab, spec.vocab > 0, "at least 1"),
         ("dtype", spec.dtype, spec.dtype in ELEMENT_BYTES, f"one of {tuple(ELEMENT_BYTES)}"),
     )

@@ -113,6 +113,8 @@ def test_broken_json_is_damage_and_a_bare_folder_is_no_model(tiny_copy: Folder, 
     folder = tiny_copy("llama2")
     (folder / "config.json").write_text('{"model_type": ')
     fails(str(folder), DamagedCheckpoint, "config.json")
+    (folder / "config.json").write_text('{"model_type": "llama", "hidden_size": 64, "hidden_size": 128}')
+    fails(str(folder), DamagedCheckpoint, "key 'hidden_size' stands there twice")
     (tmp_path / "bare").mkdir()
     fails(str(tmp_path / "bare"), UnknownModel, "config.json")
 
