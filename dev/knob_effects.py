@@ -54,7 +54,7 @@ SOME_OF: dict[str, tuple[Any, ...]] = {
     "tiling.attention.kv_block": (16, 64, 256),
     "pipelining_depth": (2, 4, 8),
     "smem_bytes_per_block": (32768, 65536, 131072),
-    "kernel_knobs.stage_bytes": (8192, 32768),
+    "kernel_knobs.stage_bytes": (8192, 24576, 32768),
     "kernel_knobs.release_early": (0, 4, 8),
     "kernel_knobs.kv_splits": (1, 4, 8),
     "kernel_knobs.weight_feed": ("cp_async", "plain"),  # auto is bulk where there is that

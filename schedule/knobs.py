@@ -167,7 +167,7 @@ class Config:
         "bytes of a ring stage without scales of quantised weights; 0 is 16384, more where 16 KV rows need it, less where it would not fit",
         "compile, vm feeder",
         unit="bytes",
-        choices=(0, 8192, 16384, 32768),
+        choices=(0, 8192, 16384, 20480, 24576, 32768),
     )
     cache_hint: str = _knob(
         "kernel_knobs.cache_hint",

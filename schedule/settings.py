@@ -15,7 +15,7 @@ from amk.schedule.rejection import Rejection, reject
 from amk.schedule.targets import Target
 
 DEFAULT_CONTEXT = 16384
-STAGE_CHOICES = (8192, 16384, 32768)
+STAGE_CHOICES = (8192, 16384, 20480, 24576, 32768)
 SPLIT_CHOICES = (1, 2, 4, 8, 16)
 MAX_HEAD_DIM = 256
 MOST_LAYERS = NONE // 16 - 1  # the names of their buffers and counters must fit into a field of a record

@@ -160,7 +160,7 @@ def test_search_space_lists_every_knob_with_its_default_among_its_values() -> No
 
 def test_search_space_leaves_out_stages_that_cannot_hold_16_kv_rows() -> None:
     assert search_space(WIDE_HEADS, TARGETS["h200"])["kernel_knobs.stage_bytes"]["choices"] == [0, 32768]
-    assert search_space(SMOLLM2, TARGETS["h200"])["kernel_knobs.stage_bytes"]["choices"] == [0, 8192, 16384, 32768]
+    assert search_space(SMOLLM2, TARGETS["h200"])["kernel_knobs.stage_bytes"]["choices"] == [0, 8192, 16384, 20480, 24576, 32768]
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=lambda t: t.name)
