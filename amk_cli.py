@@ -26,6 +26,7 @@ from rich.table import Table
 
 try:
     from amk import harness  # most of what starting takes: an interrupt may come before there is a verb to end
+    from amk.models.cache import cache_root
     from amk.schedule.strict_json import unique_keys
 except KeyboardInterrupt:
     print('{"error": "interrupted"}', flush=True)
@@ -459,10 +460,18 @@ def _outcome_of(error: Exception) -> tuple[int, str]:
     if isinstance(error, ImportError):
         return ENVIRONMENT, f"a package is missing or broken: {error}; install automegakernel with its dependencies"
     if isinstance(error, OSError):
-        return ENVIRONMENT, f"a file or the system failed: {error}"
+        return ENVIRONMENT, f"a file or the system failed: {error}{_cache_hint(error)}"
     if isinstance(error, MemoryError):
         return ENVIRONMENT, f"out of memory: {error}"
     return ENVIRONMENT, f"internal error: {type(error).__name__}: {error}; AMK_DEBUG=1 shows where"
+
+
+def _cache_hint(error: OSError) -> str:
+    """What to do where it is the cache that cannot be used."""
+    root = cache_root()
+    if not (isinstance(error.filename, str) and Path(error.filename).is_relative_to(root)):
+        return ""
+    return f"; the cache {root} must be a folder that can be written: set AMK_CACHE to one"
 
 
 def _usage(message: str) -> str:

@@ -414,3 +414,10 @@ def test_drawn_tokens_are_told_verified_and_repeatable(capsys: Capture) -> None:
     first = tokens("--seed", "7", "--verify")
     assert tokens("--seed", "7", "--top-k", "100000", "--top-p", "1", "--min-p", "0") == first != tokens("--seed", "8")
     assert len(set(tokens("--seed", "7", "--top-k", "20", "--top-p", "0.95", "--min-p", "0.01", "--verify"))) > 1
+
+
+def test_a_cache_that_cannot_be_used_is_named_with_what_to_do(capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("AMK_CACHE", str(tmp_path / "file"))
+    said = refused(capsys, 3, "compile", "toy", "-o", str(tmp_path / "out"), *CPU)
+    assert "set AMK_CACHE" in said and str(tmp_path / "file") in said
