@@ -106,7 +106,7 @@ def evaluate(
     `token` is a HuggingFace access token for a gated or private model. With `results_path` the trial is written down there and in the
     folders beside it (flywheel.journal); UsageError, before anything is judged, if that cannot be.
     """
-    batch = arguments.one_of("batch", arguments.whole("batch", batch), BATCHES)
+    batch = arguments.one_of("batch", batch, BATCHES)
     journal = None if results_path is None or batch != 1 else _journal(results_path, corpus_path)
     subject = _subject(model_id, gpu, device, token, progress)
     candidate = subject.prepare(config_dict, batch=batch)
@@ -218,7 +218,7 @@ def bench(
     `baselines` measures transformers under a CUDA graph and torch.compile in turns with it; EnvironmentProblem without a card, UsageError
     for quantised weights, which the baselines would run in 16 bits.
     """
-    places, batch = arguments.wholes("positions", positions), arguments.one_of("batch", arguments.whole("batch", batch), BATCHES)
+    places, batch = arguments.wholes("positions", positions), arguments.one_of("batch", batch, BATCHES)
     if not places:
         raise UsageError("positions: must be at least one, but got none")
     if baselines and batch != 1:

@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,17 +168,26 @@ def _require_known(parts: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _require_present(parts: Mapping[str, Mapping[str, Any]]) -> None:
-    """Unlike if a line is of another program or kernel than the code at hand makes of its value."""
+    """Unlike if a line is of another program or kernel than the code at hand makes of its value.
+
+    A line that has another value's program is held to that: the code at hand must make the same of both.
+    """
     for name, part in parts.items():
         card = card_name(part["provenance"]["cards"][0]["name"])
         contexts = {row["model"]: row["context"] for row in part["defaults"]}
         for row in part["rows"]:
-            model, knob, value = row["model"], row["knob"], json.loads(row["value"])
-            config = with_value(Config(), knob, tuple(value) if isinstance(value, list) else value)
-            present = config_digest(model, config, card, contexts[model])
-            if not present or row.get("code_sha256") != present:
+            made = partial(_made, row["model"], row["knob"], card, contexts[row["model"]])
+            present = made(row["value"])
+            stated = made(row["same_program_as"]) if "same_program_as" in row else row.get("code_sha256")
+            if not present or stated != present:
                 either = "must be the same in every part, or every line's program and kernel those of the code at hand"
-                raise Unlike(f"commit: {either}, but {knob}={row['value']} of {model} in {name} has others")
+                raise Unlike(f"commit: {either}, but {row['knob']}={row['value']} of {row['model']} in {name} has others")
+
+
+def _made(model: str, knob: str, card: str, context: int, shown: str) -> str:
+    """The digest of what the code at hand makes of one value of a knob, as a line shows it; empty if that is refused."""
+    value = json.loads(shown)
+    return config_digest(model, with_value(Config(), knob, tuple(value) if isinstance(value, list) else value), card, context)
 
 
 def _require_apart(parts: Mapping[str, Mapping[str, Any]]) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amk.dev.asked import chosen
+from amk.dev.asked import at_least, chosen
 from amk.dev.bench_gpu import ONE_B, SMOL, context
 from amk.dev.prebuild import Build, ahead
 from amk.dev.readme_table import table
@@ -174,8 +174,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="the steps and their commands; nothing is run")
     asked = parser.parse_args()
     names = chosen(parser, "only", asked.only, list(STEPS))
-    if asked.processes < 1:
-        parser.error(f"--processes: must be at least 1, but got {asked.processes}")
+    at_least(parser, "processes", asked.processes, 1)
     if asked.list:
         for name in names:
             print(f"{name}: {shlex.join(STEPS[name].command('CARD', asked.folder, asked.processes)[1:])}")

@@ -33,10 +33,11 @@ def number(name: str, value: Any) -> float:
     return value  # type: ignore[return-value]  # typeshed does not know that a Real compares with floats
 
 
-def one_of(name: str, value: int, allowed: tuple[int, ...]) -> int:
-    if value not in allowed:
-        raise UsageError(f"{name}: must be one of {', '.join(map(str, allowed))}, but got {value}")
-    return value
+def one_of(name: str, value: Any, allowed: tuple[int, ...]) -> int:
+    """A whole number that is among these."""
+    if (number := whole(name, value)) not in allowed:
+        raise UsageError(f"{name}: must be one of {', '.join(map(str, allowed))}, but got {number}")
+    return number
 
 
 def text(name: str, value: Any) -> str:

@@ -14,7 +14,7 @@ from amk.schedule.emit import Queues, buffers_of, emit
 from amk.schedule.fuse import fuse
 from amk.schedule.fuse_stretch import fuse_stretch
 from amk.schedule.graph import Graph, MatVecOp, StretchMatMulOp
-from amk.schedule.knobs import Config
+from amk.schedule.knobs import STAGE_CHOICES, Config
 from amk.schedule.memory import Arena, allocate
 from amk.schedule.model import ModelSpec
 from amk.schedule.names import matvec_shapes, resolve_names
@@ -22,7 +22,7 @@ from amk.schedule.place import Placement, assignment_problems, kept_bytes, place
 from amk.schedule.program import DeviceKnobs, KvCache, Program
 from amk.schedule.rejection import Rejection, reject
 from amk.schedule.resources import SharedNeeds, shared_layout
-from amk.schedule.settings import STAGE_CHOICES, Chooser, Settings, resolve, splits_of
+from amk.schedule.settings import Chooser, Settings, resolve, splits_of
 from amk.schedule.synchronise import Sync, synchronise
 from amk.schedule.targets import Target
 from amk.schedule.tile import tile

@@ -12,6 +12,10 @@ Assignment: TypeAlias = str | tuple[tuple[str, tuple[int, ...]], ...]
 KnobType = Literal["int", "choice", "set", "assignment"]
 
 
+STAGE_CHOICES = (8192, 16384, 20480, 24576, 32768)  # bytes; what an automatic choice is among, too
+SPLIT_CHOICES = (1, 2, 4, 8, 16)  # likewise
+
+
 @dataclass(frozen=True)
 class Knob:
     """One choice: its dotted key in a config, the values it may take, and who reads it.
@@ -167,7 +171,7 @@ class Config:
         "bytes of a ring stage without scales of quantised weights; 0 is 16384, more where 16 KV rows need it, less where it would not fit",
         "compile, vm feeder",
         unit="bytes",
-        choices=(0, 8192, 16384, 20480, 24576, 32768),
+        choices=(0, *STAGE_CHOICES),
     )
     cache_hint: str = _knob(
         "kernel_knobs.cache_hint",
@@ -219,7 +223,7 @@ class Config:
         "tasks that share the KV rows of a head, no more than there are blocks of rows; 0 is as many as there are SMs for",
         "settings, emit",
         unit="tasks",
-        choices=(0, 1, 2, 4, 8, 16),
+        choices=(0, *SPLIT_CHOICES),
     )
     weight_feed: str = _knob(
         "kernel_knobs.weight_feed",

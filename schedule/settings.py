@@ -9,14 +9,12 @@ from typing import Literal, TypeAlias
 from amk.isa.abi import NONE
 from amk.isa.attention import MAX_GROUP
 from amk.isa.machine import ELEMENT_BYTES, FRAGMENT_BYTES, KV_BLOCK_ROWS, TILE_ROWS, Piece, kv_span, quantised_piece
-from amk.schedule.knobs import Config
+from amk.schedule.knobs import SPLIT_CHOICES, STAGE_CHOICES, Config
 from amk.schedule.model import ModelSpec, matrices_bytes
 from amk.schedule.rejection import Rejection, reject
 from amk.schedule.targets import Target
 
 DEFAULT_CONTEXT = 16384
-STAGE_CHOICES = (8192, 16384, 20480, 24576, 32768)
-SPLIT_CHOICES = (1, 2, 4, 8, 16)
 MAX_HEAD_DIM = 256
 MOST_LAYERS = NONE // 16 - 1  # the names of their buffers and counters must fit into a field of a record
 BATCHES = (1, 8, 16)  # tokens that a program may compute side by side

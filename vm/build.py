@@ -61,10 +61,11 @@ def compile_kernel(source: str, arch: str, name: str = "megakernel", lines: bool
     if (kept := _kept(cubin_path, log_path)) is not None:
         return kept
     cubin, log = _compile(source, arch, name, lines)
+    built = _binary(cubin, log, cached=False)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_whole(log_path, f"{hashlib.sha256(cubin).hexdigest()}\n{log}".encode())
+    _write_whole(log_path, f"{built.digest}\n{log}".encode())
     _write_whole(cubin_path, cubin)
-    return _binary(cubin, log, cached=False)
+    return built
 
 
 def _kept(cubin_path: Path, log_path: Path) -> Binary | None:
@@ -73,7 +74,8 @@ def _kept(cubin_path: Path, log_path: Path) -> Binary | None:
         cubin, (digest, _, log) = cubin_path.read_bytes(), log_path.read_text().partition("\n")
     except (OSError, ValueError):
         return None
-    return _binary(cubin, log, cached=True) if hashlib.sha256(cubin).hexdigest() == digest else None
+    kept = _binary(cubin, log, cached=True)
+    return kept if kept.digest == digest else None
 
 
 def _compile(source: str, arch: str, name: str, lines: bool) -> tuple[bytes, str]:

@@ -159,6 +159,19 @@ def test_parts_of_two_commits_whose_programs_and_kernels_are_those_of_the_code_a
             merged(parts)
 
 
+@pytest.mark.parametrize(("value", "is_the_same"), [("4", True), ("1", False)])
+def test_a_line_with_another_values_program_is_taken_from_another_commit_if_it_still_is_the_same(value: str, is_the_same: bool) -> None:
+    same = {"model": "toy", "knob": "kernel_knobs.kv_splits", "value": value, "latency_us": None, "same_program_as": "0"}
+    parts = {"a.h200.json": part(same), "b.h200.json": part(commit="fedcba")}
+    for data in parts.values():
+        data["defaults"][0] |= {"model": "toy", "context": 512}
+    if is_the_same:
+        assert [row["value"] for row in merged(parts)["rows"]] == [value]
+    else:
+        with pytest.raises(Unlike, match=r"kv_splits=1 of toy in a\.h200\.json has others"):
+            merged(parts)
+
+
 @pytest.mark.parametrize("commit", ["0123456789abcdef+changes"])
 def test_parts_of_changed_code_are_refused(commit: str) -> None:
     with pytest.raises(Unlike, match="without changes"):
