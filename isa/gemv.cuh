@@ -17,7 +17,8 @@ __device__ __forceinline__ void store_gemv(Storer& s, const GemvTask& task, cons
     if (mine && task.bias >= 0) extra = __ldg(b.constant(task.bias + r));
     if (mine && residual) extra += s.read(residual + r, want);
     __syncwarp();
+    uint64_t* to = opaque(out + r);
     const float y = rows.next(s, tile, extra);
-    if (mine) publish(out + r, as_bits(y), tag);
+    if (mine) publish(to, as_bits(y), tag);
   }
 }

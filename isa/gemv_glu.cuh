@@ -11,14 +11,15 @@ __device__ __forceinline__ void store_gemv_glu(Storer& s, const GemvGluTask& tas
   for (int tile = 0; tile < task.tiles; ++tile) {
     const int t = task.tile0 + tile;
     const float bias = task.bias >= 0 ? __ldg(b.constant(task.bias + t * TILE_ROWS + row)) : 0.f;
+    uint64_t* to = opaque(out + (WIDE ? t * 8 + s.lane : t * 4 + (s.lane >> 1)));
     const float y = rows.next(s, tile, bias);
     const float up = __shfl_down_sync(~0u, y, 8);
     const float h = silu(y) * up;
     const float next = __shfl_down_sync(~0u, h, 1);
     if constexpr (WIDE) {
-      if (s.lane < 8) publish(out + t * 8 + s.lane, as_bits(h), tag);
+      if (s.lane < 8) publish(to, as_bits(h), tag);
     } else if (s.lane < 8 && !(s.lane & 1)) {
-      publish(out + t * 4 + (s.lane >> 1), pack2(h, next), tag);
+      publish(to, pack2(h, next), tag);
     }
   }
 }

@@ -9,6 +9,7 @@ __device__ __forceinline__ void store_gemv_head(Storer& s, const GemvHeadTask& t
   const uint32_t tag = token.tag(task.out_tag);
   float best = -__int_as_float(0x7f800000);
   int best_row = task.tile0 * TILE_ROWS;  // a token that exists even where every logit is NaN: the next step looks it up
+  uint64_t* out = opaque(b.buffer(task.out_buf) + task.out_start);
   ScaledRows rows(task.flags, task.cols);
   for (int tile = 0; tile < task.tiles; ++tile) {
     const int r = (task.tile0 + tile) * TILE_ROWS + (s.lane & 15);
@@ -20,6 +21,6 @@ __device__ __forceinline__ void store_gemv_head(Storer& s, const GemvHeadTask& t
     }
   }
   warp_best(best, best_row);
-  if (s.lane == 0) publish(b.buffer(task.out_buf) + task.out_start, as_bits(best), tag);
-  if (s.lane == 1) publish(b.buffer(task.out_buf) + task.out_start + 1, (uint32_t)best_row, tag);
+  if (s.lane == 0) publish(out, as_bits(best), tag);
+  if (s.lane == 1) publish(out + 1, (uint32_t)best_row, tag);
 }

@@ -119,7 +119,7 @@ __device__ __forceinline__ void publish_partial(const Consumer& c, const Attenti
 
 // Elements of the output: values over the sum.
 __device__ __forceinline__ void publish_weighed(uint64_t* out, const Partial& all, uint32_t tag) {
-  const float inverse = 1.f / all.l;
+  const float inverse = __fdividef(1.f, all.l);
   if constexpr (WIDE) publish(out, as_bits(all.o[0] * inverse), tag);
   else publish(out, pack2(all.o[0] * inverse, all.o[NARROW - 1] * inverse), tag);
 }

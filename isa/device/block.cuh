@@ -97,9 +97,14 @@ struct Consumer {
   template <int COUNT>
   __device__ __forceinline__ bool chunks_landed() const {
     if (!chunk_landed(COUNT - 1)) return false;  // the last is the last to land, as a rule: while memory is waited for, one look is all
+    return each_landed<COUNT - 1>();
+  }
+  // Without a branch.
+  template <int COUNT>
+  __device__ __forceinline__ bool each_landed() const {
     bool all = true;
 #pragma unroll
-    for (int i = 0; i + 1 < COUNT; ++i) all &= chunk_landed(i);
+    for (int i = 0; i < COUNT; ++i) all &= chunk_landed(i);
     return all;
   }
   __device__ __forceinline__ bool chunk_landed(int ahead) const {
@@ -167,6 +172,11 @@ struct Consumer {
   // those that were not there are asked for together again.
   template <int N, class Packets, class At>
   __device__ __forceinline__ void read_all(Packets (&v)[N], Expected want, At at) {
+    read_all(v, want, at, [] {});
+  }
+  // The same; `meanwhile` is done while they are on their way.
+  template <int N, class Packets, class At, class Meanwhile>
+  __device__ __forceinline__ void read_all(Packets (&v)[N], Expected want, At at, Meanwhile meanwhile) {
     auto here = [&] {
       bool all = true;
 #pragma unroll
@@ -175,6 +185,7 @@ struct Consumer {
     };
 #pragma unroll
     for (int i = 0; i < N; ++i) load_into(v[i], at(i));
+    meanwhile();
     if (here()) return;
     wait_until(abort, WAIT_TAG, [&] {
 #pragma unroll
@@ -201,21 +212,23 @@ struct Storer {
     return as_float(v.x);
   }
   // Sum over the consumer warps, in warp order within each half: lane r and lane r + 16 get row r; `squares`, where it is wanted, gets the
-  // sum of x squared.
+  // sum of x squared. Where the sums are is worked out before they are there, and both are handed on at once: others wait for this.
   __device__ __forceinline__ float reduce(bool want_squares, float& squares) {
     Barrier* bar = &b.barriers().slot_full[red];
     const uint32_t parity = red_parity;
+    const int first = (red * CONSUMER_WARPS + (lane >> 4) * (CONSUMER_WARPS / 2)) * SLOT_ROW;
+    const int row = opaque(first + (lane & 15)), of_squares = opaque(first + TILE_ROWS);
     wait_until(abort, WAIT_SLOT, [=] { return barrier_passed(bar, parity); });
-    const int row = lane & 15, half = lane >> 4;
+    const float* sums = reinterpret_cast<const float*>(b.shared + REDUCTION_OFFSET);
     float sum = 0.f, ss = 0.f;
 #pragma unroll
     for (int w = 0; w < CONSUMER_WARPS / 2; ++w) {
-      const float* part = b.partial(red, half * (CONSUMER_WARPS / 2) + w);
-      sum += part[row];
-      if (want_squares) ss += part[TILE_ROWS];
+      sum += sums[row + w * SLOT_ROW];
+      if (want_squares) ss += sums[of_squares + w * SLOT_ROW];
     }
-    if (want_squares) squares = ss + __shfl_xor_sync(~0u, ss, 16);
-    sum += __shfl_xor_sync(~0u, sum, 16);  // all lanes have read
+    const float other_sum = __shfl_xor_sync(~0u, sum, 16), other_ss = __shfl_xor_sync(~0u, ss, 16);  // all lanes have read
+    sum += other_sum;
+    squares = ss + other_ss;
     if (arrives(lane)) barrier_arrive(&b.barriers().slot_free[red]);
     if (++red == REDUCTION_SLOTS) { red = 0; red_parity ^= 1; }
     return sum;

@@ -81,9 +81,10 @@ __device__ __forceinline__ float warp_max(float v) {
   for (int d = 16; d; d >>= 1) v = fmaxf(v, __shfl_xor_sync(~0u, v, d));
   return v;
 }
-__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
 __device__ __forceinline__ float fast_exp2(float v) {
   float r;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
   return r;
 }
+// Where the exponential is too small to be a normal number, or zero, the denominator is 1.
+__device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.f + fast_exp2(x * -1.4426950408889634f)); }

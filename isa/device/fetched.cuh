@@ -56,14 +56,15 @@ __device__ __forceinline__ void multiply_fetched(Consumer& c, F& chunks, const O
 }
 
 // The products of a tile, whose first chunks are in registers, as those of the next tile are when it ends. `O::KEPT`: operands are in registers
-// too, so that which are meant must be known to the compiler.
+// too, so that which are meant must be known to the compiler. `known`: whether the chunks after the first have `landed` has been looked at.
 template <class P, class F, class O, class S>
-__device__ __forceinline__ void multiply_tile(Consumer& c, F& chunks, const O& operands, S& sums, bool is_last) {
+__device__ __forceinline__ void multiply_tile(Consumer& c, F& chunks, const O& operands, S& sums, bool is_last, bool known = false,
+                                              bool landed = false) {
 #pragma unroll(O::KEPT ? P::CHUNKS : 1)
   for (int first = 0; first < P::CHUNKS; first += F::DEPTH) {
     const bool more = first + F::DEPTH < P::CHUNKS || !is_last;
     if (!more) multiply_fetched<false, false, P>(c, chunks, operands, sums, first);
-    else if (c.chunks_landed<F::DEPTH>()) multiply_fetched<true, true, P>(c, chunks, operands, sums, first);
+    else if (known && first == 0 ? landed : c.chunks_landed<F::DEPTH>()) multiply_fetched<true, true, P>(c, chunks, operands, sums, first);
     else multiply_fetched<true, false, P>(c, chunks, operands, sums, first);
   }
 }

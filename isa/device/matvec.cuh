@@ -70,27 +70,31 @@ struct Slice {
     if constexpr (WHOLE) return (first + column(load, lane)) * 2 / WIDTH;
     return count ? (first + min_of(column(load, lane), count - WIDTH)) * 2 / WIDTH : 0;
   }
-  __device__ __forceinline__ float load(Consumer& c, const uint64_t* x, Expected want, const float* g, uint8_t* to) const {
+  // `meanwhile` is done while the first packets are on their way.
+  template <class Meanwhile>
+  __device__ __forceinline__ float load(Consumer& c, const uint64_t* x, Expected want, const float* g, uint8_t* to, Meanwhile meanwhile) const {
     float squares = 0.f;
 #pragma unroll
     for (int base = 0; base < LOADS; base += BATCH) {
       constexpr int N = BATCH;
       uint4 v[N];
-      c.read_all(v, want, [&](int i) { return x + source(min_of(base + i, LOADS - 1), c.lane); });
+      c.read_all(v, want, [&](int i) { return x + source(min_of(base + i, LOADS - 1), c.lane); }, [&] { if (base == 0) meanwhile(); });
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         const int at = column(base + i, c.lane);
         if (!WHOLE && at >= count) v[i] = make_uint4(0, 0, 0, 0);
-        if (base + i < LOADS && at < P::SLICE) squares += keep(v[i], g, base + i, at, to);
+        if (base + i < LOADS) squares += keep(v[i], g, base + i, at, to);
       }
     }
     return squares;
   }
 
  private:
+  // Computed by every lane; one that is beyond the slice, and so has zeros, stores nothing.
   __device__ __forceinline__ float keep(const uint4& v, const float* g, int load, int at, uint8_t* to) const {
+    const bool inside = P::SLICE % STEP == 0 || at < P::SLICE;
     if constexpr (PAIRS) {
-      *reinterpret_cast<uint2*>(to + at * 2) = make_uint2(v.x, v.z);
+      if (inside) *reinterpret_cast<uint2*>(to + at * 2) = make_uint2(v.x, v.z);
       return 0.f;
     }
     float a = as_float(v.x), b = as_float(v.z), squares = 0.f;
@@ -100,11 +104,12 @@ struct Slice {
       a *= gains.x;
       b *= gains.y;
     }
-    if constexpr (WIDE) *reinterpret_cast<float2*>(to + at * 4) = make_float2(a, b);
-    else {
-      const uint32_t rounded = pack2(a, b);
-      *reinterpret_cast<uint32_t*>(to + at * 2) = rounded;
-      *reinterpret_cast<uint32_t*>(to + P::SLICE_BYTES + at * 2) = pack2(a - unpack_low(rounded), b - unpack_high(rounded));
+    if constexpr (WIDE) {
+      if (inside) *reinterpret_cast<float2*>(to + at * 4) = make_float2(a, b);
+    } else {
+      const uint32_t rounded = pack2(a, b), error = pack2(a - unpack_low(rounded), b - unpack_high(rounded));
+      if (inside) *reinterpret_cast<uint32_t*>(to + at * 2) = rounded;
+      if (inside) *reinterpret_cast<uint32_t*>(to + P::SLICE_BYTES + at * 2) = error;
     }
     return squares;
   }
@@ -156,9 +161,11 @@ struct Operands {
   const uint8_t* from;
   Operand kept[KEPT ? P::CHUNKS * P::PER_CHUNK : 1];  // those beyond the slice are never used
 
-  // After the warp has written its slice to `slice`.
-  __device__ __forceinline__ void begin(const uint8_t* slice, int lane) {
-    from = slice + (TWO && lane >> 2 == 1 ? P::SLICE_BYTES : 0) + Operand::offset(lane);  // lanes 4 to 7 hold column 1
+  // Where a lane's operands begin in a slice; lanes 4 to 7 hold column 1.
+  static __device__ __forceinline__ int offset(int lane) { return (TWO && lane >> 2 == 1 ? P::SLICE_BYTES : 0) + Operand::offset(lane); }
+  // After the warp has written its slice, `own` being where this lane's operands of it begin.
+  __device__ __forceinline__ void begin(const uint8_t* own) {
+    from = own;
     if constexpr (KEPT) {
 #pragma unroll
       for (int i = 0; i < P::HIGH; ++i) kept[i].read(from + i * FRAGMENT_COLUMNS * ELEMENT_BYTES);
@@ -196,21 +203,26 @@ __device__ __forceinline__ void multiply_tiles(Consumer& c, const MatVecTask& ta
   F chunks(c.warp);
 #pragma unroll
   for (int d = 0; d < F::DEPTH; ++d) chunks.fetch(c, d, d + 1 == P::CHUNKS);
+  using O = Operands<P, TWO>;
+  const int own = opaque(O::offset(c.lane));
   c.wait_released();
-  float squares = slice.load(c, x, token.expect(task.x_tag), gain, slice_bytes);
+  bool slot_free = false, landed = false;
+  float squares = slice.load(c, x, token.expect(task.x_tag), gain, slice_bytes, [&] {
+    slot_free = c.reduction_slot_free();
+    landed = c.each_landed<F::DEPTH>();
+  });
   __syncwarp();
   // Where a tile has one chunk, its products would wait for this sum at their end; else they come first, so that chunks are taken earlier.
   constexpr bool SUM_LATER = P::CHUNKS > 1;
   if constexpr ((FLAGS & X_NORM) && !SUM_LATER) squares = warp_sum(squares);
-  using O = Operands<P, TWO>;
   O operands;
-  operands.begin(slice_bytes, c.lane);
+  operands.begin(slice_bytes + own);
 
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
     Sums sums;
-    const bool slot_free = c.reduction_slot_free();
-    multiply_tile<P>(c, chunks, operands, sums, tile + 1 == tiles);
+    if (tile) slot_free = c.reduction_slot_free();
+    multiply_tile<P>(c, chunks, operands, sums, tile + 1 == tiles, tile == 0, landed);
     if ((FLAGS & X_NORM) && SUM_LATER && tile == 0) squares = warp_sum(squares);
     float* part = c.wait_reduction_slot(slot_free);
     sums.store(part, c.lane, TWO);

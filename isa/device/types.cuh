@@ -19,3 +19,8 @@ __device__ __forceinline__ int opaque(int v) {
   asm volatile("" : "+r"(v));
   return v;
 }
+// The same of an address in global memory: computed here, so before a wait that follows, not where it is used.
+__device__ __forceinline__ uint64_t* opaque(uint64_t* p) {
+  asm volatile("" : "+l"(p));
+  return p;
+}
