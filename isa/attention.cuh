@@ -23,6 +23,7 @@ __device__ __forceinline__ void consume_attention(Consumer& c, const AttentionTa
     c.arrive_done(task.done_counter);
     return;
   }
+  const int nq = opaque(task.nq);  // read before the wait
   const bool tail = task.split == 0;
   const int window_start = task.window ? max(0, position - task.window + 1) : 0;
   const AttentionScratch s{b.scratch()};
@@ -38,11 +39,11 @@ __device__ __forceinline__ void consume_attention(Consumer& c, const AttentionTa
   auto add = [&](const uint8_t* block, int index, int to) {
     const int from = max(0, window_start - index * KV_BLOCK_ROWS);
     const float* k = reinterpret_cast<const float*>(block);
-    softmax.add(s, k, k + KV_BLOCK_ROWS * HD, from, to, task.nq, c.lane);
+    softmax.add(s, k, k + KV_BLOCK_ROWS * HD, from, to, nq, c.lane);
   };
 #else
   BlockSoftmax softmax;
-  softmax.begin(s, task.nq, c.lane);
+  softmax.begin(s, nq, c.lane);
   auto add = [&](const uint8_t* block, int index, int to) {
     softmax.add(block, max(0, window_start - index * KV_BLOCK_ROWS), to, c.lane);
   };
@@ -64,12 +65,12 @@ __device__ __forceinline__ void consume_attention(Consumer& c, const AttentionTa
       add(kv_block(b.p, task.layer, task.kv_head, block), block, min(KV_BLOCK_ROWS, position - block * KV_BLOCK_ROWS));
     }
     seen += blocks;
-    if (seen % CONSUMER_WARPS == c.warp) attend_new_row(s, task.nq, c.lane);
+    if (seen % CONSUMER_WARPS == c.warp) attend_new_row(s, nq, c.lane);
   }
-  softmax.finish(s, c.warp, task.nq, c.lane);
+  softmax.finish(s, c.warp, nq, c.lane);
   c.meet();
 
-  const int size = task.nq * (HEAD_DIM + PARTIAL_HEAD);
+  const int size = nq * (HEAD_DIM + PARTIAL_HEAD);
   uint64_t* partials = nullptr;  // a task that is never split has no buffer for them
   if (task.splits > 1) partials = b.buffer(task.part_buf) + task.q0 * (task.splits - 1) * (HEAD_DIM + PARTIAL_HEAD);
   if (tail) publish_output(c, task, s, partials, span.active - 1, token);

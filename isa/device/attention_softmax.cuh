@@ -40,13 +40,17 @@ struct BlockSoftmax {
   __device__ __forceinline__ void add(const uint8_t* block, int from, int to, int lane) {
     const int g = lane >> 2;
     uint4 early[V_EARLY ? STEPS : 1];
-    float d[4] = {0.f, 0.f, 0.f, 0.f};
+    float d[4] = {0.f, 0.f, 0.f, 0.f}, odd[4] = {0.f, 0.f, 0.f, 0.f};  // of every other step: two sums that do not wait for each other
     if constexpr (V_EARLY) {
 #pragma unroll
       for (int i = 0; i < STEPS; ++i) early[i] = fragment(block + KV_HALF_BYTES, i, lane);
     }
 #pragma unroll
-    for (int i = 0; i < STEPS; ++i) multiply(d, fragment(block, i, lane), q[i].x, q[i].y);
+    for (int i = 0; i < STEPS; ++i) multiply(i & 1 ? odd : d, fragment(block, i, lane), q[i].x, q[i].y);
+    if constexpr (STEPS > 1) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) d[j] += odd[j];
+    }
     if constexpr (TWO_PART) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) d[j] += __shfl_xor_sync(~0u, d[j], 2);  // columns h and h + 4: both lanes have the whole score
@@ -99,14 +103,17 @@ struct BlockSoftmax {
         for (int j = 0; j < 4; ++j) o[i][j] += __shfl_xor_sync(~0u, o[i][j], 2);
     }
 #pragma unroll
-    for (int col = 0; col < 2; ++col) {
-      float sum = l[col];
+    for (int x = 4; x < 32; x <<= 1) {
+      const float other[2] = {__shfl_xor_sync(~0u, l[0], x), __shfl_xor_sync(~0u, l[1], x)};
+      l[0] += other[0];
+      l[1] += other[1];
+    }
 #pragma unroll
-      for (int x = 4; x < 32; x <<= 1) sum += __shfl_xor_sync(~0u, sum, x);
+    for (int col = 0; col < 2; ++col) {
       const int head = 2 * t + col;
       if (head >= nq) continue;
       float* to = s.partial(part, head);
-      if (g == 0) { to[0] = m[col]; to[1] = sum; }
+      if (g == 0) { to[0] = m[col]; to[1] = l[col]; }
 #pragma unroll
       for (int i = 0; i < STEPS; ++i) {
         to[PARTIAL_HEAD + i * 16 + g] = o[i][col];
@@ -191,14 +198,17 @@ struct BlockSoftmaxWide {
 
 // The new row alone: one score a head, eight lanes for each; its values are the output.
 __device__ __forceinline__ void attend_new_row(const AttentionScratch& s, int nq, int lane) {
-  constexpr int LANES = 8, AT_ONCE = 32 / LANES;
+  constexpr int LANES = 8, AT_ONCE = 32 / LANES, WIDTH = 2 * LANES;
   const int part = lane % LANES;
 #pragma unroll
   for (int base = 0; base < GROUP; base += AT_ONCE) {
     const int h = base + lane / LANES;
     float score = 0.f;
     if (h < nq)
-      for (int d = 2 * part; d < HEAD_DIM; d += 2 * LANES) {
+#pragma unroll
+      for (int i = 0; i < ceil_div(HEAD_DIM, WIDTH); ++i) {
+        const int d = 2 * part + i * WIDTH;
+        if (HEAD_DIM % WIDTH != 0 && d >= HEAD_DIM) continue;
         const float2 k = *reinterpret_cast<const float2*>(s.new_k() + d);
         const float2 q = query_pair(s, h, d);
         score = fmaf(q.x, k.x, fmaf(q.y, k.y, score));
@@ -208,6 +218,10 @@ __device__ __forceinline__ void attend_new_row(const AttentionScratch& s, int nq
     if (h >= nq) continue;
     float* to = s.partial(CONSUMER_WARPS, h);
     if (part == 0) { to[0] = score; to[1] = 1.f; }
-    for (int d = 2 * part; d < HD; d += 2 * LANES) *reinterpret_cast<float2*>(to + PARTIAL_HEAD + d) = *reinterpret_cast<const float2*>(s.new_v() + d);
+#pragma unroll
+    for (int i = 0; i < HD / WIDTH; ++i) {  // a padded head has whole runs of 16
+      const int d = 2 * part + i * WIDTH;
+      *reinterpret_cast<float2*>(to + PARTIAL_HEAD + d) = *reinterpret_cast<const float2*>(s.new_v() + d);
+    }
   }
 }
