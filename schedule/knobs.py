@@ -168,7 +168,8 @@ class Config:
         "kernel_knobs.stage_bytes",
         "int",
         0,
-        "bytes of a ring stage without scales of quantised weights; 0 is 16384, more where 16 KV rows need it, less where it would not fit",
+        "bytes of a ring stage without scales of quantised weights; 0 is 16384, more where it cuts small tiles or 16 KV rows need it, "
+        "less where it would not fit",
         "compile, vm feeder",
         unit="bytes",
         choices=(0, *STAGE_CHOICES),

@@ -78,7 +78,7 @@ def test_wrong_rope_fails(name: str, change: str) -> None:
 
 
 EDITS = {
-    "newest row left out": ("if (seen % CONSUMER_WARPS == c.warp) attend_new_row(s, task.nq, c.lane);", ""),
+    "newest row left out": ("if (seen % CONSUMER_WARPS == c.warp) attend_new_row(s, nq, c.lane);", ""),
     "mask off by one": ("min(KV_BLOCK_ROWS, position - block * KV_BLOCK_ROWS)", "min(KV_BLOCK_ROWS, position - 1 - block * KV_BLOCK_ROWS)"),
     "one stale row": (
         "const int at = token.position % KV_BLOCK_ROWS;",

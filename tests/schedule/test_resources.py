@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from amk.models.builtin import RANDOM
-from amk.models.registry import describe
+from amk.models.registry import describe, resolve
 from amk.schedule.compile import compile_program, lower
 from amk.schedule.knobs import Config
 from amk.schedule.model import ModelSpec, matrices_bytes
@@ -57,6 +57,28 @@ def test_stages_shrink_where_four_of_the_usual_size_do_not_fit() -> None:
     assert isinstance(compile_program(TOY, Config(), small_target(4, layout.total + 8191)), list)
 
 
+@pytest.mark.parametrize(
+    ("name", "gpu", "stage_bytes"),
+    [
+        ("smollm2-135m-shape", "h200", 32768),
+        ("qwen3-0.6b-shape", "h200", 24576),
+        ("llama-3.2-1b-shape", "h200", 16384),
+        ("toy", "h200", 16384),
+        ("smollm2-135m-shape", "a100", 16384),
+    ],
+)
+def test_a_tile_that_the_usual_stage_would_cut_in_two_has_a_larger_one_where_that_was_measured(
+    name: str, gpu: str, stage_bytes: int
+) -> None:
+    machine = lower(resolve(name).spec, Config(), TARGETS[gpu]).machine
+    assert machine.stage_bytes == stage_bytes
+
+
+def test_stages_of_quantised_tiles_are_the_usual_ones() -> None:
+    spec = resolve("smollm2-135m-shape@int8").spec
+    assert 16384 <= lower(spec, Config(), TARGETS["h200"]).machine.stage_bytes < 20480
+
+
 @pytest.mark.parametrize("target", TARGETS.values(), ids=lambda t: t.name)
 @pytest.mark.parametrize("name", (*RANDOM, "smollm2-135m"))
 def test_default_config_of_every_built_in_model_goes_with_every_card_that_holds_it(name: str, target: Target) -> None:
@@ -75,9 +97,11 @@ def test_default_config_of_every_built_in_model_goes_with_every_card_that_holds_
     if spec.layers <= 4 or (name, target.name) == ("llama-3.2-1b-shape", "t4"):  # larger proofs take long
         assert isinstance(validate(result, Limits(shared_bytes=target.shared_bytes)), ValidProgram)
     machine = result.machine
+    usual = {"smollm2-135m": 32768, "smollm2-135m-shape": 32768, "qwen3-0.6b-shape": 24576}.get(name, 16384)
     assert machine.stages >= 4 and machine.inflight == (1 if target.name == "t4" else 3)
     free = target.shared_bytes - shared_layout(result).total + machine.stages * machine.stage_bytes
-    assert machine.stage_bytes == (16384 if free >= 4 * 16384 else 8192)
+    sizes = (usual, 16384, 8192) if target.feeds[0] == "bulk" else (16384, 8192)
+    assert machine.stage_bytes == next(size for size in sizes if free >= 4 * size)
 
 
 def test_more_tasks_than_shared_memory_holds_are_a_rejection() -> None:
