@@ -200,15 +200,13 @@ def _stage_sizes(spec: ModelSpec, config: Config, target: Target, warps: int) ->
 
 
 def _usual_stage(spec: ModelSpec, target: Target) -> int:
-    """By the tile that most products have, 16 rows of `hidden` columns: 16 KB, but more where that would cut a tile of up to 32 KB in two.
+    """16 KB, or 20 where that cuts the tile that most products have, 16 rows of `hidden` columns, in two and 20 do not: SmolLM2-135M.
 
-    Measured on an H200, and so for GPUs with its feed (docs/performance-log.md, v10): SmolLM2-135M is 2 % faster with 32 KB, whose tile
-    of 18 KB is then one chunk, Qwen3-0.6B (a tile of 32 KB) with 24. Quantised tiles are half as large or less.
+    Measured on an H200, and so for GPUs with its feed (docs/performance-log.md, v10). Quantised tiles are half as large or less.
     """
     tile = TILE_ROWS * spec.hidden * ELEMENT_BYTES[spec.dtype]
-    if target.feeds[0] != "bulk" or spec.layer_weights or not 16384 < tile <= 32768:
-        return 16384
-    return 32768 if tile <= 24576 else 24576
+    larger = target.feeds[0] == "bulk" and not spec.layer_weights and 16384 < tile <= 20480
+    return 20480 if larger else 16384
 
 
 def splits_of(spec: ModelSpec, config: Config, target: Target, context: int, batch: int) -> tuple[int, ...]:

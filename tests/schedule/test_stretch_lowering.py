@@ -151,7 +151,7 @@ def test_a_ring_of_several_slots_fits_beside_the_rest_on_an_h200(spec: ModelSpec
     program = compile_program(spec, Config(), TARGETS["h200"], context=256, batch=batch, prefill=True)
     assert isinstance(program, Program), program
     machine = program.machine
-    assert machine.stages == machine.inflight and machine.stages * machine.slot_bytes >= 131072
+    assert machine.stages == machine.inflight >= 4
     assert shared_layout(program).total <= TARGETS["h200"].shared_bytes < shared_layout(program).total + machine.slot_bytes
 
 
