@@ -187,6 +187,8 @@ def generate(
     ids = None if prompt_ids is None else arguments.wholes("prompt_ids", prompt_ids)
     if prompt is not None:
         arguments.text("prompt", prompt)
+    if on_token is not None:
+        arguments.function("on_token", on_token)
     max_tokens = arguments.whole("max_tokens", max_tokens)
     numbers = (arguments.number(name, value) for name, value in (("temperature", temperature), ("top_p", top_p), ("min_p", min_p)))
     temperature, top_p, min_p = numbers

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,8 @@ def run(step: Step, command: Sequence[str]) -> tuple[int, float]:
     try:
         code = process.wait(step.limit_s)
     except BaseException as problem:
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it may have ended at the same moment
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         if not isinstance(problem, subprocess.TimeoutExpired):
             raise

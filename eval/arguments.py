@@ -46,6 +46,13 @@ def text(name: str, value: Any) -> str:
     return value
 
 
+def function(name: str, value: Any) -> Any:
+    """Something that can be called."""
+    if not callable(value):
+        raise UsageError(f"{name}: must be a function, but got {show(value)}")
+    return value
+
+
 def path(name: str, value: Any) -> Path:
     if not isinstance(value, str | os.PathLike):
         raise UsageError(f"{name}: must be a path, but got {show(value)}")

@@ -133,6 +133,7 @@ def test_where_a_program_is_needed_a_refused_config_is_judged_and_failed_not_mis
         (lambda: harness.generate(**TOY, prompt_ids=5), "^prompt_ids"),
         (lambda: harness.generate(**TOY, prompt=5), "^prompt"),
         (lambda: harness.generate(**TOY, prompt_ids=[1], max_tokens=2.5), "^max_tokens"),
+        (lambda: harness.generate(**TOY, prompt_ids=[1], on_token="print"), "^on_token"),
         (lambda: harness.generate(**TOY, prompt_ids=[1], temperature="1"), "^temperature"),
         (lambda: harness.generate(**TOY, prompt_ids=[1], top_k=1.5), "^top_k"),
         (lambda: harness.generate(**TOY, prompt_ids=[1], seed=None), "^seed"),

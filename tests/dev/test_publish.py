@@ -56,6 +56,20 @@ def test_a_step_that_takes_too_long_is_ended_with_what_it_started() -> None:
     assert run(Step("none", (), "", 30), [sys.executable, "-c", "raise SystemExit(7)"])[0] == 7
 
 
+def test_an_interrupt_just_after_a_step_has_ended_is_that_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    wait = subprocess.Popen.wait
+
+    def interrupted(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        wait(process)
+        if timeout is not None:
+            raise KeyboardInterrupt
+        return 0
+
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(Step("none", (), "", 5), [sys.executable, "-c", ""])
+
+
 def test_steps_that_need_no_kernels_start_no_processes() -> None:
     build_all([STEPS["quality"]], Place(TARGETS["h200"], "cuda", None))
 

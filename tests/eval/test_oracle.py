@@ -124,15 +124,19 @@ def near_tie(position: int, row: torch.Tensor) -> None:
         row[second] = row[first] + 1e-4
 
 
-def test_near_ties_are_excused_but_not_more_than_their_share() -> None:
+@pytest.mark.parametrize(("gap", "correct"), [(0.5, True), (0.97, False)])
+def test_near_ties_are_excused_but_not_more_than_rounding_explains(gap: float, correct: bool) -> None:
+    """Two tokens of twelve differ where the source's two best are `gap` of the limit of a near tie apart: by chances of 0.08 or 0.003."""
     machine = Echo(reference(), near_tie)
-    for position in (4, 8):
-        row = machine.reference.early.logits[position]
+    for position, row in enumerate(machine.reference.early.logits):
         first, second = row.topk(2).indices
-        row[second] = row[first] - 0.5 * TIE * EXPECTED * row.std()
+        row[first] += 1  # elsewhere nothing is tied
+        if position in (4, 8):
+            row[second] = row[first] - gap * TIE * EXPECTED * row.std()
     finding = judge(machine, machine.reference)
     assert finding.near_ties == 2
-    assert finding.failures == ("tokens that differ at near ties must be at most 3%, but are 2 of 12",)
+    told = "tokens that differ at near ties must be at most 1 of 12, which is what rounding explains, but are 2"
+    assert finding.failures == (() if correct else (told,))
     assert [position for _, position, _ in machine.launches] == [0, 5, 9]
 
 
