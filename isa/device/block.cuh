@@ -93,16 +93,17 @@ struct Consumer {
     const uint32_t mine = sequence;
     wait_until(abort, WAIT_TASK, [=] { return reached(load_shared_acquire(released), mine); });
   }
-  // Whether the next COUNT chunks have landed, and the next reduction slot is free: no need to wait for them then.
+  // Whether the next COUNT chunks have landed, and the next reduction slot is free: no need to wait for them then. Not so of more chunks than the
+  // ring has stages: the barrier that the first of them uses says nothing of the one that comes after it, but may say that one before it landed.
   template <int COUNT>
   __device__ __forceinline__ bool chunks_landed() const {
-    if (!chunk_landed(COUNT - 1)) return false;  // the last is the last to land, as a rule: while memory is waited for, one look is all
+    if (COUNT > STAGES || !chunk_landed(COUNT - 1)) return false;  // the last is the last to land, as a rule: while memory is waited for, one look is all
     return each_landed<COUNT - 1>();
   }
   // Without a branch.
   template <int COUNT>
   __device__ __forceinline__ bool each_landed() const {
-    bool all = true;
+    bool all = COUNT <= STAGES;
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) all &= chunk_landed(i);
     return all;

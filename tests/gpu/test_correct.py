@@ -88,6 +88,20 @@ def test_configs_do_not_change_what_is_computed(knobs: dict[str, Any], record_pr
     accept(judged(named("small"), knobs), record_property)
 
 
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_a_ring_of_fewer_stages_than_chunks_are_looked_at_at_once_changes_no_bit(stages: int) -> None:
+    """A tile of 2,048 columns comes in four chunks, which consumers take without a look for each where all have landed."""
+    model, knobs = llama("ring", hidden_size=2048), {"kernel_knobs": {"stage_bytes": 16384}}
+    found = []
+    for config in (knobs, knobs | {"smem_bytes_per_block": stages * 16384}):
+        vm = machine(model, config)
+        assert vm.program.machine.stages == stages or config is knobs
+        found += [vm.decode([1, 5, 9], 0, steps=400, logits=True)]
+        vm.close()
+    wide, small = found
+    assert small.tokens == wide.tokens and bool((small.logits == wide.logits).all())
+
+
 def test_one_billion_parameters_are_correct_at_early_and_late_positions(record_property: Any) -> None:
     model = named("llama-3.2-1b-shape")
     plan = Plan(prompt=8, steps=24, late=(127, 1023, 8000), late_steps=4)
