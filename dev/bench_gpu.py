@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from amk.dev.asked import at_least, writable
+from amk.dev.asked import at_least, chosen, numbers, writable
 from amk.dev.fresh import Unlike, combined
 from amk.dev.judged import JudgedMachine, NotCorrect, judged
 from amk.dev.provenance import write_results
@@ -137,7 +137,7 @@ def wanted(asked: argparse.Namespace) -> dict[str, tuple[int, ...]]:
     """The positions that were asked for of each model that was; a model without any of them is left out."""
     positions = set(map(int, asked.positions.split(",")))
     found = {name: tuple(p for p in POSITIONS[name] if p in positions) for name in asked.models.split(",")}
-    return {name: chosen for name, chosen in found.items() if chosen}
+    return {name: some for name, some in found.items() if some}
 
 
 def measure_part(asked: argparse.Namespace) -> dict[str, Any]:
@@ -199,12 +199,12 @@ def arguments() -> argparse.Namespace:
     at_least(parser, "processes", asked.processes, 1)
     writable(parser, asked.out)
     asked.baselines = tuple(filter(None, asked.baselines.split(",")))
-    given = {"models": asked.models.split(","), "positions": asked.positions.split(","), "baselines": list(asked.baselines)}
-    for option, allowed in (("models", list(POSITIONS)), ("positions", list(map(str, ALL_POSITIONS))), ("baselines", list(BUILDERS))):
-        if unknown := sorted(set(given[option]) - set(allowed)):
-            parser.error(f"--{option}: must be some of {', '.join(allowed)}, but got {unknown[0]!r}")
+    models = chosen(parser, "models", asked.models, list(POSITIONS))
+    numbers(parser, "positions", asked.positions, ALL_POSITIONS)
+    if asked.baselines:
+        chosen(parser, "baselines", ",".join(asked.baselines), list(BUILDERS))
     if not wanted(asked):
-        some = sorted({position for name in given["models"] for position in POSITIONS[name]})
+        some = sorted({position for name in models for position in POSITIONS[name]})
         parser.error(f"--positions: must be some of {', '.join(map(str, some))} for {asked.models}")
     if asked.chain and (asked.baselines or asked.processes > 1):
         parser.error("--chain: must stand without --baselines and --processes")

@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -172,11 +172,12 @@ def _require_present(parts: Mapping[str, Mapping[str, Any]]) -> None:
 
     A line that has another value's program is held to that: the code at hand must make the same of both.
     """
+    made_of = cache(_made)  # a knob's default and its values stand in lines of several positions
     for name, part in parts.items():
         card = card_name(part["provenance"]["cards"][0]["name"])
         contexts = {row["model"]: row["context"] for row in part["defaults"]}
         for row in part["rows"]:
-            made = partial(_made, row["model"], row["knob"], card, contexts[row["model"]])
+            made = partial(made_of, row["model"], row["knob"], card, contexts[row["model"]])
             present = made(row["value"])
             stated = made(row["same_program_as"]) if "same_program_as" in row else row.get("code_sha256")
             if not present or stated != present:

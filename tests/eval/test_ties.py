@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -30,6 +32,12 @@ def test_a_token_that_stands_apart_does_not_change() -> None:
 
 def test_many_that_are_tied_are_no_more_than_certain() -> None:
     assert change_chance(torch.tensor([2.0] * 50 + [0.0] * 50), 0.01) == 1
+
+
+@pytest.mark.parametrize(("logits", "expected"), [([1.0, 1.0, 1.0], 0.01), ([3.0, 1.0, 0.0], math.inf)])
+def test_where_nothing_tells_tokens_apart_a_change_is_certain(logits: list[float], expected: float) -> None:
+    """All logits equal, and a source whose rounded logits are not finite."""
+    assert change_chance(torch.tensor(logits), expected) == 1
 
 
 @pytest.mark.parametrize(("chances", "most"), [([], 1), ([0.0] * 60, 1), ([1e-5] * 60, 1), ([1.0] * 5, 5), ([0.005] * 10, 2)])

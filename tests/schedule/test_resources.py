@@ -74,6 +74,12 @@ def test_a_tile_that_the_usual_stage_would_cut_in_two_has_a_larger_one_where_tha
     assert machine.stage_bytes == stage_bytes
 
 
+@pytest.mark.parametrize(("hidden", "stage_bytes"), [(512, 16384), (528, 20480), (640, 20480), (656, 16384)])
+def test_a_larger_stage_is_taken_where_it_holds_a_tile_that_the_usual_one_does_not(hidden: int, stage_bytes: int) -> None:
+    spec = replace(TOY, dtype="bf16", hidden=hidden)
+    assert lower(spec, Config(), TARGETS["h200"]).machine.stage_bytes == stage_bytes
+
+
 def test_stages_of_quantised_tiles_are_the_usual_ones() -> None:
     spec = resolve("smollm2-135m-shape@int8").spec
     assert 16384 <= lower(spec, Config(), TARGETS["h200"]).machine.stage_bytes < 20480
