@@ -1,9 +1,9 @@
 """The results file of knob effects: kept while it grows, and made of parts that several cards measured at once.
 
-    python amk_bootstrap.py amk.dev.knob_file --out results/knob-effects-CARD.json PART.json PART.json ...
+    python amk_bootstrap.py amk.dev.knob_file --out results/knob-effects-CARD.json [--earlier FILE] PART.json PART.json ...
 
 Every line has the samples of the default that was timed in turns with it, on its own card: a ratio is never over another part's default.
-What parts must agree in is said by `merged`.
+What parts must agree in is said by `merged`. Of a file of earlier code (--earlier) those knobs are kept that no part has, marked as such.
 """
 
 from __future__ import annotations
@@ -147,6 +147,31 @@ def merged(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def with_earlier(whole: Mapping[str, Any], name: str, before: Mapping[str, Any]) -> dict[str, Any]:
+    """The file `whole` with the knobs of a model that it lacks from a file `name` of earlier code; their lines say of which commit.
+
+    Unlike if that file is of other cards or drivers, of no known commit, or has a knob that is none. ValueError if it breaks a rule of
+    honesty.
+    """
+    honest_rows(name, before, "rows")
+    _require_one(
+        "cards and driver", {kind: sorted(origin_of(file["provenance"])[1]) for kind, file in (("the parts", whole), (name, before))}
+    )
+    _require_known({name: before})
+    present = {(row["model"], row["knob"]) for row in whole["rows"]}
+    kept = [row | {"earlier": _commit_of(row, before)} for row in before["rows"] if (row["model"], row["knob"]) not in present]
+    if unknown := [row["earlier"] for row in kept if not is_known(row["earlier"])]:
+        raise Unlike(f"{name}: must be of commits without changes, but has lines of {unknown[0]}")
+    reads = before["plain_read_gbs"] if kept else []
+    return {**whole, "plain_read_gbs": [*whole["plain_read_gbs"], *reads], "rows": in_order([*whole["rows"], *kept])}
+
+
+def _commit_of(row: Row, data: Mapping[str, Any]) -> str:
+    """The commit at which a line of a file was measured."""
+    own: str = row.get("earlier") or data.get("parts", {}).get(row.get("part"), data["provenance"])["commit"]
+    return own
+
+
 def _require_one(what: str, found: Mapping[str, Any]) -> None:
     """Unlike if the parts, by name, do not have the same."""
     first_name, first = next(iter(found.items()))
@@ -215,10 +240,13 @@ def _defaults(parts: Mapping[str, Mapping[str, Any]]) -> list[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", type=Path, help="files that dev/knob_effects.py wrote with --out")
+    parser.add_argument("--earlier", type=Path, help="a file of earlier code, for the knobs that no part has")
     parser.add_argument("--out", required=True, type=Path, help="the file to write, named after the card")
     asked = parser.parse_args()
     try:
         whole = merged(parts_at(asked.parts))
+        if asked.earlier:
+            whole = with_earlier(whole, asked.earlier.name, read_part(asked.earlier))
         honest_rows(asked.out.name, whole, "rows")
     except (OSError, ValueError, KeyError) as problem:
         print(f"knob_file: {problem}", file=sys.stderr)

@@ -9,7 +9,7 @@ from typing import Any
 
 from amk.dev.knob_effects import MODELS, POSITION
 from amk.dev.results_check import honest_rows
-from amk.dev.table import is_present, origin, table_of
+from amk.dev.table import EARLIER, is_present, origin, table_of
 from amk.schedule.knobs import KNOBS, Knob
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
@@ -41,7 +41,8 @@ def _file_part(path: Path) -> str:
     models = list(dict.fromkeys([*MODELS, *sorted(row["model"] for row in rows)]))
     most = [table_of(("knob: largest effect", *models), ((f"`{k.name}`", *(_most(k, rows, model) for model in models)) for k in KNOBS))]
     values = [table_of(("knob", "value", *models), _value_lines(rows, models))]
-    return "\n\n".join([f"{origin(path.name, data, '../results')}{_parts(data)}{_earlier(path, data)}", *most, *values])
+    notes = _older_lines(rows)
+    return "\n\n".join([f"{origin(path.name, data, '../results')}{_parts(data)}{_earlier(path, data)}", *most, *notes, *values, *notes])
 
 
 def _parts(data: dict[str, Any]) -> str:
@@ -61,6 +62,16 @@ def _earlier(path: Path, data: dict[str, Any]) -> str:
     return f" Measured at an earlier version of the program or its kernel: {', '.join(sorted(old))}." if old else ""
 
 
+def _older_lines(rows: Sequence[Row]) -> list[str]:
+    """Said beneath a table in which lines have a star, with the commits that they are of."""
+    commits = sorted({row["earlier"][:12] for row in rows if "earlier" in row})
+    return [f"{EARLIER.removesuffix('.')}: `{'`, `'.join(commits)}`."] if commits else []
+
+
+def _star(row: Row) -> str:
+    return "\\*" if "earlier" in row else ""
+
+
 def _most(knob: Knob, rows: Sequence[Row], model: str) -> str:
     """The largest effect of some value of the knob on a model, at each position; of the arena's size too."""
     mine = [row for row in rows if (row["knob"], row["model"]) == (knob.name, model)]
@@ -70,7 +81,7 @@ def _most(knob: Knob, rows: Sequence[Row], model: str) -> str:
         beyond = [row for row in timed if row["position"] == position and row["beyond_noise"]]
         most = max(beyond, key=lambda row: abs(row["effect_pct"]), default=None)
         found += [f"`{most['value']}`: {_timed(most)}"] if most else []
-    found += [f"`{row['value']}`: {_arena(row)}" for row in timed if knob.name == "page_allocation" and _arena_differs(row)]
+    found += [f"`{row['value']}`: {_arena(row)}{_star(row)}" for row in timed if knob.name == "page_allocation" and _arena_differs(row)]
     return "; ".join(found) or ("none beyond the noise" if timed else "not measured")
 
 
@@ -95,7 +106,7 @@ def _value_lines(rows: Sequence[Row], models: Sequence[str]) -> Iterator[Sequenc
 
 def _cell(row: Row) -> str:
     if row["latency_us"] is None:
-        return f"as `{row['same_program_as']}`" if "same_program_as" in row else row["reason"].replace("|", "\\|")
+        return (f"as `{row['same_program_as']}`" if "same_program_as" in row else row["reason"].replace("|", "\\|")) + _star(row)
     return _timed(row)
 
 
@@ -104,4 +115,4 @@ def _timed(row: Row) -> str:
     ratio = f"{row['latency_us'] / row['default_us']:.3f}"
     at = f" at {row['position']}" if row["position"] != POSITION else ""
     against = f"{f'**{ratio}**' if row['beyond_noise'] else ratio} ± {row['noise_pct'] / 100:.3f} of {row['default_us']:.1f}"
-    return f"{row['latency_us']:.1f} us{at}, {against}"
+    return f"{row['latency_us']:.1f} us{at}, {against}{_star(row)}"

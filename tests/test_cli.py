@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -394,7 +395,9 @@ def test_config_from_a_closed_stdin_is_a_usage_error() -> None:
 def test_interrupted_command_says_so_and_exits_130(tmp_path: Path) -> None:
     arguments = ("loop", "toy", "--budget", "1000", "--results", str(tmp_path / "results.tsv"), *CPU)
     command = [sys.executable, "-c", AMK, *arguments]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # A shell's background job hands down that interrupts are ignored.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as process:
         assert process.stderr is not None
         process.stderr.readline()  # work has begun
         process.send_signal(signal.SIGINT)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import amk.dev.knob_file
-from amk.dev.knob_file import Keeper, Unlike, merged, parts_at
+from amk.dev.knob_file import Keeper, Unlike, merged, parts_at, with_earlier
 from amk.dev.knob_page import page
 from amk.dev.provenance import write_json
 from amk.dev.version import config_digest
@@ -176,6 +176,43 @@ def test_a_line_with_another_values_program_is_taken_from_another_commit_if_it_s
 def test_parts_of_changed_code_are_refused(commit: str) -> None:
     with pytest.raises(Unlike, match="without changes"):
         merged({"a.h200.json": part(effect("kernel_knobs.sync", '"tags"', 630.0), commit=commit)})
+
+
+def before() -> Part:
+    """A file of an earlier commit with a knob that `two_parts` have, one that they lack, and one that was taken from another commit."""
+    rows = [effect("threads_per_block", "128", 650.0), effect("pipelining_depth", "2", 640.0, part="old.json")]
+    rows.append(effect("sm_assignment", '"round_robin"', 660.0, earlier="0ff1ce"))
+    return part(*rows, commit="fedcba") | {"parts": {"old.json": {"commit": "abcdef", "plain_read_gbs": []}}}
+
+
+def test_knobs_that_no_part_has_are_kept_from_a_file_of_earlier_code_and_marked(tmp_path: Path) -> None:
+    whole = with_earlier(merged(two_parts()), "old.h200.json", before())
+    commits = {row["knob"]: row.get("earlier") for row in whole["rows"]}
+    assert commits == {"threads_per_block": None, "kernel_knobs.sync": None, "pipelining_depth": "abcdef", "sm_assignment": "0ff1ce"}
+    text = page(folder(tmp_path, knob_effects_h200=whole))
+    assert "640.0 us, **1.067** ± 0.005 of 600.0\\* |" in text and "650.0 us" not in text
+    assert text.count("or its kernel: `0ff1ce`, `abcdef`.") == 2  # beneath each table
+
+
+def test_nothing_is_kept_where_the_parts_have_all() -> None:
+    whole = merged(two_parts())
+    assert with_earlier(whole, "old.h200.json", two_parts()["a.h200.json"]) == whole
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (other_driver, "cards and driver: must be the same"),
+        (no_default, "must have the default"),
+        (lambda data: data["provenance"].update(commit="fedcba+changes") or data["parts"].clear(), "without changes"),
+        (lambda data: data["rows"][1].update(latency_us=1.0), "under the floor"),
+    ],
+)
+def test_a_file_of_earlier_code_that_does_not_belong_to_the_parts_is_refused(spoil: Callable[[Part], None], words: str) -> None:
+    data = before()
+    spoil(data)
+    with pytest.raises(ValueError, match=words):
+        with_earlier(merged(two_parts()), "old.h200.json", data)
 
 
 def test_no_parts_are_refused() -> None:
