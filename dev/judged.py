@@ -59,6 +59,7 @@ def judged(
         "registers": machine.kernel.binary.registers,
     }  # fmt: skip
     try:
+        session.progress(f"running it {RUNS} times")
         known["outputs_sha256"] = same_bits(machine, session.model.spec.vocab)
         return JudgedMachine(machine, known | (judged_before(known, before) or judgement(session, machine)))
     except BaseException:
@@ -68,7 +69,9 @@ def judged(
 
 def judgement(session: Session, machine: UnprovenCudaVM) -> dict[str, Any]:
     """What the oracle finds of a machine that is correct; NotCorrect otherwise."""
-    finding = judge(machine, session.reference(machine.program))
+    reference = session.reference(machine.program)
+    session.progress("judging against the source model")
+    finding = judge(machine, reference)
     if not finding.correct:
         raise NotCorrect("; ".join(finding.failures))
     return {"correct": finding.correct, "tolerance_used": finding.tolerance_used, "judged_positions": len(finding.positions)}

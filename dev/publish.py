@@ -71,7 +71,7 @@ STEPS: Mapping[str, Step] = {
     "chain": _bench(ONE_B, "chain", 100, "--positions", "128", "--chain"),
     "int8": _bench(f"{ONE_B}@int8", f"{ONE_B}-int8", 300, processes=True),
     "int4": _bench(f"{ONE_B}@int4-g128", f"{ONE_B}-int4-g128", 300, processes=True),
-    "batch": Step("bench_batch", (), "batch-{card}.json", 200),
+    "batch": Step("bench_batch", (), "batch-{card}.json", 400),
     "prefill": Step("bench_prefill", (), "prefill-{card}.json", 200),
     "graph": _bench(f"{ONE_B},{SMOL}", "beside-cuda-graph", 300, "--positions", "128", "--baselines", "cuda-graph"),
     "compile-1b": _bench(ONE_B, f"{ONE_B}-beside-torch-compile", 400, "--positions", "128", "--baselines", "torch-compile"),
