@@ -9,6 +9,8 @@ from pathlib import Path
 
 from amk.eval.errors import UsageError
 from amk.eval.writable import require_writable_file
+from amk.models.errors import ModelError
+from amk.models.registry import describe
 
 
 def chosen(parser: argparse.ArgumentParser, option: str, text: str, allowed: Sequence[str]) -> list[str]:
@@ -28,6 +30,20 @@ def at_least(parser: argparse.ArgumentParser, option: str, value: float, least: 
     """Ends the process unless `value` is a number that is not below `least`."""
     if not least <= value < float("inf"):
         parser.error(f"--{option}: must be at least {least}, but got {value}")
+
+
+def below(parser: argparse.ArgumentParser, option: str, value: int, least: int, limit: int, why: str) -> None:
+    """Ends the process unless least <= value < limit; `why` says what sets the limit."""
+    if not least <= value < limit:
+        parser.error(f"--{option}: must be from {least} to {limit - 1} ({why}), but got {value}")
+
+
+def known_model(parser: argparse.ArgumentParser, option: str, name: str) -> None:
+    """Ends the process unless `name` is a model that can be used."""
+    try:
+        describe(name)
+    except ModelError as problem:
+        parser.error(f"--{option}: {problem}")
 
 
 def writable(parser: argparse.ArgumentParser, out: Path | None) -> None:

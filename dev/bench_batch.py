@@ -2,54 +2,57 @@
 
     python amk_bootstrap.py amk.dev.bench_batch [--model NAME] [--batches 8,16] [--position P] [--no-judging] [--out FILE]
 
-Every program is judged by the oracle, row by row, before it is timed; all run from one copy of the weights.
+Kernels are built ahead, side by side. Every program is judged by the oracle, row by row, before it is timed; all run from one copy of the
+weights.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from amk.dev.asked import at_least, numbers, writable
+from amk.dev.asked import below, known_model, numbers, writable
+from amk.dev.judged import NotCorrect
+from amk.dev.on_card import on_card, require_card
+from amk.dev.prebuild import Build, ahead
 from amk.dev.provenance import write_results
 from amk.dev.version import code_digest
 from amk.eval.batch_oracle import judge_batch
-from amk.eval.bench import interleaved, launch_start, quantiles, read_bandwidth_gbs
-from amk.eval.card import choose, live_card
-from amk.eval.card_lock import live_card_lock
+from amk.eval.bench import interleaved, launch_start, quantiles, read_bandwidth_gbs, refuse_company
+from amk.eval.candidate import require_program
+from amk.eval.card import Place, choose
 from amk.eval.oracle import default_plan, judge, make_reference, rounding_points
 from amk.models.model import Model
 from amk.models.registry import resolve
-from amk.schedule.compile import lower
-from amk.schedule.knobs import Config
-from amk.schedule.program import Program
 from amk.schedule.settings import BATCHES
-from amk.schedule.targets import Target
-from amk.schedule.validate import ValidProgram, validate
 from amk.vm.cuda import CudaVM, DeviceWeights
 
 CONTEXT = 4096
 
 
-def machines(model: Model, target: Target, batches: list[int]) -> list[CudaVM]:
-    """The proven machines of each batch, with the same weights."""
-    programs: list[Program] = [lower(model.spec, Config(), target, context=CONTEXT, batch=batch) for batch in batches]
-    proofs = [validate(program) for program in programs]
-    refused = [proof for proof in proofs if not isinstance(proof, ValidProgram)]
-    assert not refused, refused
-    weights = DeviceWeights(programs[0], model.weights)
-    return [CudaVM(proof, model.weights, arch=target.arch, weights=weights) for proof in proofs if isinstance(proof, ValidProgram)]
+def builds(name: str, batches: Sequence[int]) -> list[Build]:
+    """What `machines` needs."""
+    return [Build(name, {}, CONTEXT, batch=batch) for batch in batches]
+
+
+def machines(name: str, model: Model, place: Place, batches: list[int]) -> list[CudaVM]:
+    """The proven machines of each batch, with the same weights. Rejected if the model has no program for one."""
+    with ahead(builds(name, batches), place) as futures:
+        programs = [require_program(future.result(), f"batch {batch}") for future, batch in zip(futures, batches, strict=True)]
+    weights = DeviceWeights(programs[0].program, model.weights)
+    return [CudaVM(program, model.weights, arch=place.target.arch, weights=weights) for program in programs]
 
 
 def tolerance_used(model: Model, machine: CudaVM) -> float:
-    """What the oracle found; AssertionError if the machine is wrong."""
+    """What the oracle found; NotCorrect if the machine is wrong."""
     points, plan = rounding_points(machine.program), default_plan(model.spec, CONTEXT, "cuda")
     reference = make_reference(model.spec, model.eager("fp32", "cuda"), plan, points)
     finding = judge(machine, reference) if machine.batch == 1 else judge_batch(machine, reference)
-    assert finding.correct, (machine.batch, finding.failures)
+    if not finding.correct:
+        raise NotCorrect(f"batch {machine.batch}: {'; '.join(finding.failures)}")
     return finding.tolerance_used
 
 
@@ -62,11 +65,15 @@ def step_us(machine: CudaVM, start: int, steps: int) -> float:
 
 
 def measure(name: str, batches: list[int], position: int, judging: bool) -> dict[str, Any]:
-    model, target = resolve(name), choose(None, "cuda").target
-    found = machines(model, target, batches)
+    place = choose(None, "cuda")
+    refuse_company(context=False)
+    model = resolve(name)
+    found = machines(name, model, place, batches)
     used = [tolerance_used(model, machine) if judging else None for machine in found]
     span = launch_start(position, CONTEXT)
+    refuse_company()
     samples = interleaved([partial(step_us, machine, *span) for machine in found])
+    refuse_company()
     one = quantiles(samples[0]).p50
     rows = [
         {
@@ -80,7 +87,7 @@ def measure(name: str, batches: list[int], position: int, judging: bool) -> dict
     ]  # fmt: skip
     for row in rows:
         print(f"{name} batch {row['batch']:2}: {row['step_us']:.1f} us a step, {row['over_first']:.3f} of the first", flush=True)
-    return {"target": target.name, "plain_read_gbs": [read_bandwidth_gbs(target)], "rows": rows}
+    return {"target": place.target.name, "plain_read_gbs": [read_bandwidth_gbs(place.target)], "rows": rows}
 
 
 def main() -> None:
@@ -92,12 +99,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the results file; results/batch-CARD.json where none is named")
     asked = parser.parse_args()
     batches = [1, *numbers(parser, "batches", asked.batches, [batch for batch in BATCHES if batch > 1])]
-    at_least(parser, "position", asked.position, 0)
+    below(parser, "position", asked.position, 0, CONTEXT, "the programs' KV rows")
+    known_model(parser, "model", asked.model)
     writable(parser, asked.out)
-    if live_card() is None:
-        print("bench_batch: needs an NVIDIA card and its driver, but none was found", file=sys.stderr)
-        sys.exit(3)
-    with live_card_lock(partial(print, flush=True)):
+    require_card("bench_batch")
+    with on_card("bench_batch"):
         results = measure(asked.model, batches, asked.position, not asked.no_judging)
     if not asked.no_judging:
         write_results(asked.out or Path("results") / f"batch-{results['target']}.json", results)

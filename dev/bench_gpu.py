@@ -26,21 +26,21 @@ import numpy as np
 
 from amk.dev.asked import at_least, chosen, numbers, writable
 from amk.dev.fresh import Unlike, combined
-from amk.dev.judged import JudgedMachine, NotCorrect, judged
+from amk.dev.judged import JudgedMachine, judged
+from amk.dev.on_card import on_card, require_card
 from amk.dev.provenance import write_results
 from amk.dev.version import code_digest
 from amk.eval.baselines import BUILDERS, Contest, Rival
 from amk.eval.bench import interleaved, launch_start, launch_us, measured, read_bandwidth_gbs, refuse_company, take
-from amk.eval.card import choose, live_card
+from amk.eval.card import choose
 from amk.eval.card_lock import live_card_lock
-from amk.eval.errors import EvalError, RunVoid
+from amk.eval.errors import RunVoid
 from amk.eval.latency_table import baseline_rows
 from amk.eval.session import Session
 from amk.flywheel.origin import commit
 from amk.schedule.proven import ValidProgram
-from amk.vm.build import BuildFailed, compile_kernel
+from amk.vm.build import compile_kernel
 from amk.vm.cuda import CudaVM
-from amk.vm.interface import LaunchFailed
 from amk.vm.source import kernel_source
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -225,14 +225,9 @@ def run(asked: argparse.Namespace) -> None:
 
 def main() -> None:
     asked = arguments()
-    if live_card() is None:
-        print("bench_gpu: needs an NVIDIA card and its driver, but none was found", file=sys.stderr)
-        sys.exit(3)
-    try:
+    require_card("bench_gpu")
+    with on_card("bench_gpu", lock=False, also=(Unlike,)):
         run(asked)
-    except (EvalError, NotCorrect, LaunchFailed, BuildFailed, Unlike) as problem:
-        print(f"bench_gpu: {problem}", file=sys.stderr)
-        sys.exit(getattr(problem, "exit_code", 1))
 
 
 if __name__ == "__main__":

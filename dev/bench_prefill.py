@@ -2,56 +2,65 @@
 
     python amk_bootstrap.py amk.dev.bench_prefill [--model NAME] [--stretches 32,64,128] [--tokens N] [--no-judging] [--out FILE]
 
-Every program is judged by the oracle before it is timed; all run from one copy of the weights. What transformers does is one forward pass
-over the same tokens in the checkpoint's dtype, KV rows kept, logits of the last token alone.
+Kernels are built ahead, side by side. Every program is judged by the oracle before it is timed; all run from one copy of the weights. What
+transformers does is one forward pass over the same tokens in the checkpoint's dtype, KV rows kept, logits of the last token alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from amk.dev.asked import at_least, numbers, writable
+from amk.dev.asked import at_least, known_model, numbers, writable
+from amk.dev.judged import NotCorrect
+from amk.dev.on_card import on_card, require_card
+from amk.dev.prebuild import Build, ahead
 from amk.dev.provenance import write_results
 from amk.dev.version import code_digest
-from amk.eval.bench import interleaved, quantiles, read_bandwidth_gbs
-from amk.eval.card import choose, live_card
-from amk.eval.card_lock import live_card_lock
+from amk.eval.bench import interleaved, quantiles, read_bandwidth_gbs, refuse_company
+from amk.eval.candidate import require_program
+from amk.eval.card import Place, choose
 from amk.eval.oracle import Plan, make_reference, rounding_points
 from amk.eval.prefill_oracle import judge_prefill
 from amk.models.model import Model
 from amk.models.registry import resolve
-from amk.schedule.compile import lower
-from amk.schedule.knobs import Config
 from amk.schedule.settings import STRETCHES
-from amk.schedule.targets import Target
-from amk.schedule.validate import ValidProgram, validate
 from amk.vm.cuda import CudaVM
 
 ATTENTIONS = ("sdpa", "eager")
 
 
-def machines(model: Model, target: Target, stretches: list[int], context: int) -> list[CudaVM]:
-    """The machine that decodes, and beside it one for prefill for each size of a stretch."""
+def context(tokens: int) -> int:
+    """KV rows for a prompt of so many tokens."""
+    return max(1024, tokens + 16)
+
+
+def builds(name: str, stretches: Sequence[int], rows: int) -> list[Build]:
+    """What `machines` needs."""
+    return [Build(name, {}, rows, batch=batch, prefill=batch > 1) for batch in (1, *stretches)]
+
+
+def machines(name: str, model: Model, place: Place, stretches: Sequence[int], rows: int) -> list[CudaVM]:
+    """The machine that decodes, and beside it one for prefill for each size of a stretch. Rejected if the model has no program for one."""
     found: list[CudaVM] = []
-    for batch in (1, *stretches):
-        proof = validate(lower(model.spec, Config(), target, context=context, batch=batch, prefill=batch > 1))
-        assert isinstance(proof, ValidProgram), proof
-        found.append(CudaVM(proof, model.weights, arch=target.arch, beside=found[0] if found else None))
+    with ahead(builds(name, stretches, rows), place) as futures:
+        for future, batch in zip(futures, (1, *stretches), strict=True):
+            program = require_program(future.result(), f"stretch {batch}")
+            found.append(CudaVM(program, model.weights, arch=place.target.arch, beside=found[0] if found else None))
     return found
 
 
 def tolerance_used(model: Model, prefill: CudaVM, decoder: CudaVM) -> float:
-    """What the oracle found; AssertionError if the machine is wrong."""
+    """What the oracle found; NotCorrect if the machine is wrong."""
     plan = Plan(prompt=200, steps=208, late=(700,), late_steps=72)
     reference = make_reference(model.spec, model.eager("fp32", "cuda"), plan, rounding_points(prefill.program))
     finding = judge_prefill(prefill, decoder, reference)
-    assert finding.correct, (prefill.batch, finding.failures)
+    if not finding.correct:
+        raise NotCorrect(f"stretch {prefill.batch}: {'; '.join(finding.failures)}")
     return finding.tolerance_used
 
 
@@ -86,15 +95,19 @@ def whole_prompt(prefill: CudaVM, decoder: CudaVM, tokens: list[int]) -> float:
 
 
 def measure(name: str, stretches: list[int], count: int, judging: bool) -> dict[str, Any]:
-    model, target = resolve(name), choose(None, "cuda").target
-    decoder, *prefills = machines(model, target, stretches, max(1024, count + 16))
+    place = choose(None, "cuda")
+    refuse_company(context=False)
+    model = resolve(name)
+    decoder, *prefills = machines(name, model, place, stretches, context(count))
     used = [tolerance_used(model, prefill, decoder) if judging else None for prefill in prefills]
     tokens = random.Random(0).choices(range(model.spec.vocab), k=count)
     entrants: dict[str, Callable[[], float]] = {
         f"stretches of {prefill.batch}": partial(whole_prompt, prefill, decoder, tokens) for prefill in prefills
     }
     entrants |= {f"transformers, {attention}": eager_pass(model, tokens, attention) for attention in ATTENTIONS}
+    refuse_company()
     samples = interleaved(list(entrants.values()))
+    refuse_company()
     rows: list[dict[str, Any]] = [
         {"model": name, "entrant": entrant, "tokens": count, "prompt_us": quantiles(taken).p50, "samples_us": taken}
         for entrant, taken in zip(entrants, samples, strict=True)
@@ -111,7 +124,7 @@ def measure(name: str, stretches: list[int], count: int, judging: bool) -> dict[
     for row in rows:
         launch = f", {row['us_a_launch']:.0f} us a launch" if "us_a_launch" in row else ""
         print(f"{name} {row['entrant']}: {row['prompt_us'] / 1e3:.2f} ms for {count} tokens{launch}", flush=True)
-    return {"target": target.name, "plain_read_gbs": [read_bandwidth_gbs(target)], "rows": rows}
+    return {"target": place.target.name, "plain_read_gbs": [read_bandwidth_gbs(place.target)], "rows": rows}
 
 
 def main() -> None:
@@ -124,11 +137,10 @@ def main() -> None:
     asked = parser.parse_args()
     stretches = numbers(parser, "stretches", asked.stretches, STRETCHES)
     at_least(parser, "tokens", asked.tokens, 2)
+    known_model(parser, "model", asked.model)
     writable(parser, asked.out)
-    if live_card() is None:
-        print("bench_prefill: needs an NVIDIA card and its driver, but none was found", file=sys.stderr)
-        sys.exit(3)
-    with live_card_lock(partial(print, flush=True)):
+    require_card("bench_prefill")
+    with on_card("bench_prefill"):
         results = measure(asked.model, stretches, asked.tokens, not asked.no_judging)
     if not asked.no_judging:
         write_results(asked.out or Path("results") / f"prefill-{results['target']}.json", results)

@@ -18,7 +18,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from amk.dev.asked import at_least, writable
+from amk.dev.asked import at_least, known_model, writable
 from amk.dev.bench_gpu import ONE_B, context
 from amk.dev.noise import noise_us
+from amk.dev.on_card import on_card, require_card
 from amk.dev.provenance import write_results
 from amk.eval.bench import interleaved, refuse_company
-from amk.eval.card import live_card
-from amk.eval.card_lock import live_card_lock
-from amk.eval.errors import EvalError
-from amk.models.errors import ModelError
-from amk.models.registry import describe
 
 WORKER = Path(__file__).with_name("in_turns_worker.py")
 TWIN = "again"  # the first checkout's second process
@@ -164,36 +159,28 @@ def arguments() -> tuple[argparse.Namespace, dict[str, Path]]:
     writable(parser, asked.out)
     try:
         json.loads(asked.config)
-        for model in asked.models.split(","):
-            describe(model)
     except ValueError as problem:
         parser.error(f"--config: must be JSON, but is not ({problem})")
-    except ModelError as problem:
-        parser.error(f"--models: {problem}")
+    for model in asked.models.split(","):
+        known_model(parser, "models", model)
     return asked, folders(parser, asked.checkouts)
 
 
 def main() -> None:
     asked, checkouts = arguments()
-    if live_card() is None:
-        print("in_turns: needs an NVIDIA card and its driver, but none was found", file=sys.stderr)
-        sys.exit(3)
+    require_card("in_turns")
     rows: list[Row] = []
     failed = False
-    try:
-        with live_card_lock(partial(print, flush=True)):
-            refuse_company(context=False)
-            for model in asked.models.split(","):
-                try:
-                    rows += measure(model, checkouts, asked)
-                except NothingToTime as problem:
-                    failed = True
-                    print(f"in_turns: {model}: {problem}", file=sys.stderr, flush=True)
-                if asked.out:
-                    write_results(asked.out, {"rows": rows})
-    except EvalError as problem:
-        print(f"in_turns: {problem}", file=sys.stderr)
-        sys.exit(problem.exit_code)
+    with on_card("in_turns"):
+        refuse_company(context=False)
+        for model in asked.models.split(","):
+            try:
+                rows += measure(model, checkouts, asked)
+            except NothingToTime as problem:
+                failed = True
+                print(f"in_turns: {model}: {problem}", file=sys.stderr, flush=True)
+            if asked.out:
+                write_results(asked.out, {"rows": rows})
     show(rows)
     sys.exit(1 if failed else 0)
 

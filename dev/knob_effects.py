@@ -29,17 +29,15 @@ from amk.dev.asked import chosen, share_of, writable
 from amk.dev.judged import JudgedMachine, NotCorrect, judged
 from amk.dev.knob_file import Keeper
 from amk.dev.noise import noise_us
+from amk.dev.on_card import on_card, require_card
 from amk.dev.prebuild import Build, ahead
 from amk.eval.bench import interleaved, launch_start, launch_us, refuse_company
 from amk.eval.candidate import Candidate
-from amk.eval.card import choose, live_card
-from amk.eval.card_lock import live_card_lock
-from amk.eval.errors import EvalError
+from amk.eval.card import choose
 from amk.eval.session import Session
 from amk.schedule.config import config_dict, with_value
 from amk.schedule.cost import streamed_bytes
 from amk.schedule.knobs import KNOBS, Config, Knob
-from amk.vm.build import BuildFailed
 from amk.vm.interface import LaunchFailed
 
 MODELS = ("llama-3.2-1b-shape", "smollm2-135m-shape")
@@ -225,18 +223,12 @@ def main() -> None:
     except ValueError as problem:
         parser.error(f"--share: {problem}")
     writable(parser, asked.out)
-    if live_card() is None:
-        print("knob_effects: needs an NVIDIA card and its driver, but none was found", file=sys.stderr)
-        sys.exit(3)
-    try:
-        with live_card_lock(partial(print, flush=True)):
-            keeper = Keeper(asked.out or Path("results") / f"knob-effects-{choose(None, 'cuda').target.name}.json")
-            tried = {knob: other_values(knob, asked.all) for knob in knobs}
-            todo = {model: tried if asked.again else left(model, tried, keeper) for model in models}
-            measure({model: some for model, some in todo.items() if some}, keeper)
-    except (EvalError, NotCorrect, LaunchFailed, BuildFailed) as problem:
-        print(f"knob_effects: {problem}", file=sys.stderr)
-        sys.exit(getattr(problem, "exit_code", 1))
+    require_card("knob_effects")
+    with on_card("knob_effects"):
+        keeper = Keeper(asked.out or Path("results") / f"knob-effects-{choose(None, 'cuda').target.name}.json")
+        tried = {knob: other_values(knob, asked.all) for knob in knobs}
+        todo = {model: tried if asked.again else left(model, tried, keeper) for model in models}
+        measure({model: some for model, some in todo.items() if some}, keeper)
     if keeper.failed:
         print(f"knob_effects: {len(keeper.failed)} values are not correct or not honest; see {keeper.path}", file=sys.stderr)
         sys.exit(1)

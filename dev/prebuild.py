@@ -19,17 +19,21 @@ from amk.vm.source import kernel_source
 
 @dataclass(frozen=True)
 class Build:
-    """A model's name, a config as JSON data, the KV rows, and the macros of a test build (vm.source.TEST_MACROS)."""
+    """A model's name, a config as JSON data, the KV rows, the macros of a test build (vm.source.TEST_MACROS), and how many tokens are
+    computed side by side, as rows of their own or for prefill.
+    """
 
     model: str
     config: dict[str, Any]
     context: int | None
     macros: tuple[tuple[str, int], ...] = ()
+    batch: int = 1
+    prefill: bool = False
 
 
 def built(case: Build, place: Place) -> Candidate:
     """The candidate; its kernel is in the cache of cubins then. BuildFailed if it does not compile."""
-    candidate = prepare(describe(case.model), place, case.config, case.context)
+    candidate = prepare(describe(case.model), place, case.config, case.context, batch=case.batch, prefill=case.prefill)
     if candidate.program is not None:
         compile_kernel(kernel_source(candidate.program.program, **dict(case.macros)), place.target.arch)
     return candidate

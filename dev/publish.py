@@ -24,9 +24,10 @@ from typing import Any
 
 from amk.dev.asked import at_least, chosen
 from amk.dev.bench_gpu import ONE_B, SMOL, context
+from amk.dev.on_card import on_card, require_card
 from amk.dev.prebuild import Build, ahead
 from amk.dev.readme_table import table
-from amk.eval.card import Place, choose, live_card
+from amk.eval.card import Place, choose
 from amk.flywheel.origin import commit
 from amk.vm.build import BuildFailed
 
@@ -181,10 +182,9 @@ def main() -> None:
         for name in names:
             print(f"{name}: {shlex.join(STEPS[name].command('CARD', asked.folder, asked.processes)[1:])}")
         return
-    if live_card() is None:
-        print("publish: needs an NVIDIA card and its driver, but none was found", file=sys.stderr)
-        sys.exit(3)
-    ended_well = publish(names, asked)
+    require_card("publish")
+    with on_card("publish", lock=False):
+        ended_well = publish(names, asked)
     sys.exit(0 if conclude(asked.folder) and ended_well else 1)
 
 

@@ -27,18 +27,17 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from amk.dev.asked import at_least, chosen, writable
+from amk.dev.on_card import on_card, require_card
 from amk.dev.provenance import write_json, write_results
 from amk.dev.sanitizer_report import reports, summary
 from amk.dev.version import code_digest
-from amk.eval.card import choose, live_card
-from amk.eval.card_lock import live_card_lock
-from amk.eval.errors import EnvironmentProblem, EvalError
+from amk.eval.card import choose
+from amk.eval.errors import EnvironmentProblem
 from amk.eval.oracle import Finding, Plan, judge, make_reference, rounding_points
 from amk.eval.prefill_oracle import judge_prefill
 from amk.isa.weight_format import FORMATS
@@ -49,7 +48,7 @@ from amk.schedule.knobs import Config
 from amk.schedule.program import Program
 from amk.schedule.targets import Target
 from amk.schedule.validate import ValidProgram, validate
-from amk.vm.build import Binary, BuildFailed, compile_kernel
+from amk.vm.build import Binary, compile_kernel
 from amk.vm.cuda import CudaVM
 from amk.vm.source import kernel_source
 
@@ -297,17 +296,11 @@ def main() -> None:
     at_least(parser, "sms", asked.sms, 1)
     at_least(parser, "limit", asked.limit, 1)
     writable(parser, asked.out)
-    if live_card() is None:
-        print("sanitize: needs an NVIDIA card and its driver, but none was found", file=sys.stderr)
-        sys.exit(3)
+    require_card("sanitize")
     if asked.child:
         return run_cases(asked.cases, asked.tools[0], small(choose(None, "cuda").target, asked.sms), asked.out)
-    try:
-        with live_card_lock(partial(print, flush=True)):
-            clean = sanitize(asked)
-    except (EvalError, BuildFailed, OSError) as problem:
-        print(f"sanitize: {problem}", file=sys.stderr)
-        sys.exit(getattr(problem, "exit_code", 1))
+    with on_card("sanitize", also=(OSError,)):
+        clean = sanitize(asked)
     sys.exit(0 if clean else 1)
 
 

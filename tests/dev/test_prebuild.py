@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
+
+from amk.dev import bench_batch, bench_prefill
 from amk.dev.prebuild import Build, ahead, built
 from amk.eval.candidate import prepare
 from amk.eval.card import Place
 from amk.models.registry import describe
 from amk.schedule.digest import program_digest
 from amk.schedule.targets import TARGETS
+from amk.vm.source import kernel_source
 
 PLACE = Place(TARGETS["h200"], "cpu", None)
 
@@ -21,3 +25,13 @@ def test_a_program_from_another_process_is_this_ones_and_a_refusal_keeps_its_rea
     assert here.program is not None
     assert program_digest(candidate.program.program) == program_digest(here.program.program)
     assert refused.rejections == built(bad, PLACE).rejections != ()
+
+
+def test_programs_of_batches_and_for_prefill_are_those_that_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = []
+    monkeypatch.setattr("amk.dev.prebuild.compile_kernel", lambda source, arch: sources.append(source))
+    name = "smollm2-135m-shape"
+    programs = [built(case, PLACE).program for case in (*bench_batch.builds(name, (1, 8)), *bench_prefill.builds(name, (32,), 512))]
+    machines = [program.program.machine for program in programs if program is not None]
+    assert [(m.batch, m.prefill, m.context) for m in machines] == [(1, False, 4096), (8, False, 4096), (1, False, 512), (32, True, 512)]
+    assert sources == [kernel_source(program.program) for program in programs if program is not None]
