@@ -4,7 +4,7 @@
 #   make test      the CPU tests, and the card's where there is one
 #   make check     ruff, mypy --strict, generated files, import order, NVRTC builds of every kernel variant
 #   make gpu       the card's tests alone, on several cards with CARDS=4; writes results/
-#   make published  what README shows, measured on the card step by step; writes results/
+#   make published  what README shows, measured on the card step by step, on several cards with CARDS=4; writes results/
 #   make timings   how long the commands take; writes results/timings.json
 #
 # On a machine that has its own torch and no package index: make gpu PY=python3
@@ -15,7 +15,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 TORCH_CPU := torch==2.13.0
 
-# Cards that the card's tests are shared out among: a worker each.
+# Cards that the card's tests, or the steps of what is published, are shared out among.
 CARDS ?= 1
 
 VENV := .venv
@@ -65,7 +65,7 @@ gpu: $(READY_DEV)
 	$(PYTEST) -m cuda --results results $(if $(filter-out 1,$(CARDS)),-n $(CARDS) --dist worksteal)
 
 published: $(READY)
-	$(RUN) amk.dev.publish
+	$(RUN) amk.dev.publish --cards $(CARDS)
 
 timings: $(READY)
 	$(RUN) amk.dev.timings

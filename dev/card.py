@@ -20,3 +20,10 @@ def card_count() -> int:
     nvml.nvmlDeviceGetCount_v2(ctypes.byref(count))
     nvml.nvmlShutdown()
     return count.value
+
+
+def visible_cards() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls each card that this process may use."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    found = card_count()
+    return [str(number) for number in range(found)] if named is None else [name.strip() for name in named.split(",") if found]
