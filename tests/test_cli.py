@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -404,6 +405,14 @@ def test_interrupted_command_says_so_and_exits_130(tmp_path: Path) -> None:
         out, err = process.communicate()
     assert (process.returncode, json.loads(out)) == (130, {"error": "interrupted"})
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("given", "found"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_of_a_command_sleep_while_they_wait_unless_told_otherwise(given: dict[str, str], found: str) -> None:
+    shown = "import os, amk.amk_cli as cli; cli.run = lambda: print(os.environ['OMP_WAIT_POLICY']) or 0; cli.main()"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+    ran = subprocess.run([sys.executable, "-c", shown], env=environment, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout.strip()) == (0, found), ran.stderr
 
 
 def test_drawn_tokens_are_told_verified_and_repeatable(capsys: Capture) -> None:
