@@ -46,12 +46,12 @@ def known_model(parser: argparse.ArgumentParser, option: str, name: str) -> None
         parser.error(f"--{option}: {problem}")
 
 
-def writable(parser: argparse.ArgumentParser, out: Path | None) -> None:
-    """Ends the process unless the results file that `--out` names, if it names one, can be written."""
+def writable(parser: argparse.ArgumentParser, out: Path | None, option: str = "out") -> None:
+    """Ends the process unless the results file that an option names, if it names one, can be written."""
     if out is None:
         return
     try:
-        require_writable_file(out, "--out")
+        require_writable_file(out, f"--{option}")
     except UsageError as problem:
         parser.error(str(problem))
 

@@ -28,7 +28,7 @@ from queue import Empty, SimpleQueue
 from threading import Lock
 from typing import Any
 
-from amk.dev.asked import at_least, chosen
+from amk.dev.asked import at_least, chosen, writable
 from amk.dev.bench_gpu import ONE_B, SMOL, context
 from amk.dev.card import visible_cards
 from amk.dev.on_card import on_card, require_card
@@ -258,6 +258,7 @@ def main() -> None:
         for name in names:
             print(f"{name}: {shlex.join(STEPS[name].command('CARD', asked.folder, asked.processes)[1:])}")
         return
+    writable(parser, asked.folder / STATE, "folder")
     require_card("publish")
     if asked.cards > len(visible_cards()):
         parser.error(f"--cards: must be at most {len(visible_cards())}, which are there, but got {asked.cards}")

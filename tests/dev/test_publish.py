@@ -135,7 +135,13 @@ def test_steps_that_need_no_kernels_start_no_processes() -> None:
 @pytest.mark.skipif(card_count() > 0, reason="says what happens where there is no card")
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
-    [((), 3, "card"), (("--only", "70b"), 2, "'70b'"), (("--processes", "0"), 2, "at least 1"), (("--cards", "0"), 2, "at least 1")],
+    [
+        ((), 3, "card"),
+        (("--only", "70b"), 2, "'70b'"),
+        (("--processes", "0"), 2, "at least 1"),
+        (("--cards", "0"), 2, "at least 1"),
+        (("--folder", "/dev/null"), 2, "--folder: must be"),
+    ],
 )
 def test_publish_says_what_it_cannot_do(arguments: tuple[str, ...], code: int, words: str, tmp_path: Path) -> None:
     refuses("publish", arguments, code, words, tmp_path)
