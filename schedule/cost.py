@@ -24,11 +24,11 @@ from amk.isa.weight_format import format_of
 from amk.schedule.program import Program
 from amk.schedule.targets import Target
 
-# Fitted to the figures of one H200 (132 SMs, 1980 MHz) in results/bench-h200*.json: see `latency_us`.
+# Fitted to the figures of H200s (132 SMs, 1980 MHz) in results/ at b60f01a: see `latency_us`.
 READ_SHARE = 0.97  # what a plain read reaches of the data sheet's bandwidth
-BOUNDARY_US = 1.55  # from the last publish of a phase to the first product of the next: publish, counter, poll, read
-CHUNK_CYCLES = 260  # for the consumers of an SM to use up 16 KiB of 16-bit weights
-CODE_COST = {8: 2.6, 4: 3.5}  # of as many bytes of codes, over that, by their bits; x as fixed-point digits is in it
+BOUNDARY_US = 1.44  # from the last publish of a phase to the first product of the next: publish, counter, poll, read
+CHUNK_CYCLES = 290  # for the consumers of an SM to use up 16 KiB of 16-bit weights
+CODE_COST = {8: 2.3, 4: 3.1}  # of as many bytes of codes, over that, by their bits; x as fixed-point digits is in it
 CHUNK_BYTES = 16384
 COPY_US = 1.0  # one bulk copy under load, from issue to arrival
 REFERENCE_MHZ = 1980
@@ -82,7 +82,7 @@ def latency_us(program: Program, target: Target, position: int, bandwidth: float
 
     Phases follow each other: a phase ends when its slowest SM has streamed and used up its share. Bandwidth is shared evenly, so an
     SM streams at 1/sms of it (or at what its copies in flight sustain), also while it waits at a boundary, until its ring is full. The
-    constants were fitted to figures of one H200 (1B, 8B and SmolLM2-135M, every knob; dev/cost_error.py shows the errors). What the
+    constants were fitted to figures of H200s (1B, 8B and SmolLM2-135M, every knob; dev/cost_error.py shows the errors). What the
     model does not know: skew between SMs, polling, and what a large `N_tile` costs by leaving SMs idle.
     """
     gbs = bandwidth if bandwidth is not None else READ_SHARE * target.bandwidth_gbs
