@@ -24,11 +24,13 @@ STAND_IN = str(ROOT / "dev" / "checkout")
 def register() -> None:
     """Put the stand-in package first on the path of this process and of every process that it starts.
 
-    The root itself leaves this process's path: there `schedule`, `eval` and `vm` would be importable under those bare names.
+    The root itself leaves this process's path: there `schedule`, `eval` and `vm` would be importable under those bare names. Threads of
+    torch, which is loaded later, sleep while they wait, unless OMP_WAIT_POLICY is set: in processes that share cores they would spin.
     """
     sys.path[:] = [STAND_IN, *(entry for entry in sys.path if entry != STAND_IN and Path(entry).resolve() != ROOT)]
     inherited = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry not in ("", STAND_IN)]
     os.environ["PYTHONPATH"] = os.pathsep.join([STAND_IN, *inherited])
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def main(arguments: list[str]) -> int:

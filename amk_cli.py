@@ -519,7 +519,7 @@ def _run(arguments: Sequence[str] | None) -> int:
 def main() -> NoReturn:
     sys.stdout = sys.stdout or open(os.devnull, "w")  # None where the caller has closed it
     sys.stderr = sys.stderr or open(os.devnull, "w")
-    # Before torch is loaded: its threads would spin for each other where two commands share the cores, and each take thrice as long.
+    # Before torch is loaded: where two commands share the cores, its threads would spin for each other. amk_bootstrap does the same.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     code = run()
     try:

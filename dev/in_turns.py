@@ -25,7 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from amk.dev.asked import at_least, known_model, writable
+from amk.dev.asked import at_least, below, known_model, writable
 from amk.dev.bench_gpu import ONE_B, context
 from amk.dev.noise import noise_us
 from amk.dev.on_card import on_card, require_card
@@ -48,7 +48,8 @@ class Worker:
         self.name = name
         # -P: the script's own folder is not on the path, so that every import is the other checkout's.
         command = [sys.executable, "-P", str(script or WORKER), *options]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(checkout / "dev" / "checkout"), *_others()])}
+        path = os.pathsep.join([str(checkout / "dev" / "checkout"), os.environ.get("PYTHONPATH", "")])
+        environment = os.environ | {"PYTHONPATH": path}
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
     def __enter__(self) -> Worker:
@@ -80,27 +81,14 @@ class Worker:
         return said[key]
 
 
-def _others() -> list[str]:
-    """This process's path but for the stand-in package of its own checkout."""
-    return [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry and not entry.endswith("dev/checkout")]
-
-
 def compared(names: Sequence[str], samples: Sequence[Sequence[float]]) -> list[Row]:
     """A row for each of `names` against the first; the last of `samples` are the first's second process."""
     base, twin = samples[0], samples[-1]
-    rows = []
+    against, rows = float(np.median(base)), []
     for name, own in zip([*names, TWIN], samples, strict=True):
-        latency, against, noise = float(np.median(own)), float(np.median(base)), noise_us(base, twin, own)
-        rows.append(
-            {
-                "name": name,
-                "us": latency,
-                "effect_pct": 100 * (latency / against - 1),
-                "noise_pct": 100 * noise / against,
-                "beyond_noise": abs(latency - against) > noise,
-                "samples_us": list(own),
-            }  # fmt: skip
-        )
+        latency, noise = float(np.median(own)), noise_us(base, twin, own)
+        effect: Row = {"effect_pct": 100 * (latency / against - 1), "noise_pct": 100 * noise / against}
+        rows.append({"name": name, "us": latency, **effect, "beyond_noise": abs(latency - against) > noise, "samples_us": list(own)})
     return rows
 
 
@@ -154,7 +142,6 @@ def arguments() -> tuple[argparse.Namespace, dict[str, Path]]:
     parser.add_argument("--chain", action="store_true", help="builds that move no weights: the chain of dependent steps alone")
     parser.add_argument("--out", type=Path, help="a file for all samples")
     asked = parser.parse_args()
-    at_least(parser, "position", asked.position, 0)
     at_least(parser, "rounds", asked.rounds, 1)
     writable(parser, asked.out)
     try:
@@ -163,6 +150,7 @@ def arguments() -> tuple[argparse.Namespace, dict[str, Path]]:
         parser.error(f"--config: must be JSON, but is not ({problem})")
     for model in asked.models.split(","):
         known_model(parser, "models", model)
+        below(parser, "position", asked.position, 0, context(model), f"the KV rows of {model}")
     return asked, folders(parser, asked.checkouts)
 
 

@@ -13,15 +13,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TextIO
 
+from amk.dev.bench_gpu import dry_machine
 from amk.dev.judged import NotCorrect, judged
 from amk.eval.bench import launch_start, launch_us
 from amk.eval.card import choose
 from amk.eval.errors import EvalError
 from amk.eval.session import Session
-from amk.vm.build import BuildFailed, compile_kernel
+from amk.models.errors import ModelError
+from amk.vm.build import BuildFailed
 from amk.vm.cuda import CudaVM
 from amk.vm.interface import LaunchFailed
-from amk.vm.source import kernel_source
 
 FACTS = ("program_digest", "binary_digest", "outputs_sha256", "tolerance_used", "registers")
 
@@ -36,10 +37,9 @@ def made(asked: argparse.Namespace) -> tuple[CudaVM, dict[str, Any]]:
         return entry.machine, {name: entry.facts[name] for name in FACTS}
     if candidate.program is None:
         raise NotCorrect("; ".join(candidate.rejections))
-    arch = session.place.target.arch
-    binary = compile_kernel(kernel_source(candidate.program.program, DRY_FEED=1), arch)
-    facts = {"program_digest": candidate.facts.program_digest, "binary_digest": binary.digest, "registers": binary.registers}
-    return CudaVM(candidate.program, session.model.weights, arch=arch, binary=binary), facts
+    machine = dry_machine(session, candidate.program)
+    binary = machine.kernel.binary
+    return machine, {"program_digest": candidate.facts.program_digest, "binary_digest": binary.digest, "registers": binary.registers}
 
 
 def serve(make: Callable[[], tuple[Callable[[], float], dict[str, Any]]], asked: TextIO, told: TextIO) -> None:
@@ -53,7 +53,7 @@ def serve(make: Callable[[], tuple[Callable[[], float], dict[str, Any]]], asked:
         tell(facts=facts)
         for _ in asked:
             tell(us=sample())
-    except (NotCorrect, LaunchFailed, BuildFailed, EvalError) as problem:
+    except (NotCorrect, LaunchFailed, BuildFailed, EvalError, ModelError) as problem:  # of dev/on_card, which older checkouts lack
         tell(problem=str(problem))
 
 

@@ -3,7 +3,8 @@
     python amk_bootstrap.py amk.dev.knob_file --out results/knob-effects-CARD.json [--earlier FILE] PART.json PART.json ...
 
 Every line has the samples of the default that was timed in turns with it, on its own card: a ratio is never over another part's default.
-What parts must agree in is said by `merged`. Of a file of earlier code (--earlier) those knobs are kept that no part has, marked as such.
+What parts must agree in is said by `merged`. Of a file of earlier code (--earlier) those knobs are kept that no part has, marked as such; a
+file with such lines is a part without them.
 """
 
 from __future__ import annotations
@@ -126,6 +127,7 @@ def merged(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """
     if not parts:
         raise Unlike("there must be at least one part, but there is none")
+    parts = {name: {**part, "rows": [row for row in part["rows"] if "earlier" not in row]} for name, part in parts.items()}
     for name, part in parts.items():
         honest_rows(name, part, "rows")
     _require_one("cards and driver", {name: sorted(origin_of(part["provenance"])[1]) for name, part in parts.items()})

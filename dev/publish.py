@@ -145,10 +145,10 @@ class Runner:
         self.ended = False
         self.changing = Lock()
 
-    def run(self, step: Step, command: Sequence[str], card: str | None = None) -> tuple[int, float]:
+    def run(self, step: Step, command: Sequence[str], card: str) -> tuple[int, float]:
         """Exit code (124: longer than its limit, and ended with all that it had started) and seconds, on one of the cards."""
         began = time.monotonic()
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"} | ({"CUDA_VISIBLE_DEVICES": card} if card else {})
+        environment = os.environ | {"PYTHONUNBUFFERED": "1", "CUDA_VISIBLE_DEVICES": card}
         with self.changing:
             if self.ended:
                 return 130, 0.0
@@ -180,7 +180,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def share_out(names: Sequence[str], cards: Sequence[str], measure: Callable[[str, str | None], None], end_all: Callable[[], None]) -> None:
+def share_out(names: Sequence[str], cards: Sequence[str], measure: Callable[[str, str], None], end_all: Callable[[], None]) -> None:
     """Calls `measure` with each step and the card that took it: those that may share the host first, then the others one by one.
 
     An interrupt ends what is under way before it goes on.
@@ -216,7 +216,7 @@ def publish(names: Sequence[str], asked: argparse.Namespace) -> bool:
             print(f"{name}: done at this commit", flush=True)
     build_all([STEPS[name] for name in left], place)
 
-    def measure(name: str, card: str | None) -> None:
+    def measure(name: str, card: str) -> None:
         command = STEPS[name].command(place.target.name, asked.folder, asked.processes)
         on = f" on card {card}" if asked.cards > 1 else ""
         print(f"{time.strftime('%H:%M:%S')} {name}{on}: {shlex.join(command[2:])}", flush=True)
@@ -224,11 +224,7 @@ def publish(names: Sequence[str], asked: argparse.Namespace) -> bool:
         state.keep(name, {"commit": at, "processes": asked.processes, "exit_code": code, "seconds": round(seconds, 1)})
         print(f"{time.strftime('%H:%M:%S')} {name}: exit code {code} after {seconds:.0f} s", flush=True)
 
-    if asked.cards > 1:
-        share_out(left, visible_cards()[: asked.cards], measure, runner.end_all)
-    else:
-        for name in left:
-            measure(name, None)
+    share_out(left, visible_cards()[: asked.cards], measure, runner.end_all)
     return all(state.steps.get(name, {}).get("exit_code") == 0 for name in names)
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from amk.eval.one_thread import one_thread
 from amk.eval.tolerance import FP32_ERROR
 from amk.models.eager import torch_dtype
 from amk.schedule.model import DType
@@ -42,7 +41,6 @@ def expected_errors(rounded: ReadRows, exact: ReadRows, layers: int, rows: Rows,
     return relative_errors(stored, exact, layers, rows).clamp(min=FP32_ERROR)
 
 
-@one_thread()
 def relative_errors(found: ReadRows, exact: ReadRows, layers: int, rows: Rows) -> torch.Tensor:
     """|found - exact| / |exact| of each row over all heads, fp64 [layers, 2 (K, V), rows] on the CPU."""
     import torch

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from amk.eval.kv_rows import ReadRows, Rows, expected_errors, relative_errors, typical_ratios
-from amk.eval.one_thread import one_thread
 from amk.eval.ties import change_chance, most_changes
 from amk.eval.tolerance import FP32_ERROR, LATE, MAX_EXPECTED, ROWS, TIE, TYPICAL, WORST
 from amk.isa.attention import TWO_PART_GROUP, Attention
@@ -162,7 +161,6 @@ def _segment(run: SourceRun, start: int, logits: torch.Tensor, layers: int, dtyp
     return Segment(start, tuple(tokens), logits, tuple(expected), rows)
 
 
-@one_thread()
 def relative_error(logits: torch.Tensor, reference: torch.Tensor) -> float:
     """|m - r| / |r - mean r| in fp64; infinite where a logit is not finite.
 
@@ -194,7 +192,6 @@ class Step:
     change_chance: float = 0.0
 
 
-@one_thread()
 def compare(position: int, token: int, logits: torch.Tensor, reference: torch.Tensor, expected: float) -> Step:
     """Judges the fp32 logits [vocab] and the chosen token of one step; a logit that is not finite is an infinite error."""
     error = relative_error(logits, reference)

@@ -31,6 +31,7 @@ LLAMA = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 131, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
     "torch_dtype": "bfloat16",
 }  # fmt: skip
+ROOT = Path(__file__).resolve().parents[1]
 CPU = ("--device", "cpu")
 AMK = "from amk.amk_cli import main; main()"
 NO_CARD = pytest.mark.skipif(card_count() > 0, reason="says what happens where there is no card")
@@ -409,10 +410,12 @@ def test_interrupted_command_says_so_and_exits_130(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("given", "found"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
 def test_threads_of_a_command_sleep_while_they_wait_unless_told_otherwise(given: dict[str, str], found: str) -> None:
-    shown = "import os, amk.amk_cli as cli; cli.run = lambda: print(os.environ['OMP_WAIT_POLICY']) or 0; cli.main()"
+    installed = "import os, amk.amk_cli as cli; cli.run = lambda: print(os.environ['OMP_WAIT_POLICY']) or 0; cli.main()"
+    checkout = "import os, amk_bootstrap; amk_bootstrap.register(); print(os.environ['OMP_WAIT_POLICY'])"
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
-    ran = subprocess.run([sys.executable, "-c", shown], env=environment, capture_output=True, text=True)
-    assert (ran.returncode, ran.stdout.strip()) == (0, found), ran.stderr
+    for code in (installed, checkout):
+        ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert (ran.returncode, ran.stdout.strip()) == (0, found), ran.stderr
 
 
 def test_drawn_tokens_are_told_verified_and_repeatable(capsys: Capture) -> None:

@@ -107,6 +107,8 @@ def test_a_worker_that_may_not_be_timed_says_so() -> None:
         ([f"{TWIN}={ROOT}"], "must have a name of its own"),
         ([f"base={ROOT}", "--models", "nothing"], "--models: unknown model 'nothing'"),
         ([f"base={ROOT}", "--config", "{"], "--config: must be JSON"),
+        ([f"base={ROOT}", "--position", "9216"], "--position: must be from 0 to 9215"),
+        ([f"base={ROOT}", "--position", "-1"], "--position: must be from 0 to 9215"),
         ([f"base={ROOT}", "--rounds", "0"], "--rounds: must be at least 1"),
     ],
 )

@@ -194,6 +194,18 @@ def test_knobs_that_no_part_has_are_kept_from_a_file_of_earlier_code_and_marked(
     assert text.count("or its kernel: `0ff1ce`, `abcdef`.") == 2  # beneath each table
 
 
+def test_a_file_with_lines_of_earlier_code_is_gone_on_with() -> None:
+    whole = with_earlier(merged(two_parts()), "old.h200.json", before())
+    more = part(effect("pipelining_depth", "2", 630.0))
+    again = with_earlier(merged({"whole.h200.json": whole, "more.h200.json": more}), "whole.h200.json", whole)
+    assert {row["knob"]: (row["latency_us"], row.get("earlier")) for row in again["rows"]} == {
+        "threads_per_block": (610.0, None),
+        "kernel_knobs.sync": (630.0, None),
+        "pipelining_depth": (630.0, None),
+        "sm_assignment": (660.0, "0ff1ce"),
+    }
+
+
 def test_nothing_is_kept_where_the_parts_have_all() -> None:
     whole = merged(two_parts())
     assert with_earlier(whole, "old.h200.json", two_parts()["a.h200.json"]) == whole

@@ -54,9 +54,9 @@ def test_a_step_is_done_at_the_commit_at_which_it_ended_well(tmp_path: Path) -> 
 
 def test_a_step_that_takes_too_long_is_ended_with_what_it_started() -> None:
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
-    code, seconds = Runner().run(Step("none", (), "", 1), [sys.executable, "-c", child])
+    code, seconds = Runner().run(Step("none", (), "", 1), [sys.executable, "-c", child], "0")
     assert code == 124 and seconds < 30
-    assert Runner().run(Step("none", (), "", 30), [sys.executable, "-c", "raise SystemExit(7)"])[0] == 7
+    assert Runner().run(Step("none", (), "", 30), [sys.executable, "-c", "raise SystemExit(7)"], "0")[0] == 7
 
 
 def test_an_interrupt_just_after_a_step_has_ended_is_that_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,15 +70,15 @@ def test_an_interrupt_just_after_a_step_has_ended_is_that_interrupt(monkeypatch:
 
     monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        Runner().run(Step("none", (), "", 5), [sys.executable, "-c", ""])
+        Runner().run(Step("none", (), "", 5), [sys.executable, "-c", ""], "0")
 
 
 def test_steps_are_shared_out_and_those_beside_transformers_come_last_and_one_by_one() -> None:
     alone = [name for name, step in STEPS.items() if step.alone]
     assert {"prefill", "graph", "compile-1b"} <= set(alone) and "1b" not in alone
-    lock, running, most, ended = Lock(), set[str](), dict[str, int](), list[tuple[str, str | None]]()
+    lock, running, most, ended = Lock(), set[str](), dict[str, int](), list[tuple[str, str]]()
 
-    def measure(name: str, card: str | None) -> None:
+    def measure(name: str, card: str) -> None:
         with lock:
             running.add(name)
             for other in running:
@@ -98,7 +98,7 @@ def test_an_interrupt_ends_what_every_card_does(tmp_path: Path) -> None:
     runner, step, begun = Runner(), Step("none", (), "", 60), Event()
     sleeps = [sys.executable, "-c", "import time; time.sleep(60)"]
 
-    def measure(name: str, card: str | None) -> None:
+    def measure(name: str, card: str) -> None:
         if name == "8b":
             begun.wait(30)
             raise KeyboardInterrupt
