@@ -1,6 +1,6 @@
 """Runs small programs on the card under compute-sanitizer. Writes results/sanitizer-CARD.json and a log a case beside it.
 
-    python amk_bootstrap.py amk.dev.sanitize [--tools memcheck,racecheck] [--cases bf16,unfused,cp_async,int8,fp32,prefill] [--sms 4]
+    python amk_bootstrap.py amk.dev.sanitize [--tools memcheck,racecheck] [--cases bf16,unfused,cp_async,int8,int4,fp32,prefill] [--sms 4]
                                              [--limit SECONDS] [--sanitizer FILE] [--out FILE]
 
 Exit code 1 if a program was wrong, a tool did not come to its end, or a tool reported anything that is not expected. Expected are a race
@@ -75,9 +75,11 @@ CASES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "unfused": ("bfloat16", None, {"fusion_grouping": [], "threads_per_block": 128, "kernel_knobs": {"sync": "tags"}}),
     "cp_async": ("bfloat16", None, {"kernel_knobs": {"weight_feed": "cp_async"}}),
     "int8": ("bfloat16", "int8-g32-asym", {}),
+    "int4": ("bfloat16", "int4-g32-asym", {"threads_per_block": 128}),
     "fp32": ("float32", None, {}),
     "prefill": ("bfloat16", None, {}),
 }
+SHAPES = {"int4": {"hidden_size": 256}}  # where it is not TINY's: here warps share out the tiles of gate and up whole
 STRETCH = {"prefill": 32}  # positions a launch, of the cases whose program makes KV rows for another that decodes
 CONTEXT = 64
 PLAN = Plan(prompt=4, steps=6, late=(40,), late_steps=2)
@@ -89,7 +91,7 @@ LAST_LINES = 12  # of the log of a tool that did not come to its end
 
 def model(case: str) -> Model:
     dtype, form, _ = CASES[case]
-    made = random_model("tiny", TINY | {"dtype": dtype})
+    made = random_model("tiny", TINY | SHAPES.get(case, {}) | {"dtype": dtype})
     return quantised_model(made, FORMATS[form]) if form else made
 
 

@@ -120,6 +120,7 @@ class Instruction(ABC):
     draws: ClassVar[bool] = False  # takes isa.sampling.Sampling from the launch
     gated: ClassVar[bool] = False  # its counters order: it reads after all arrivals that it waits for, and arrives when it has published
     batched: ClassVar[bool] = False  # belongs to machines that compute a batch of tokens side by side
+    by_rows: ClassVar[bool] = False  # a stored product whose consumers multiply whole tiles and publish them in the storer's place
 
     def arrivals(self, machine: Machine) -> int:
         """Arrivals at the done counter: one by the storer or, where counters order, by all consumers together; else one by each of them."""

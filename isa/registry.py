@@ -20,13 +20,13 @@ HEADER = (Field("op", "u16"),)
 
 @cache
 def instructions() -> dict[str, type[Instruction]]:
-    """Instruction classes by stem, in opcode order: alphabetical, those of batches and those that draw behind the others."""
+    """Instruction classes by stem, in opcode order: alphabetical, those of batches, those that draw and those by rows behind the others."""
     found: dict[str, type[Instruction]] = {}
     for path in sorted(FOLDER.glob("*.cuh")):
         module = import_module(f"amk.isa.{path.stem}")
         classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Instruction)]
         found |= {c.stem: c for c in classes if c.stem == path.stem}
-    return dict(sorted(found.items(), key=lambda item: (item[1].draws, item[1].batched, item[0])))
+    return dict(sorted(found.items(), key=lambda item: (item[1].by_rows, item[1].draws, item[1].batched, item[0])))
 
 
 @cache
@@ -67,13 +67,16 @@ def decode(record: bytes) -> Instruction:
     return cls(**{f.name: int(words[f.name]) for f in fields(cls)})
 
 
-def headers(batched: bool = False, draws: bool = False) -> str:
+def headers(batched: bool = False, draws: bool = False, by_rows: bool = False) -> str:
     """C structs of every instruction's record and its opcode, and the words that all matrix-vector products begin with.
 
-    Instructions of batches are left out where the machine computes one token at a time, those that draw where the program does not.
+    Instructions of batches are left out where the machine computes one token at a time, those that draw, and those by rows, where
+    the program has none.
     """
     parts = [record_header("MatVecTask", word_fields(MatVec), task_dtype(MatVec))]
-    for cls in (cls for cls in instructions().values() if cls.batched <= batched and cls.draws <= draws):
+    for cls in instructions().values():
+        if cls.batched > batched or cls.draws > draws or cls.by_rows > by_rows:
+            continue
         parts.append(record_header(f"{cls.__name__}Task", word_fields(cls), task_dtype(cls)))
         parts.append(f"constexpr uint16_t OP_{cls.stem.upper()} = {opcodes()[cls]};")
     return "\n".join(parts)

@@ -23,6 +23,7 @@ from amk.schedule.program import DeviceKnobs, KvCache, Program
 from amk.schedule.rejection import Rejection, reject
 from amk.schedule.resources import SharedNeeds, shared_layout
 from amk.schedule.settings import Chooser, Settings, resolve, splits_of
+from amk.schedule.share_rows import share_rows
 from amk.schedule.synchronise import Sync, synchronise
 from amk.schedule.targets import Target
 from amk.schedule.tile import tile
@@ -90,7 +91,7 @@ def compile_program(
     sync = synchronise(graph, placement, settings.consumer_warps, config.sync)
     queues = emit(graph, placement, resolve_names(graph, sync, config.kv_block), target.sms)
     machine = _machine(spec, settings, graph, sync, queues)
-    return machine if isinstance(machine, list) else _assemble(spec, settings, graph, arena, sync, queues, machine)
+    return machine if isinstance(machine, list) else share_rows(_assemble(spec, settings, graph, arena, sync, queues, machine))
 
 
 def _products_of_one(spec: ModelSpec, settings: Settings) -> Placement:

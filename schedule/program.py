@@ -113,6 +113,11 @@ class Program:
         return max((c.start + c.count for c in self.constants), default=0)
 
     @property
+    def by_rows(self) -> bool:
+        """Whether consumer warps share out the tiles of a product whole."""
+        return any(task.by_rows for queue in self.queues for task in queue)
+
+    @property
     def draws(self) -> bool:
         """Its launches take isa.sampling.Sampling: temperature, filters, seed and stop tokens."""
         return any(task.draws for queue in self.queues for task in queue)

@@ -11,7 +11,7 @@ from amk.isa.instruction import Instruction
 from amk.isa.matmul import KEPT_SEAT_WORDS
 from amk.isa.matvec import MatVec
 from amk.isa.registry import headers, instructions
-from amk.isa.stretch import MOST_SHARES
+from amk.isa.stretch import LONGEST_RUN, MOST_SHARES
 from amk.schedule.program import Program
 from amk.schedule.resources import PLACE_BYTES, SharedLayout, shared_layout
 from amk.vm.params import param_dtype, param_fields
@@ -75,6 +75,7 @@ def batch_constants(program: Program) -> dict[str, int]:
     stretch = {
         "HEADS": machine.heads,
         "MOST_SHARES": MOST_SHARES,
+        "LONGEST_RUN": LONGEST_RUN,
         "PLACES_OFFSET": layout.places,
         "PLACE_BYTES": PLACE_BYTES,
         "IMAGE_PLACES": image_places(program),
@@ -104,7 +105,7 @@ def _prelude(program: Program, layout: SharedLayout, macros: dict[str, int]) -> 
         f"#define FOR_EACH_SHAPE(X) {shapes}",
         *(_constant_line(n, v) for n, v in (constants(program, layout, macros) | batch_constants(program)).items()),
         record_header("Params", param_fields(batch, program.draws, prefill), param_dtype(batch, program.draws, prefill)),
-        headers(batched=batch > 1, draws=program.draws),
+        headers(batched=batch > 1, draws=program.draws, by_rows=program.by_rows),
     ]
     return "\n".join(lines)
 
@@ -137,10 +138,14 @@ def _dispatch(program: Program) -> str:
     stored = [(s, c) for s, c in used if c.stored]
 
     def shared_cases(call: str, actor: str, which: list[tuple[str, type[Instruction]]]) -> str:
-        """All stored instructions are products, which differ to the storer alone: consumers and feeder have one code for them."""
+        """All stored instructions are products, which differ to the storer alone: consumers and feeder have one code for them, but
+        for those by rows, which are as others to the feeder alone.
+        """
         product = call.format(stem="matmul" if program.machine.batch > 1 else "matvec", token="token")
-        products = [case([s for s, _ in stored], MatVec.__name__, product)] if stored else []
-        return "\n".join([*products, cases(call, actor, [(s, c) for s, c in which if not c.stored])])
+        own = [(s, c) for s, c in which if not c.stored or (c.by_rows and actor == "c")]
+        shared = [s for s, c in stored if (s, c) not in own]
+        products = [case(shared, MatVec.__name__, product)] if shared else []
+        return "\n".join([*products, cases(call, actor, own)])
 
     carried = " || ".join(f"op == OP_{s.upper()}" for s, c in used if c.carried) or "false"
     is_stored = " || ".join(f"op == OP_{s.upper()}" for s, _ in stored) or "false"

@@ -15,6 +15,7 @@ from amk.isa.gemm import Gemm
 from amk.isa.gemm_glu import GemmGlu
 from amk.isa.gemm_head import GemmHead
 from amk.isa.gemv_glu import GemvGlu
+from amk.isa.gemv_glu_rows import rows_possible
 from amk.isa.gemv_head import GemvHead
 from amk.isa.machine import KV_BLOCK_ROWS, TILE_ROWS
 from amk.isa.matmul import OUT_BY_SEAT, X_BY_SEAT
@@ -110,7 +111,9 @@ def _matvec(checker: Checker, words: Words) -> None:
     compiled_shape(checker, words, column["flags"])
     inside_constant(checker, words, "gain", cols, needed=(column["flags"] & X_NORM) > 0)
     inside_constant(checker, words, "bias", rows, needed=column["bias"] >= 0)
-    if words.cls in (GemvGlu, GemmGlu):
+    if words.cls.by_rows:
+        _rows(checker, words)
+    if issubclass(words.cls, GemvGlu | GemmGlu):
         interleaved = np.array([m.layout == "interleave8" and m.rows % TILE_ROWS == 0 for m in matrices] or [False])[at]
         checker.need(words, ~agreed | interleaved, "kind", "needs gate and up rows interleaved by 8 in whole tiles, but its matrix is not")
     if issubclass(words.cls, GemvHead | GemmHead | FilterHead):
@@ -133,6 +136,20 @@ def _weights(checker: Checker, words: Words, known: Flags, at: Ints) -> None:
     found, has = words.column["flags"] & FORMAT_FLAGS, looked_up([m.weights.flags if m.weights else 0 for m in matrices], at)
     said = "decodes weights of format {found}, but matrix {at} is streamed in format {has} (flag bits of isa.weight_format)"
     checker.must(words, ~known | (found == has), "kind", said, found=found, at=at, has=has)
+
+
+def _rows(checker: Checker, words: Words) -> None:
+    """A warp that takes a whole tile waits for one chunk, and its code knows codes of 4 bits in groups. It depends on few words, so
+    equal ones are asked once.
+    """
+    machine, cols, flags = checker.subject.program.machine, words.column["cols"], words.column["flags"]
+    keys = list(zip(cols.tolist(), flags.tolist(), strict=True))
+    asked = {key: rows_possible(machine, *key) for key in set(keys)}
+    said = (
+        "shares out tiles of {cols} columns in format {flags}, but they must be one chunk of 4-bit codes in groups, as many for each warp"
+    )
+    holds = np.array([asked[key] for key in keys], dtype=bool)
+    checker.need(words, holds, "kind", said, cols=cols, flags=flags & FORMAT_FLAGS)
 
 
 def _attention(checker: Checker, words: Words) -> None:

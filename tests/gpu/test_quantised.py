@@ -13,11 +13,12 @@ from amk.isa.weight_format import FORMATS
 from amk.models.model import Model, quantised_model
 from amk.models.quantise import quantise
 from amk.models.quantised_weights import QuantisedWeights
-from amk.tests.gpu.machines import llama, named
+from amk.tests.gpu.machines import llama, named, program
 from amk.tests.gpu.test_correct import GUIDE, accept, judged
 
 pytestmark = pytest.mark.cuda
 
+GROUPED = [form for form in FORMATS if form.startswith("int4-g")]
 PLAN = Plan(prompt=8, steps=40, late=(127, 1000), late_steps=4)
 
 
@@ -59,6 +60,40 @@ def test_scales_in_the_other_dtype_are_correct(form: str, record_property: Any) 
 @pytest.mark.parametrize("form", ["int8", "int4-g128", "int4-g32-asym"])
 def test_configs_do_not_change_what_is_computed(form: str, config: dict[str, Any], record_property: Any) -> None:
     accept(judged(named(f"small@{form}"), config), record_property)
+
+
+def rows_program(form: str, dtype: str, config: dict[str, Any]) -> tuple[Model, dict[str, Any]]:
+    """A model with 92 tiles of gate and up, and the config by which SMs have 4, 12, 36 and 40 of them: one round, two, and more."""
+    model = quantised_model(llama("rows", dtype, hidden_size=1024, head_dim=64, intermediate_size=8 * 92), FORMATS[form])
+    shares = [0] * 4 + [1] * 12 + [2] * 40 + [3] * 36
+    whole = {"sm_assignment": {"gate_up": shares}} | config
+    assert program(model, whole).by_rows
+    return model, whole
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("form", GROUPED)
+def test_tiles_that_warps_share_out_whole_are_correct(form: str, dtype: str, record_property: Any) -> None:
+    model, config = rows_program(form, dtype, {})
+    assert program(model, config).machine.stages >= 8
+    accept(judged(model, config), record_property)
+
+
+@pytest.mark.parametrize("form", GROUPED)
+def test_tiles_that_warps_share_out_are_correct_where_the_ring_has_fewer_stages_than_there_are_warps(
+    form: str, record_property: Any
+) -> None:
+    stage = {"kernel_knobs": {"stage_bytes": 16384}}
+    ring = 3 * program(*rows_program(form, "bfloat16", stage)).machine.stage_bytes
+    model, config = rows_program(form, "bfloat16", stage | {"smem_bytes_per_block": ring})
+    assert program(model, config).machine.stages == 3
+    accept(judged(model, config), record_property)
+
+
+@pytest.mark.parametrize("feed", ["cp_async", "plain"])
+@pytest.mark.parametrize("form", ["int4-g128", "int4-g32-asym"])
+def test_tiles_that_warps_share_out_are_correct_with_every_feed(form: str, feed: str, record_property: Any) -> None:
+    accept(judged(*rows_program(form, "bfloat16", {"kernel_knobs": {"weight_feed": feed}})), record_property)
 
 
 @pytest.mark.parametrize("form", ["int8", "int4-g128", "int4-g64-asym"])

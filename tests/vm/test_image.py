@@ -12,6 +12,8 @@ from amk.isa.machine import FRAGMENT_BYTES, TILE_ROWS, Machine, chunk_plan
 from amk.isa.matvec import MatVec
 from amk.isa.registry import instructions
 from amk.isa.stretch import runs
+from amk.isa.weight_format import FORMATS
+from amk.models.quantised_weights import with_weights
 from amk.schedule.compile import lower
 from amk.schedule.knobs import Config
 from amk.schedule.targets import small_target
@@ -37,6 +39,9 @@ def test_unpacking_is_the_inverse_of_packing_for_every_instruction(make_spec: An
         batch = lower(make_spec("bf16"), Config(), small_target(4), batch=seats, prefill=prefill)
         assert unpack_program(pack_program(batch), batch) == batch
         seen |= {type(task) for queue in batch.queues for task in queue}
+    rows = lower(with_weights(replace(make_spec("bf16"), hidden=512, intermediate=1024), FORMATS["int4-g64"]), Config(), small_target(1))
+    assert unpack_program(pack_program(rows), rows) == rows
+    seen |= {type(task) for queue in rows.queues for task in queue}
     assert seen == set(instructions().values())
 
 

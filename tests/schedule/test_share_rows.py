@@ -1,0 +1,121 @@
+"""Which products' tiles the warps share out whole, that nothing else changes, and that the proof refuses what the device cannot do."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+
+from amk.isa.gemv_glu import GemvGlu
+from amk.isa.gemv_glu_rows import GemvGluRows, rows_possible
+from amk.isa.instruction import Instruction
+from amk.isa.weight_format import FORMATS
+from amk.models.quantised_weights import with_weights
+from amk.schedule.compile import lower
+from amk.schedule.knobs import Config
+from amk.schedule.program import Program
+from amk.schedule.proven import ValidProgram
+from amk.schedule.share_rows import share_rows
+from amk.schedule.targets import TARGETS, small_target
+from amk.schedule.validate import validate
+from amk.tests.schedule.specs import LLAMA_1B, spec
+from amk.vm.source import kernel_source
+
+MODEL = spec("rows", 1024, 2, 4, 2, 64, 736, 300)  # 92 tiles of gate and up
+GROUPED = [name for name in FORMATS if name.startswith("int4-g")]
+
+
+def program(form: str | None, sms: int = 8, **knobs: Any) -> Program:
+    model = with_weights(MODEL, FORMATS[form]) if form else MODEL
+    return lower(model, Config(**knobs), small_target(sms))
+
+
+def as_glu(task: Instruction) -> Instruction:
+    return GemvGlu(**{f.name: getattr(task, f.name) for f in fields(task)}) if isinstance(task, GemvGluRows) else task
+
+
+def without(made: Program) -> Program:
+    """The program before tiles were shared out."""
+    return replace(made, queues=tuple(tuple(map(as_glu, queue)) for queue in made.queues))
+
+
+def changed(made: Program, **words: int) -> Program:
+    """The program with other words in its first product by rows."""
+    sm, index = next((s, i) for s, queue in enumerate(made.queues) for i, task in enumerate(queue) if task.by_rows)
+    queues = [list(queue) for queue in made.queues]
+    queues[sm][index] = replace(queues[sm][index], **words)
+    return replace(made, queues=tuple(map(tuple, queues)))
+
+
+def kinds(made: Program) -> set[str]:
+    verdict = validate(made)
+    return set() if isinstance(verdict, ValidProgram) else {rejection.kind for rejection in verdict}
+
+
+@pytest.mark.parametrize("form", GROUPED)
+def test_nothing_but_the_instruction_of_gate_and_up_changes(form: str) -> None:
+    made = program(form)
+    assert {type(task) for queue in made.queues for task in queue if isinstance(task, GemvGlu)} == {GemvGluRows}
+    assert not without(made).by_rows
+    assert share_rows(without(made)) == made
+    assert not kinds(made)
+
+
+@pytest.mark.parametrize("form", [None, *(name for name in FORMATS if name not in GROUPED)])
+def test_other_formats_share_out_columns(form: str | None) -> None:
+    assert not program(form).by_rows
+
+
+@pytest.mark.parametrize(("sms", "shared"), [(92, False), (31, False), (23, True), (1, True)])
+def test_at_least_half_of_the_warps_must_have_a_tile(sms: int, shared: bool) -> None:
+    assert program("int4-g128", sms).by_rows == shared
+
+
+def test_the_target_of_the_published_figure_shares_them_out() -> None:
+    assert lower(with_weights(LLAMA_1B, FORMATS["int4-g128"]), Config(), TARGETS["h200"], context=4096).by_rows
+
+
+@pytest.mark.parametrize(("stage_bytes", "shared"), [(16384, True), (8192, True), (4096, False)])
+def test_a_tile_must_be_one_chunk(stage_bytes: int, shared: bool) -> None:
+    assert program("int4-g64", stage_bytes=stage_bytes).by_rows == shared
+
+
+def test_every_warp_must_have_as_many_pieces() -> None:
+    uneven = lower(with_weights(replace(MODEL, hidden=1152), FORMATS["int4-g128"]), Config(), small_target(8))  # 9 pieces for 8 warps
+    assert not uneven.by_rows
+
+
+def test_a_task_that_may_not_be_shared_out_is_refused() -> None:
+    made = program("int4-g64")
+    narrow = replace(made, machine=replace(made.machine, stage_bytes=made.machine.stage_bytes // 4))
+    assert "kind" in kinds(narrow)
+    assert "kind" in kinds(changed(made, flags=FORMATS["int8-g64"].flags))
+    assert "kind" in kinds(changed(made, flags=16 | 32))  # no format at all
+
+
+def test_tiles_are_shared_out_only_where_scratch_holds_what_warps_tell_each_other() -> None:
+    """Where gate and up are the widest product, scratch is as large as their digits: what lies behind those is too much."""
+    tight = lower(
+        with_weights(replace(MODEL, hidden=2048), FORMATS["int4-g32-asym"]),
+        Config(smem_bytes_per_block=65536, stage_bytes=16384),
+        small_target(8),
+    )
+    task = next(task for queue in tight.queues for task in queue if isinstance(task, GemvGlu))
+    assert not tight.by_rows and rows_possible(tight.machine, task.cols, task.flags)
+    need = GemvGluRows(**{f.name: getattr(task, f.name) for f in fields(task)}).shared_bytes(tight.machine)
+    assert need > tight.scratch_bytes
+    roomy = share_rows(replace(tight, scratch_bytes=need))
+    assert roomy.by_rows and not kinds(roomy)
+    assert "resources" in kinds(replace(roomy, scratch_bytes=need - 16))
+    assert not share_rows(replace(tight, scratch_bytes=need - 16)).by_rows
+
+
+@pytest.mark.parametrize(("cols", "flags"), [(1024, 0), (1024, 16), (1024, FORMATS["int8"].flags), (0, FORMATS["int4-g64"].flags)])
+def test_what_no_tile_can_be_is_not_possible(cols: int, flags: int) -> None:
+    assert not rows_possible(program("int4-g64").machine, cols, flags)
+
+
+def test_only_kernels_that_share_out_tiles_hold_their_code() -> None:
+    assert "OP_GEMV_GLU_ROWS" in kernel_source(program("int4-g64"))
+    assert not any("GLU_ROWS" in kernel_source(program(form)) for form in ("int8-g64", "int4", None))
