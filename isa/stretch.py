@@ -20,7 +20,6 @@ from amk.isa.machine import FRAGMENT_BYTES, TILE_ROWS, ChunkPlan, Machine
 
 GROUP_TILES = 8  # tiles of one task: a stage holds a run of each of them
 GROUP_ROWS = TILE_ROWS * GROUP_TILES
-LONGEST_RUN = 5  # fragments; with longer ones a ring has too few slots for the copies under way
 MOST_SHARES = 8  # of K that a product is cut into: who adds them asks for all at once
 
 # Orders of a value x [columns, seats], by who writes it: a seat at a time; some columns of all seats at a time; some columns of 8 seats.
@@ -39,24 +38,15 @@ class Run:
 
 @cache
 def runs(plan: ChunkPlan) -> tuple[Run, ...]:
-    """The runs of a tile in the order of the stream: what one warp of a matrix-vector product gets of one chunk, cut where it is long
-    into equal parts, of which the first may be longer by one fragment.
-    """
+    """The runs of a tile in the order of the stream: what one warp of a matrix-vector product gets of one chunk."""
     found, offset = [], 0
     for chunk in range(plan.chunks):
         for warp in range(plan.warps):
-            first, pieces = plan.first(warp) + chunk * plan.per_chunk, plan.pieces_in_chunk(chunk, warp)
-            parts = -(-pieces // LONGEST_RUN)
-            for part in range(parts):
-                count = pieces // parts + (part < pieces % parts)
-                found.append(Run(first, count, offset))
-                first, offset = first + count, offset + count * plan.piece.bytes
+            count = plan.pieces_in_chunk(chunk, warp)
+            if count > 0:
+                found.append(Run(plan.first(warp) + chunk * plan.per_chunk, count, offset))
+                offset += count * plan.piece.bytes
     return tuple(found)
-
-
-def most_runs(plan: ChunkPlan) -> int:
-    """Not fewer runs than a tile has, told without listing them."""
-    return plan.chunks * plan.warps * -(-plan.per_chunk // LONGEST_RUN)
 
 
 def padded(columns: int) -> int:

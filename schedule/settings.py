@@ -200,17 +200,13 @@ def _stage_sizes(spec: ModelSpec, config: Config, target: Target, warps: int) ->
 
 
 def _usual_stage(spec: ModelSpec, target: Target) -> int:
-    """16 KB, or more where that cuts the tile that most products have, 16 rows of `hidden` columns, in two and more is faster.
+    """16 KB, or 20 where that cuts the tile that most products have, 16 rows of `hidden` columns, in two and 20 do not: SmolLM2-135M.
 
-    Measured at SmolLM2-135M (18 KB) and Qwen3-0.6B (32 KB) on an H200, so for GPUs with its feed (docs/performance-log.md, v10 and v12).
-    Quantised tiles are half as large or less.
+    Measured on an H200, and so for GPUs with its feed (docs/performance-log.md, v10). Quantised tiles are half as large or less.
     """
     tile = TILE_ROWS * spec.hidden * ELEMENT_BYTES[spec.dtype]
-    if target.feeds[0] != "bulk" or spec.layer_weights:
-        return 16384
-    if 16384 < tile <= 20480:
-        return 32768
-    return 24576 if tile == 32768 else 16384
+    larger = target.feeds[0] == "bulk" and not spec.layer_weights and 16384 < tile <= 20480
+    return 20480 if larger else 16384
 
 
 def splits_of(spec: ModelSpec, config: Config, target: Target, context: int, batch: int) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from amk.isa.matvec import MatVec
 from amk.isa.registry import decode, encode
 from amk.schedule.model import WeightSource
 from amk.schedule.program import Matrix, Program
+from amk.schedule.stream import stream_of
 from amk.vm.layout import matrix_rows, quantised_rows
 from amk.vm.quantised_image import pack_quantised, part_of
 
@@ -131,16 +132,7 @@ def tile_places(program: Program) -> dict[tuple[int, int], int]:
 
 def same_weights(one: Program, other: Program) -> bool:
     """Whether the two programs of one model read the same bytes: equal streams, constants and rows of the rotation's table."""
-
-    def read(program: Program) -> tuple[object, ...]:
-        starts, places, _ = _places(program)
-        tiles = {
-            number: [(at, task.tile0, task.tiles, task.plan(program.machine)) for at, task in at_tasks]
-            for number, at_tasks in places.items()
-        }
-        return starts, tiles, program.matrices, program.constants, program.kv.rows, program.machine.dtype
-
-    return read(one) == read(other)
+    return stream_of(one) == stream_of(other) and one.kv.rows == other.kv.rows
 
 
 def _packer(program: Program, matrix: Matrix, source: WeightSource, device: str) -> Callable[[MatVec], torch.Tensor]:

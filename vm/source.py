@@ -11,7 +11,7 @@ from amk.isa.instruction import Instruction
 from amk.isa.matmul import KEPT_SEAT_WORDS
 from amk.isa.matvec import MatVec
 from amk.isa.registry import headers, instructions
-from amk.isa.stretch import LONGEST_RUN, MOST_SHARES
+from amk.isa.stretch import MOST_SHARES
 from amk.schedule.program import Program
 from amk.schedule.resources import PLACE_BYTES, SharedLayout, shared_layout
 from amk.vm.params import param_dtype, param_fields
@@ -75,7 +75,6 @@ def batch_constants(program: Program) -> dict[str, int]:
     stretch = {
         "HEADS": machine.heads,
         "MOST_SHARES": MOST_SHARES,
-        "LONGEST_RUN": LONGEST_RUN,
         "PLACES_OFFSET": layout.places,
         "PLACE_BYTES": PLACE_BYTES,
         "IMAGE_PLACES": image_places(program),

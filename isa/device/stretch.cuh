@@ -49,25 +49,17 @@ __device__ __forceinline__ void release_done(Consumer& c, uint16_t counter) {
 // Run r of a tile (isa.stretch.runs): `count` fragments from fragment `first` of K on, at byte `offset` of the tile.
 template <class P>
 struct Run {
-  static constexpr int parts_of(int fragments) { return ceil_div(max_of(fragments, 1), LONGEST_RUN); }
-  static constexpr int PARTS = parts_of(P::PER_CHUNK), LOW_PARTS = parts_of(P::LAST_LOW), HIGH_PARTS = parts_of(P::LAST_LOW + 1);
-  static constexpr int A_CHUNK = CONSUMER_WARPS * PARTS, WHOLE = (P::CHUNKS - 1) * A_CHUNK;  // runs of a chunk but the last, and of all these
-  static constexpr int OF_HIGH = P::HIGH_WARPS * HIGH_PARTS;                                 // of the last chunk's, those of the warps with more of it
-  static constexpr bool UNIFORM = P::HIGH_WARPS == 0 && P::LAST_LOW == P::PER_CHUNK && P::PER_CHUNK % PARTS == 0;
-  static constexpr int COUNT = P::PER_CHUNK / PARTS;  // of each run, where they are uniform
-  static constexpr int LONGEST = max_of(ceil_div(P::PER_CHUNK, PARTS), max_of(ceil_div(P::LAST_LOW, LOW_PARTS), P::HIGH_WARPS ? ceil_div(P::LAST_LOW + 1, HIGH_PARTS) : 0));
+  static constexpr int WHOLE = (P::CHUNKS - 1) * CONSUMER_WARPS;  // runs before the last chunk
+  static constexpr bool UNIFORM = P::HIGH_WARPS == 0 && P::LAST_LOW == P::PER_CHUNK;
   int first, count, offset;
 
   __device__ __forceinline__ explicit Run(int r) {
-    const bool is_last = r >= WHOLE, is_high = is_last && r - WHOLE < OF_HIGH;
-    const int parts = is_high ? HIGH_PARTS : is_last ? LOW_PARTS : PARTS;
-    const int chunk = is_last ? P::CHUNKS - 1 : r / A_CHUNK, in_chunk = r - chunk * A_CHUNK - (is_last && !is_high ? OF_HIGH : 0);
-    const int warp = in_chunk / parts + (is_last && !is_high ? P::HIGH_WARPS : 0), part = in_chunk % parts;
-    const int per = is_last ? P::LAST_LOW : P::PER_CHUNK, more = is_last ? min_of(warp, P::HIGH_WARPS) : 0, fragments = per + is_high;
-    const int start = part * (fragments / parts) + min_of(part, fragments % parts);
-    first = warp * P::LOW + min_of(warp, P::HIGH_WARPS) + chunk * P::PER_CHUNK + start;
-    count = UNIFORM ? COUNT : fragments / parts + (part < fragments % parts);
-    offset = (chunk * CONSUMER_WARPS * P::PER_CHUNK + warp * per + more + start) * FRAGMENT_BYTES;
+    const bool is_last = r >= WHOLE;
+    const int chunk = is_last ? P::CHUNKS - 1 : r / CONSUMER_WARPS, warp = is_last ? r - WHOLE : r % CONSUMER_WARPS;
+    const int per = is_last ? P::LAST_LOW : P::PER_CHUNK, more = is_last ? min_of(warp, P::HIGH_WARPS) : 0;
+    first = warp * P::LOW + min_of(warp, P::HIGH_WARPS) + chunk * P::PER_CHUNK;
+    count = UNIFORM ? P::PER_CHUNK : per + (is_last && warp < P::HIGH_WARPS);
+    offset = (chunk * CONSUMER_WARPS * P::PER_CHUNK + warp * per + more) * FRAGMENT_BYTES;
   }
 };
 
@@ -141,7 +133,7 @@ struct GroupFeed {
 template <int COLUMNS, int FLAGS, class Task>
 __device__ __forceinline__ bool stream_group(Feeder& f, const Task& task, const Token& token) {
   using P = Plan<COLUMNS, FLAGS>;
-  static_assert(Run<P>::LONGEST <= SLOT_FRAGMENTS, "a slot holds a run of each tile of a group");
+  static_assert(P::PER_CHUNK <= SLOT_FRAGMENTS, "a slot holds a run of each tile of a group");
   GroupFeed<P, Task> feed(f, task);
   const int stop = task.run0 + task.runs;
 #pragma unroll 1
@@ -218,14 +210,13 @@ __device__ __forceinline__ void multiply_group(Consumer& c, const Task& task, Gr
   uint32_t read = sums.load(now, slot, 0, c.lane);
 #pragma unroll 1
   for (int r = task.run0; r < stop; ++r) {
-    constexpr int COUNT = Run<P>::COUNT;
-    const int count = Run<P>::UNIFORM ? COUNT : Run<P>(r).count;
-    if constexpr (Run<P>::UNIFORM && COUNT % 2 == 0) {
+    const int count = Run<P>::UNIFORM ? P::PER_CHUNK : Run<P>(r).count;
+    if constexpr (Run<P>::UNIFORM && P::PER_CHUNK % 2 == 0) {
 #pragma unroll
-      for (int j = 0; j < COUNT; j += 2) {
+      for (int j = 0; j < P::PER_CHUNK; j += 2) {
         read |= sums.load(next, slot, j + 1, c.lane);
         sums.add(now);
-        if (j + 2 < COUNT) read |= sums.load(now, slot, j + 2, c.lane);
+        if (j + 2 < P::PER_CHUNK) read |= sums.load(now, slot, j + 2, c.lane);
         else {
           c.release_chunk(read);
           if (r + 1 < stop) read = sums.load(now, slot = c.wait_chunk(), 0, c.lane);
@@ -239,7 +230,6 @@ __device__ __forceinline__ void multiply_group(Consumer& c, const Task& task, Gr
         else {
           c.release_chunk(read);
           if (r + 1 < stop) read = sums.load(next, slot = c.wait_chunk(), 0, c.lane);
-          else next = {};  // registers that a path leaves as they were would be kept for good
         }
         sums.add(now);
         now = next;

@@ -9,7 +9,7 @@ from amk.isa.batch import SEAT_BLOCK
 from amk.isa.machine import FRAGMENT_BYTES, TILE_ROWS, chunk_plan
 from amk.isa.seat_norm import SeatNorm
 from amk.isa.seat_qkv import SeatQkv
-from amk.isa.stretch import BY_HEAD, BY_SEAT, GROUP_TILES, MOST_SHARES, X_ORDERS, most_runs, runs, slot_bytes
+from amk.isa.stretch import BY_HEAD, BY_SEAT, GROUP_TILES, MOST_SHARES, X_ORDERS, runs, slot_bytes
 from amk.isa.stretch_attention import StretchAttention
 from amk.isa.stretch_glu import StretchGlu
 from amk.isa.stretch_matmul import StretchMatMul
@@ -92,7 +92,7 @@ def _few_runs(checker: Checker, words: Words, agreed: Flags) -> Flags:
     """Whether a matrix has so few runs of K that words can name them."""
     machine, cols = checker.subject.program.machine, words.column["cols"]
     plans = {each: chunk_plan(machine, each) for each in np.unique(cols[agreed]).tolist()}
-    most = np.array([most_runs(plans[each]) if ok else 0 for each, ok in zip(cols.tolist(), agreed.tolist(), strict=True)])
+    most = np.array([plans[each].chunks * plans[each].warps if ok else 0 for each, ok in zip(cols.tolist(), agreed.tolist(), strict=True)])
     few: Flags = most <= MOST_RUNS
     checker.must(words, few, "bounds", "takes a matrix of {cols} columns, whose runs of K no word can name", cols=cols)
     return few

@@ -9,18 +9,17 @@ from itertools import pairwise, product
 import pytest
 
 from amk.isa.abi import NONE
-from amk.isa.machine import chunk_plan
 from amk.isa.registry import decode, encode
 from amk.isa.seat_norm import SeatNorm
 from amk.isa.seat_qkv import SeatQkv
-from amk.isa.stretch import LONGEST_RUN, most_runs, runs
+from amk.isa.stretch import runs
 from amk.isa.stretch_attention import StretchAttention
 from amk.isa.stretch_matmul import StretchMatMul
 from amk.schedule.compile import compile_program, effective_config, lower
 from amk.schedule.config import parse_config
 from amk.schedule.cost import latency_us, streamed_bytes
 from amk.schedule.digest import schedule_id
-from amk.schedule.knobs import STAGE_CHOICES, Config
+from amk.schedule.knobs import Config
 from amk.schedule.model import ModelSpec, weight_shapes
 from amk.schedule.program import Buffer, Program
 from amk.schedule.resources import SharedLayout, shared_layout
@@ -136,28 +135,6 @@ def _lifetimes(program: Program) -> dict[str, tuple[int, int]]:
             name = program.buffers[access.buffer].name
             made[name] = (made[name][0], max(made[name][1], phase[id(task)]))
     return made
-
-
-@pytest.mark.parametrize("stage_bytes", STAGE_CHOICES)
-@pytest.mark.parametrize("columns", [16, 136, 576, 640, 1024, 1536, 2048, 3072, 8192])
-def test_runs_are_what_warps_get_of_a_chunk_in_equal_parts(columns: int, stage_bytes: int) -> None:
-    plan = chunk_plan(replace(lower(TINY, Config(), small_target()).machine, consumer_warps=8, stage_bytes=stage_bytes), columns)
-    found = runs(plan)
-    order = [piece for run in found for piece in range(run.first, run.first + run.count)]
-    assert order == plan.stream_order()
-    assert [run.offset for run in found] == [plan.piece.bytes * sum(other.count for other in found[:i]) for i in range(len(found))]
-    assert 1 <= max(run.count for run in found) <= LONGEST_RUN
-    assert len(found) <= most_runs(plan)
-    for chunk in range(plan.chunks):
-        for warp in range(plan.warps):
-            own = set(
-                range(
-                    plan.first(warp) + chunk * plan.per_chunk, plan.first(warp) + chunk * plan.per_chunk + plan.pieces_in_chunk(chunk, warp)
-                )
-            )
-            counts = [run.count for run in found if run.first in own]
-            assert sum(counts) == len(own) and (not own or max(counts) - min(counts) <= 1)
-            assert len(counts) == -(-len(own) // LONGEST_RUN)
 
 
 def test_linear_pages_share_nothing_and_others_need_no_more_for_more_layers() -> None:
