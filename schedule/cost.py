@@ -24,11 +24,12 @@ from amk.isa.weight_format import format_of
 from amk.schedule.program import Program
 from amk.schedule.targets import Target
 
-# Fitted to the figures of H200s (132 SMs, 1980 MHz) in results/ at b60f01a: see `latency_us`.
+# Fitted to the figures of H200s (132 SMs, 1980 MHz) in results/ at b60f01a, ROWS_COST at 27118ee: see `latency_us`.
 READ_SHARE = 0.97  # what a plain read reaches of the data sheet's bandwidth
 BOUNDARY_US = 1.44  # from the last publish of a phase to the first product of the next: publish, counter, poll, read
 CHUNK_CYCLES = 290  # for the consumers of an SM to use up 16 KiB of 16-bit weights
 CODE_COST = {8: 2.3, 4: 3.1}  # of as many bytes of codes, over that, by their bits; x as fixed-point digits is in it
+ROWS_COST = 2.8  # the same where warps share out tiles whole
 CHUNK_BYTES = 16384
 COPY_US = 1.0  # one bulk copy under load, from issue to arrival
 REFERENCE_MHZ = 1980
@@ -127,6 +128,8 @@ def _phase_bytes(program: Program, position: int) -> tuple[F64, F64]:
 def _use_cost(task: Instruction) -> float:
     """What a byte that a task streams costs its consumers, over a byte of 16-bit weights."""
     weights = format_of(task.flags) if isinstance(task, MatVec) else None
+    if task.by_rows:
+        return ROWS_COST
     return CODE_COST[weights.bits] if weights else 1.0
 
 

@@ -31,7 +31,7 @@ struct SliceShare {
   static constexpr bool POSSIBLE = P::W::BITS == 4 && P::W::GROUP != 0 && P::CHUNKS == 1 && P::HIGH_WARPS == 0 && DIGIT_BYTES + sizeof(Facts) <= BYTES;
 };
 
-// Piece by piece: codes and what scales them, as fetched.
+// A piece of a tile as fetched: codes and what scales them.
 template <class W>
 struct PieceCodes {
   uint4 of[W::FRAGMENTS];
