@@ -178,7 +178,7 @@ def task_name(program: Program, task: Instruction) -> str:
 def chrome_events(spans: Sequence[Span], program: Program) -> Iterator[dict[str, Any]]:
     """Events of the Chrome trace format: a process for each SM, a thread for each actor, tasks with their waits inside.
 
-    Of an SM's consumers only the first is shown: all do the same tasks.
+    Of an SM's consumers only the first is shown: all do the same tasks, and it has a part in each.
     """
     threads = {"feeder": 0, "consumer": 1, "storer": 2, "watcher": 3}
     for sm in sorted({span.sm for span in spans}):

@@ -37,6 +37,6 @@ class GemvGluRows(GemvGlu):
         """Digits of x as of gemv_glu; behind a warp's lies what all warps need besides. Each warp's share is of whole 16 bytes."""
         weights, warps, plan = format_of(self.flags), machine.consumer_warps, self.plan(machine)
         digits = super().shared_bytes(machine) // warps
-        groups = plan.high * plan.piece.columns // weights.group if weights and weights.asymmetric else 1
+        groups = plan.high * plan.piece.columns // weights.group if weights and weights.asymmetric and weights.group else 1
         share = digits + -digits % 8 + FACTS_BYTES + GROUP_FACTS_BYTES * groups
         return warps * (share + -share % 16)

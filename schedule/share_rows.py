@@ -12,7 +12,7 @@ from amk.isa.gemv_glu_rows import GemvGluRows, rows_possible
 from amk.isa.instruction import Instruction
 from amk.schedule.program import Program
 
-LEAST_SHARE = 1 / 2  # of the warps must have a tile
+LEAST_SHARE = 1 / 2  # of the warps must have a tile in a round
 
 
 def share_rows(program: Program) -> Program:
@@ -23,7 +23,9 @@ def share_rows(program: Program) -> Program:
 
 def _shared(task: Instruction, program: Program) -> Instruction:
     machine = program.machine
-    if type(task) is not GemvGlu or task.tiles < LEAST_SHARE * machine.consumer_warps or not rows_possible(machine, task.cols, task.flags):
+    if type(task) is not GemvGlu or not rows_possible(machine, task.cols, task.flags):
+        return task
+    if min(task.tiles, machine.stages) < LEAST_SHARE * machine.consumer_warps:
         return task
     rows = GemvGluRows(**{field.name: getattr(task, field.name) for field in fields(task)})
     return rows if rows.shared_bytes(machine) <= program.scratch_bytes else task

@@ -19,7 +19,7 @@ __device__ __forceinline__ int row_of(int lane) { return (lane >> 2) + 8 * (lane
 template <int GROUPS>
 struct SliceFacts {
   float down, squares;
-  int sums[GROUPS][2];
+  int sums[max_of(GROUPS, 1)][2];
 };
 
 template <class P>
@@ -35,7 +35,7 @@ struct SliceShare {
 template <class W>
 struct PieceCodes {
   uint4 of[W::FRAGMENTS];
-  GroupWords<W> group[W::GROUPS];
+  GroupWords<W> group[max_of(W::GROUPS, 1)];  // shapes without groups are compiled no further, but must have a size
 
   // Returns words that depend on every load.
   __device__ __forceinline__ uint32_t fetch(const uint8_t* from, int lane) {

@@ -84,10 +84,20 @@ def test_tiles_that_warps_share_out_are_correct_where_the_ring_has_fewer_stages_
     form: str, record_property: Any
 ) -> None:
     stage = {"kernel_knobs": {"stage_bytes": 16384}}
-    ring = 3 * program(*rows_program(form, "bfloat16", stage)).machine.stage_bytes
+    ring = 4 * program(*rows_program(form, "bfloat16", stage)).machine.stage_bytes
     model, config = rows_program(form, "bfloat16", stage | {"smem_bytes_per_block": ring})
-    assert program(model, config).machine.stages == 3
+    assert program(model, config).machine.stages == 4
     accept(judged(model, config), record_property)
+
+
+@pytest.mark.parametrize("head", [None, "int8-asym"])
+def test_tiles_that_warps_share_out_are_correct_beside_a_head_of_another_format(head: str | None, record_property: Any) -> None:
+    model, config = rows_program("int4-g64-asym", "bfloat16", {})
+    spec = replace(model.spec, head_weights=FORMATS[head] if head else None)
+    source = llama("rows", hidden_size=1024, head_dim=64, intermediate_size=8 * 92)
+    mixed = Model(spec, QuantisedWeights(source.weights, spec), source.config, None)
+    assert program(mixed, config).by_rows
+    accept(judged(mixed, config), record_property)
 
 
 @pytest.mark.parametrize("feed", ["cp_async", "plain"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from amk.eval.soundness.static_rules import static_problem
 from amk.isa.gemv_glu import GemvGlu
 from amk.isa.gemv_glu_rows import GemvGluRows, rows_possible
 from amk.isa.instruction import Instruction
@@ -20,6 +21,7 @@ from amk.schedule.share_rows import share_rows
 from amk.schedule.targets import TARGETS, small_target
 from amk.schedule.validate import validate
 from amk.tests.schedule.specs import LLAMA_1B, spec
+from amk.vm.build import compile_kernel
 from amk.vm.source import kernel_source
 
 MODEL = spec("rows", 1024, 2, 4, 2, 64, 736, 300)  # 92 tiles of gate and up
@@ -33,6 +35,15 @@ def program(form: str | None, sms: int = 8, **knobs: Any) -> Program:
 
 def as_glu(task: Instruction) -> Instruction:
     return GemvGlu(**{f.name: getattr(task, f.name) for f in fields(task)}) if isinstance(task, GemvGluRows) else task
+
+
+def as_rows(task: Instruction) -> Instruction:
+    return GemvGluRows(**{f.name: getattr(task, f.name) for f in fields(task)}) if isinstance(task, GemvGlu) else task
+
+
+def rows_everywhere(made: Program) -> Program:
+    """The program with gate and up by rows, possible or not."""
+    return replace(made, queues=tuple(tuple(map(as_rows, queue)) for queue in made.queues))
 
 
 def without(made: Program) -> Program:
@@ -76,6 +87,13 @@ def test_the_target_of_the_published_figure_shares_them_out() -> None:
     assert lower(with_weights(LLAMA_1B, FORMATS["int4-g128"]), Config(), TARGETS["h200"], context=4096).by_rows
 
 
+@pytest.mark.parametrize(("stages", "shared"), [(3, False), (4, True)])
+def test_the_ring_must_hold_as_many_tiles(stages: int, shared: bool) -> None:
+    ring = stages * program("int4-g64", stage_bytes=16384).machine.stage_bytes
+    made = program("int4-g64", stage_bytes=16384, smem_bytes_per_block=ring)
+    assert made.machine.stages == stages and made.by_rows == shared
+
+
 @pytest.mark.parametrize(("stage_bytes", "shared"), [(16384, True), (8192, True), (4096, False)])
 def test_a_tile_must_be_one_chunk(stage_bytes: int, shared: bool) -> None:
     assert program("int4-g64", stage_bytes=stage_bytes).by_rows == shared
@@ -87,18 +105,24 @@ def test_every_warp_must_have_as_many_pieces() -> None:
 
 
 def test_a_task_that_may_not_be_shared_out_is_refused() -> None:
+    """By the proof and by the rules of the soundness audit, which know of it by themselves."""
     made = program("int4-g64")
     narrow = replace(made, machine=replace(made.machine, stage_bytes=made.machine.stage_bytes // 4))
-    assert "kind" in kinds(narrow)
-    assert "kind" in kinds(changed(made, flags=FORMATS["int8-g64"].flags))
-    assert "kind" in kinds(changed(made, flags=16 | 32))  # no format at all
+    uneven = lower(with_weights(replace(MODEL, hidden=1152), FORMATS["int4-g128"]), Config(), small_target(8))
+    forced = [rows_everywhere(each) for each in (uneven, *(program(form) for form in FORMATS if form not in GROUPED))]
+    for refused in (narrow, *forced):
+        assert "kind" in kinds(refused)
+        assert static_problem(refused) is not None
+    assert static_problem(made) is None
+    for flags in (FORMATS["int8-g64"].flags, 16 | 32):  # the second is no format at all
+        assert "kind" in kinds(changed(made, flags=flags))
 
 
 def test_tiles_are_shared_out_only_where_scratch_holds_what_warps_tell_each_other() -> None:
     """Where gate and up are the widest product, scratch is as large as their digits: what lies behind those is too much."""
     tight = lower(
         with_weights(replace(MODEL, hidden=2048), FORMATS["int4-g32-asym"]),
-        Config(smem_bytes_per_block=65536, stage_bytes=16384),
+        Config(smem_bytes_per_block=98304, stage_bytes=16384),
         small_target(8),
     )
     task = next(task for queue in tight.queues for task in queue if isinstance(task, GemvGlu))
@@ -114,6 +138,15 @@ def test_tiles_are_shared_out_only_where_scratch_holds_what_warps_tell_each_othe
 @pytest.mark.parametrize(("cols", "flags"), [(1024, 0), (1024, 16), (1024, FORMATS["int8"].flags), (0, FORMATS["int4-g64"].flags)])
 def test_what_no_tile_can_be_is_not_possible(cols: int, flags: int) -> None:
     assert not rows_possible(program("int4-g64").machine, cols, flags)
+
+
+@pytest.mark.parametrize("head", [None, "int8", "int8-asym", "int4-asym", "int4-g32-asym"])
+def test_kernels_build_whatever_format_the_head_is_in(head: str | None) -> None:
+    """A tied head is in 16 bits beside layers of codes: its shape is compiled too, and has no tiles that could be shared out."""
+    made = with_weights(MODEL, FORMATS["int4-g64-asym"])
+    mixed = lower(replace(made, head_weights=FORMATS[head] if head else None), Config(), small_target(8))
+    assert mixed.by_rows and not kinds(mixed)
+    assert compile_kernel(kernel_source(mixed), "sm_90a").spill_store_bytes == 0
 
 
 def test_only_kernels_that_share_out_tiles_hold_their_code() -> None:
