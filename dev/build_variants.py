@@ -100,6 +100,9 @@ def variants() -> list[Variant]:
         ),
         *(Variant(f"llama-3.2-1b {name}", with_weights(one_b, form), {}, widest.get(name, ())) for name, form in FORMATS.items()),
         Variant("llama-3.2-1b int8, head bf16", replace(with_weights(one_b, FORMATS["int8"]), head_weights=None), {}, NEW),
+        Variant(
+            "llama-3.2-1b int4-g128, head bf16", replace(with_weights(one_b, FORMATS["int4-g128"]), head_weights=None), {}, ("a100", "t4")
+        ),
         Variant("llama-3.2-1b int4-g64-asym 128 thr.", with_weights(one_b, FORMATS["int4-g64-asym"]), {"threads_per_block": 128}),
         Variant("llama-3.1-8b int4-g128", with_weights(describe("llama-3.1-8b-shape"), FORMATS["int4-g128"]), {}),
         Variant("smollm2-135m int4-g128", with_weights(describe("smollm2-135m-shape"), FORMATS["int4-g128"]), {}),
