@@ -127,9 +127,9 @@ def _phase_bytes(program: Program, position: int) -> tuple[F64, F64]:
 
 def _use_cost(task: Instruction) -> float:
     """What a byte that a task streams costs its consumers, over a byte of 16-bit weights."""
-    weights = format_of(task.flags) if isinstance(task, MatVec) else None
     if task.by_rows:
         return ROWS_COST
+    weights = format_of(task.flags) if isinstance(task, MatVec) else None
     return CODE_COST[weights.bits] if weights else 1.0
 
 

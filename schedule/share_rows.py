@@ -5,7 +5,7 @@ Measured on an H200 (docs/performance-log.md, v12). It comes last, as it asks ho
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 from amk.isa.gemv_glu import GemvGlu
 from amk.isa.gemv_glu_rows import GemvGluRows, rows_possible
@@ -27,5 +27,5 @@ def _shared(task: Instruction, program: Program) -> Instruction:
         return task
     if min(task.tiles, machine.stages) < LEAST_SHARE * machine.consumer_warps:
         return task
-    rows = GemvGluRows(**{field.name: getattr(task, field.name) for field in fields(task)})
+    rows = GemvGluRows.of(task)
     return rows if rows.shared_bytes(machine) <= program.scratch_bytes else task

@@ -164,10 +164,11 @@ def _matrix(program: Program, task: MatVec) -> Iterator[Unsafe]:
         yield Unsafe("kind", f"{task.stem}: weight format of matrix {matrix.name}")
         return
     plan = task.plan(program.machine)
-    grouped = matrix.weights is not None and matrix.weights.bits == 4 and matrix.weights.group > 0
-    alike = {plan.pieces(warp) for warp in range(plan.warps)}
-    if task.by_rows and not (grouped and plan.chunks == 1 and len(alike) == 1):
-        yield Unsafe("kind", f"{task.stem}: tiles that no warp can take whole")
+    if task.by_rows:
+        grouped = matrix.weights is not None and matrix.weights.bits == 4 and matrix.weights.group > 0
+        alike = {plan.pieces(warp) for warp in range(plan.warps)}
+        if not (grouped and plan.chunks == 1 and len(alike) == 1):
+            yield Unsafe("kind", f"{task.stem}: tiles that no warp can take whole")
     if max(plan.chunk_bytes(c) for c in range(plan.chunks)) > program.machine.stage_bytes:
         yield Unsafe("ring", f"{task.stem}: a chunk does not fit a stage")
 

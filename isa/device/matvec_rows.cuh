@@ -177,7 +177,7 @@ struct ByRows {
     c.wait_released();
     convert(slice, token, gain);
     c.meet();
-    const float factor = scale(), unit = CODE_UNIT<W> * (c.lane & 3 ? 1.f / 257 : 256.f);
+    const float factor = scale(), unit = TileSums<P>::unit(1.f, c.lane);
     const float* bias = task.bias >= 0 ? c.b.constant(task.bias + (task.tile0 + c.warp) * TILE_ROWS) : nullptr;
 #pragma unroll 1
     for (int base = 0; base < tiles; base += ROUND_TILES) {

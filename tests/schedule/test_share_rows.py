@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from amk.dev import sanitize
 from amk.eval.soundness.static_rules import static_problem
 from amk.isa.gemv_glu import GemvGlu
 from amk.isa.gemv_glu_rows import GemvGluRows, rows_possible
@@ -37,13 +38,11 @@ def as_glu(task: Instruction) -> Instruction:
     return GemvGlu(**{f.name: getattr(task, f.name) for f in fields(task)}) if isinstance(task, GemvGluRows) else task
 
 
-def as_rows(task: Instruction) -> Instruction:
-    return GemvGluRows(**{f.name: getattr(task, f.name) for f in fields(task)}) if isinstance(task, GemvGlu) else task
-
-
 def rows_everywhere(made: Program) -> Program:
     """The program with gate and up by rows, possible or not."""
-    return replace(made, queues=tuple(tuple(map(as_rows, queue)) for queue in made.queues))
+    return replace(
+        made, queues=tuple(tuple(GemvGluRows.of(task) if isinstance(task, GemvGlu) else task for task in queue) for queue in made.queues)
+    )
 
 
 def without(made: Program) -> Program:
@@ -127,7 +126,7 @@ def test_tiles_are_shared_out_only_where_scratch_holds_what_warps_tell_each_othe
     )
     task = next(task for queue in tight.queues for task in queue if isinstance(task, GemvGlu))
     assert not tight.by_rows and rows_possible(tight.machine, task.cols, task.flags)
-    need = GemvGluRows(**{f.name: getattr(task, f.name) for f in fields(task)}).shared_bytes(tight.machine)
+    need = GemvGluRows.of(task).shared_bytes(tight.machine)
     assert need > tight.scratch_bytes
     roomy = share_rows(replace(tight, scratch_bytes=need))
     assert roomy.by_rows and not kinds(roomy)
@@ -147,6 +146,10 @@ def test_kernels_build_whatever_format_the_head_is_in(head: str | None) -> None:
     mixed = lower(replace(made, head_weights=FORMATS[head] if head else None), Config(), small_target(8))
     assert mixed.by_rows and not kinds(mixed)
     assert compile_kernel(kernel_source(mixed), "sm_90a").spill_store_bytes == 0
+
+
+def test_the_sanitizer_looks_at_a_program_that_shares_out_tiles() -> None:
+    assert sanitize.program("int4", sanitize.small(TARGETS["h200"], 4)).by_rows
 
 
 def test_only_kernels_that_share_out_tiles_hold_their_code() -> None:
