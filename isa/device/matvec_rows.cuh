@@ -123,9 +123,10 @@ struct ByRows {
     Codes codes[2];
     codes[0] = first;
     low = high = 0.f;
-#pragma unroll 2
+#pragma unroll(W::ASYMMETRIC ? 2 : 4)  // zeros take registers
     for (int w = 0; w < CONSUMER_WARPS; ++w) {
       float of_low = 0.f, of_high = 0.f;
+      const float worth = facts->down;
 #pragma unroll
       for (int j = 0; j < P::PER_CHUNK; ++j) {
         const int at = w * P::PER_CHUNK + j;
@@ -149,8 +150,8 @@ struct ByRows {
           of_high = fmaf(now.group[g].high_scale(), (float)high_sum, of_high);
         }
       }
-      low = fmaf(of_low, facts->down, low);
-      high = fmaf(of_high, facts->down, high);
+      low = fmaf(of_low, worth, low);
+      high = fmaf(of_high, worth, high);
       digits += Share::BYTES;
       facts = reinterpret_cast<const Facts*>(reinterpret_cast<const uint8_t*>(facts) + Share::BYTES);
     }

@@ -9,11 +9,13 @@ import pytest
 
 from amk.dev import sanitize
 from amk.eval.soundness.static_rules import static_problem
+from amk.isa.abi import NONE
 from amk.isa.gemv_glu import GemvGlu
 from amk.isa.gemv_glu_rows import GemvGluRows, rows_possible
 from amk.isa.instruction import Instruction
 from amk.isa.weight_format import FORMATS
 from amk.models.quantised_weights import with_weights
+from amk.schedule import compile
 from amk.schedule.compile import lower
 from amk.schedule.knobs import Config
 from amk.schedule.program import Program
@@ -50,6 +52,13 @@ def without(made: Program) -> Program:
     return replace(made, queues=tuple(tuple(map(as_glu, queue)) for queue in made.queues))
 
 
+def before_sharing(patch: pytest.MonkeyPatch, form: str, **knobs: Any) -> Program:
+    """The program as the pass before hands it on."""
+    with patch.context() as away:
+        away.setattr(compile, "share_rows", lambda made: made)
+        return program(form, **knobs)
+
+
 def changed(made: Program, **words: int) -> Program:
     """The program with other words in its first product by rows."""
     sm, index = next((s, i) for s, queue in enumerate(made.queues) for i, task in enumerate(queue) if task.by_rows)
@@ -70,6 +79,38 @@ def test_nothing_but_the_instruction_of_gate_and_up_changes(form: str) -> None:
     assert not without(made).by_rows
     assert share_rows(without(made)) == made
     assert not kinds(made)
+
+
+@pytest.mark.parametrize("sync", ["counter", "tags"])
+def test_nobody_counts_the_arrivals_of_tasks_by_rows_and_nothing_else_changes(monkeypatch: pytest.MonkeyPatch, sync: str) -> None:
+    made, plain = program("int4-g64", sync=sync), before_sharing(monkeypatch, "int4-g64", sync=sync)
+    assert made.by_rows and not plain.by_rows
+    assert made.counters == tuple(name for name in plain.counters if not name.endswith("gate_up"))
+    assert (len(plain.counters) - len(made.counters)) == (made.layers if sync == "counter" else 0)
+
+    def names(of: Program, counter: int) -> str:
+        return "" if counter == NONE or of.counters[counter].endswith("gate_up") else of.counters[counter]
+
+    for queue, was in zip(made.queues, plain.queues, strict=True):
+        for task, old in zip(queue, was, strict=True):
+            assert as_glu(replace(task, wait_counter=NONE, wait_count=0, done_counter=NONE)) == replace(
+                old, wait_counter=NONE, wait_count=0, done_counter=NONE
+            )
+            assert (names(made, task.wait_counter), names(made, task.done_counter)) == (
+                names(plain, old.wait_counter),
+                names(plain, old.done_counter),
+            )
+            assert task.wait_count == (old.wait_count if task.wait_counter != NONE else 0)
+
+
+def test_a_counter_at_which_other_tasks_arrive_too_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = before_sharing(monkeypatch, "int4-g64")
+    first = next(i for i, task in enumerate(plain.queues[0]) if isinstance(task, GemvGlu))
+    queues = [list(queue) for queue in plain.queues]
+    queues[0][first] = replace(queues[0][first], tiles=1)
+    made = share_rows(replace(plain, queues=tuple(map(tuple, queues))))
+    assert made.by_rows and not made.queues[0][first].by_rows
+    assert "L0.gate_up" in made.counters and "L1.gate_up" not in made.counters
 
 
 @pytest.mark.parametrize("form", [None, *(name for name in FORMATS if name not in GROUPED)])
