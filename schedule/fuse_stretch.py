@@ -61,8 +61,8 @@ class _Builder(GraphBuilder):
 
     def sums(self, matrix: Matrix, x: str, x_order: int, *, bias: bool = False) -> Sums:
         """The product of a matrix with x for seats' tasks."""
-        groups = -(-matrix.rows // GROUP_ROWS)
-        shares = share_count(groups, self.runs(matrix), self.decoder.sms)
+        groups, count = -(-matrix.rows // GROUP_ROWS), len(runs(chunk_plan(self.decoder, matrix.cols)))
+        shares = share_count(groups, count, self.decoder.sms)
         out = self.value(matrix.name, "f32", shares * groups * GROUP_ROWS)
         self._product(StretchSums.stem, matrix, x, x_order, shares, None)
         return Sums(out, shares, self.bias(matrix, bias))
@@ -72,10 +72,6 @@ class _Builder(GraphBuilder):
         out = self.value(matrix.name, "narrow", padded(matrix.rows // 2))
         self._product(StretchGlu.stem, matrix, x, BY_SEAT, 1, self.bias(matrix, bias))
         return out
-
-    def runs(self, matrix: Matrix) -> tuple[int, ...]:
-        """Fragments of each run of K."""
-        return tuple(run.count for run in runs(chunk_plan(self.decoder, matrix.cols)))
 
     def _product(self, stem: str, matrix: Matrix, x: str, x_order: int, shares: int, bias: str | None) -> None:
         self.ops.append(
@@ -87,7 +83,7 @@ class _Builder(GraphBuilder):
                 batch=self.batch,
                 rows=matrix.rows,
                 cols=matrix.cols,
-                runs=self.runs(matrix),
+                runs=len(runs(chunk_plan(self.decoder, matrix.cols))),
                 shares=shares,
                 x_order=x_order,
                 bias=bias,

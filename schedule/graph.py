@@ -149,11 +149,11 @@ class SeatQkvOp(StretchOp):
 
 @dataclass(frozen=True, kw_only=True)
 class StretchMatMulOp(StretchOp):
-    """x times the matrix with the op's name, a task for each group of its tiles in each share of K; `runs`: fragments of each run of K."""
+    """x times the matrix with the op's name, a task for each group of its tiles in each share of its `runs` of K."""
 
     rows: int
     cols: int
-    runs: tuple[int, ...]
+    runs: int
     shares: int
     x_order: int
     bias: str | None

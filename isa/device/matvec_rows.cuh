@@ -53,8 +53,10 @@ struct PieceCodes {
   }
 };
 
-template <class P, class Slice>
+template <int COLUMNS, int FLAGS>
 struct ByRows {
+  using P = Plan<COLUMNS, FLAGS>;
+  using Slice = ::Slice<COLUMNS, FLAGS>;
   using W = typename P::W;
   using Shape = ChunkShape<P>;
   using Codes = PieceCodes<W>;
@@ -97,14 +99,6 @@ struct ByRows {
       }
     }
   }
-  // The factor of RMS normalisation.
-  __device__ __forceinline__ float scale() const {
-    if constexpr (!Slice::NORMALISED) return 1.f;
-    float squares = 0.f;
-#pragma unroll
-    for (int w = 0; w < CONSUMER_WARPS; ++w) squares += facts_of(w).squares;
-    return rsqrtf(fmaf(squares, 1.f / (float)task.cols, RMS_EPS));
-  }
   // Waits for the chunk that is `ahead` of the ring's next, and asks for its first piece.
   __device__ __forceinline__ void begin(uint32_t ahead) {
     const bool wraps = c.slot + ahead >= STAGES;
@@ -114,19 +108,23 @@ struct ByRows {
     wait_until(c.abort, WAIT_FULL, [=] { return barrier_passed(full, parity); });
     read = first.fetch(c.b.stage(stage), c.lane);
   }
-  // `low` and `high` become rows g and g + 8 of the tile, in what the lane's digits are worth.
-  __device__ __forceinline__ void multiply(float& low, float& high) {
+  // Rows g and g + 8 of a tile in what the lane's digits are worth, and x's sum of squares.
+  struct Sums {
+    float low = 0.f, high = 0.f, squares = 0.f;
+  };
+  __device__ __forceinline__ Sums multiply() {
     constexpr int PIECES = P::PER_CHUNK * CONSUMER_WARPS;
     const uint8_t* chunk = c.b.stage(stage);
     const uint8_t* digits = digits_of(0);
     const Facts* facts = &facts_of(0);
     Codes codes[2];
     codes[0] = first;
-    low = high = 0.f;
+    Sums sums;
 #pragma unroll(W::ASYMMETRIC ? 2 : 4)  // zeros take registers
     for (int w = 0; w < CONSUMER_WARPS; ++w) {
       float of_low = 0.f, of_high = 0.f;
-      const float worth = facts->down;
+      const float down = facts->down;
+      if constexpr (Slice::NORMALISED) sums.squares += facts->squares;
 #pragma unroll
       for (int j = 0; j < P::PER_CHUNK; ++j) {
         const int at = w * P::PER_CHUNK + j;
@@ -150,11 +148,12 @@ struct ByRows {
           of_high = fmaf(now.group[g].high_scale(), (float)high_sum, of_high);
         }
       }
-      low = fmaf(of_low, worth, low);
-      high = fmaf(of_high, worth, high);
+      sums.low = fmaf(of_low, down, sums.low);
+      sums.high = fmaf(of_high, down, sums.high);
       digits += Share::BYTES;
       facts = reinterpret_cast<const Facts*>(reinterpret_cast<const uint8_t*>(facts) + Share::BYTES);
     }
+    return sums;
   }
   // Frees the chunk for all consumers, as Consumer::release_chunk does for one.
   __device__ __forceinline__ void release() const {
@@ -166,11 +165,13 @@ struct ByRows {
       barrier_arrive(empty);
     }
   }
-  // All tiles: see multiply_by_rows.
+  // All tiles: see multiply_by_rows. What needs no x is worked out before x is waited for, and others wait for what is published: so that comes first.
   template <class Take>
   __device__ __forceinline__ void run(const Token& token, Take take) {
     const float* gain = c.b.constant(task.gain);
-    const int tiles = task.tiles;
+    const int tiles = task.tiles, row0 = (task.tile0 + c.warp) * TILE_ROWS + row_of(c.lane), rows = task.bias >= 0 ? task.rows : 0;
+    const float* bias = c.b.constant(task.bias + row0);
+    const float unit = TileSums<P>::unit(1.f, c.lane);
     Slice slice(c.warp);
     if constexpr (Slice::NORMALISED) slice.prefetch_gain(gain, c.lane);
     bool mine = c.warp < min_of(tiles, ROUND_TILES);
@@ -178,8 +179,6 @@ struct ByRows {
     c.wait_released();
     convert(slice, token, gain);
     c.meet();
-    const float factor = scale(), unit = TileSums<P>::unit(1.f, c.lane);
-    const float* bias = task.bias >= 0 ? c.b.constant(task.bias + (task.tile0 + c.warp) * TILE_ROWS) : nullptr;
 #pragma unroll 1
     for (int base = 0; base < tiles; base += ROUND_TILES) {
       if (base) {
@@ -187,14 +186,14 @@ struct ByRows {
         if (mine) begin(c.warp);
       }
       if (mine) {
-        float low, high;
-        multiply(low, high);
-        release();
+        const int row = base * TILE_ROWS;
+        const float extra = row0 + row < rows ? __ldg(bias + row) : 0.f;
+        const Sums sums = multiply();
+        const float factor = Slice::NORMALISED ? rsqrtf(fmaf(sums.squares, 1.f / COLUMNS, RMS_EPS)) : 1.f;
         const bool second = c.lane & 1;
-        const float own = (second ? high : low) * unit, other = (second ? low : high) * unit;
-        const int row = base * TILE_ROWS + row_of(c.lane);
-        const bool has_bias = bias && (task.tile0 + c.warp) * TILE_ROWS + row < task.rows;
-        take(base + c.warp, fmaf(own + __shfl_xor_sync(~0u, other, 1), factor, has_bias ? __ldg(bias + row) : 0.f));
+        const float own = (second ? sums.high : sums.low) * unit, other = (second ? sums.low : sums.high) * unit;
+        take(base, fmaf(own + __shfl_xor_sync(~0u, other, 1), factor, extra));
+        release();
       }
       const uint32_t to = c.slot + min_of(tiles - base, ROUND_TILES);
       c.slot_parity ^= to >= STAGES;
@@ -208,14 +207,14 @@ struct ByRows {
   }
 };
 
-// A task's product, for every compiled shape that can be: take(tile, y) with each of the warp's tiles, where lanes 4g have row g and lanes 4g + 1 row
-// g + 8, scaled and biased, and the other lanes nothing.
+// A task's product, for every compiled shape that can be: take(base, y) with each of the warp's tiles, the (base + warp)-th of the task, where lanes 4g
+// have row g and lanes 4g + 1 row g + 8, scaled and biased, and the other lanes nothing.
 template <class Take>
 __device__ __forceinline__ void multiply_by_rows(Consumer& c, const MatVecTask& task, const Token& token, Take take) {
   switch (task.shape) {
 #define SHAPE_CASE(index, columns, flags) \
   case index: \
-    if constexpr (SliceShare<Plan<columns, flags>>::POSSIBLE) ByRows<Plan<columns, flags>, Slice<columns, flags>>(c, task).run(token, take); \
+    if constexpr (SliceShare<Plan<columns, flags>>::POSSIBLE) ByRows<columns, flags>(c, task).run(token, take); \
     return;
     FOR_EACH_SHAPE(SHAPE_CASE)
 #undef SHAPE_CASE
