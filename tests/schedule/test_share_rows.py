@@ -73,7 +73,7 @@ def kinds(made: Program) -> set[str]:
 
 
 @pytest.mark.parametrize("form", GROUPED)
-def test_nothing_but_the_instruction_of_gate_and_up_changes(form: str) -> None:
+def test_gate_and_up_of_grouped_codes_are_shared_out_and_proven(form: str) -> None:
     made = program(form)
     assert {type(task) for queue in made.queues for task in queue if isinstance(task, GemvGlu)} == {GemvGluRows}
     assert not without(made).by_rows
@@ -91,15 +91,14 @@ def test_nobody_counts_the_arrivals_of_tasks_by_rows_and_nothing_else_changes(mo
     def names(of: Program, counter: int) -> str:
         return "" if counter == NONE or of.counters[counter].endswith("gate_up") else of.counters[counter]
 
+    def without_counters(task: Instruction) -> Instruction:
+        return replace(as_glu(task), wait_counter=NONE, wait_count=0, done_counter=NONE)
+
     for queue, was in zip(made.queues, plain.queues, strict=True):
         for task, old in zip(queue, was, strict=True):
-            assert as_glu(replace(task, wait_counter=NONE, wait_count=0, done_counter=NONE)) == replace(
-                old, wait_counter=NONE, wait_count=0, done_counter=NONE
-            )
-            assert (names(made, task.wait_counter), names(made, task.done_counter)) == (
-                names(plain, old.wait_counter),
-                names(plain, old.done_counter),
-            )
+            assert without_counters(task) == without_counters(old)
+            assert names(made, task.wait_counter) == names(plain, old.wait_counter)
+            assert names(made, task.done_counter) == names(plain, old.done_counter)
             assert task.wait_count == (old.wait_count if task.wait_counter != NONE else 0)
 
 
