@@ -167,7 +167,7 @@ def _draft(spec: ModelSpec, settings: Settings, graph: Graph, sync: Sync, stage_
 
 def _stages(draft: Machine, settings: Settings, graph: Graph, queues: Queues) -> int:
     """Stages that fit, or that were asked for, which was of one token: of a stretch the fewer. 0 if what was asked for does not fit."""
-    fit = max(0, _ring_room(draft, settings, graph, queues) // draft.slot_bytes)
+    fit = _most_stages(_needs(draft, graph, queues), settings.target)
     asked = settings.config.smem_bytes_per_block // draft.slot_bytes
     if settings.config.smem_bytes_per_block == 0:
         return fit
@@ -176,9 +176,9 @@ def _stages(draft: Machine, settings: Settings, graph: Graph, queues: Queues) ->
     return asked if asked <= fit else 0
 
 
-def _ring_room(draft: Machine, settings: Settings, graph: Graph, queues: Queues) -> int:
-    """Bytes of shared memory that everything but the ring leaves; negative if even that does not fit."""
-    needs = SharedNeeds(
+def _needs(draft: Machine, graph: Graph, queues: Queues) -> SharedNeeds:
+    """What shared memory must hold besides the ring."""
+    return SharedNeeds(
         stages=0,
         slot_bytes=draft.slot_bytes,
         scratch_bytes=_scratch_bytes(queues, draft),
@@ -190,19 +190,25 @@ def _ring_room(draft: Machine, settings: Settings, graph: Graph, queues: Queues)
         batch=draft.batch,
         gated=graph.gated,
     )
-    return settings.target.shared_bytes - shared_layout(needs).total
+
+
+def _most_stages(needs: SharedNeeds, target: Target) -> int:
+    """Stages that fit beside `needs`. What lies behind the ring is aligned, so a ring may move it by more than its own bytes."""
+    most = max(0, target.shared_bytes - shared_layout(needs).total) // needs.slot_bytes
+    while most and shared_layout(replace(needs, stages=most)).total > target.shared_bytes:
+        most -= 1
+    return most
 
 
 def _no_ring(draft: Machine, settings: Settings, graph: Graph, queues: Queues) -> Rejection:
-    room, target, asked = _ring_room(draft, settings, graph, queues), settings.target, settings.config.smem_bytes_per_block
-    tasks = max(map(len, queues.queues))
-    taken = f"{target.shared_bytes - room} of the {target.shared_bytes} bytes on {target.name}"
-    rest = f"{tasks} tasks, scratch and reduction slots take {taken}"
+    needs, target, asked = _needs(draft, graph, queues), settings.target, settings.config.smem_bytes_per_block
+    taken = f"{shared_layout(needs).total} of the {target.shared_bytes} bytes on {target.name}"
+    rest = f"{needs.tasks} tasks, scratch and reduction slots take {taken}"
     stage, fewer = draft.slot_bytes, "" if settings.prefill else "; a larger N_tile makes fewer tasks"  # of a stretch tasks are groups
-    if room < stage:
-        allowed = f"such that one stage of {stage} bytes fits ({rest}{fewer})"
+    if most := _most_stages(needs, target):
+        allowed = f"at least one stage of {stage} bytes and at most {most * stage} ({rest})"
     else:
-        allowed = f"at least one stage of {stage} bytes and at most {room // stage * stage} ({rest})"
+        allowed = f"such that one stage of {stage} bytes fits ({rest}{fewer})"
     return reject("smem_bytes_per_block", asked, allowed)
 
 

@@ -6,7 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from amk.isa.abi import TASK_BYTES
+from amk.isa.weight_format import FORMATS
 from amk.models.builtin import RANDOM
+from amk.models.quantised_weights import with_weights
 from amk.models.registry import describe, resolve
 from amk.schedule.compile import compile_program, lower
 from amk.schedule.knobs import Config
@@ -34,6 +37,22 @@ def test_parts_of_shared_memory_follow_each_other_and_fit_the_card(spec: ModelSp
     assert layout.barriers == layout.places >= layout.buffers + 4 * len(program.buffers)
     assert layout.total <= target.shared_bytes < layout.total + program.machine.stage_bytes
     assert all(offset % 16 == 0 for offset in (layout.scratch, layout.reduction, layout.tasks, layout.barriers))
+
+
+@pytest.mark.parametrize("smem_bytes", [0, 1 << 20])
+def test_ring_of_stages_that_are_no_multiple_of_a_task_record_fits_the_card(smem_bytes: int) -> None:
+    """Task records are aligned, so the ring may move them by more than its own bytes. Every room from one number of stages to the next."""
+    spec = with_weights(replace(TOY, dtype="bf16"), FORMATS["int4"])
+    for shared_bytes in range(65536 - 8224, 65536, 16):
+        target = small_target(4, shared_bytes)
+        found = compile_program(spec, Config(stage_bytes=8192, smem_bytes_per_block=smem_bytes), target)
+        if isinstance(found, list):  # more was asked for than any card has; the most that it names must fit
+            assert smem_bytes
+            most = int(found[0].text.split("at most ")[1].split()[0])
+            found = lower(spec, Config(stage_bytes=8192, smem_bytes_per_block=most), target)
+        total, slot = shared_layout(found).total, found.machine.slot_bytes
+        assert slot == 8224 and slot % TASK_BYTES
+        assert total <= shared_bytes < total + slot + TASK_BYTES
 
 
 def test_ring_asked_for_is_the_ring_in_whole_stages() -> None:
