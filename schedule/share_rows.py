@@ -32,6 +32,8 @@ def uncounted(program: Program) -> Program:
     tasks = [task for queue in program.queues for task in queue]
     counted = {task.done_counter for task in tasks if not task.by_rows}
     gone = {task.done_counter for task in tasks} - counted - {NONE}
+    if not gone:
+        return program
     left = [counter for counter in range(len(program.counters)) if counter not in gone]
     numbers = {counter: number for number, counter in enumerate(left)}
 
