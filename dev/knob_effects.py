@@ -54,11 +54,18 @@ SOME_OF: dict[str, tuple[Any, ...]] = {
     "smem_bytes_per_block": (32768, 65536, 131072),
     "kernel_knobs.stage_bytes": (8192, 24576, 32768),
     "kernel_knobs.release_early": (0, 4, 8),
+    "kernel_knobs.throttled_depth": (1, 2, 3),
+    "kernel_knobs.high_watermark": (2, 4, 8),
     "kernel_knobs.kv_splits": (1, 4, 8),
     "kernel_knobs.weight_feed": ("cp_async", "plain"),  # auto is bulk where there is that
 }
 # Of a range, where every value is asked for: from end to end.
-WIDE = {"pipelining_depth": (1, 2, 4, 8, 12), "smem_bytes_per_block": (32768, 65536, 131072)}
+WIDE = {
+    "pipelining_depth": (1, 2, 4, 8, 12),
+    "smem_bytes_per_block": (32768, 65536, 131072),
+    "kernel_knobs.throttled_depth": (1, 2, 3),
+    "kernel_knobs.high_watermark": (2, 3, 4, 5, 6, 8),
+}
 TWIN = "default again"
 Row = dict[str, Any]
 

@@ -19,8 +19,9 @@ class Machine:
     """One block a SM with four kinds of actor; all sizes are compile-time constants of the binary.
 
     Actors of a SM: one feeder, `consumer_warps` consumer warps, one storer, one watcher. The ring has `stages` slots of
-    `stage_bytes`; at most `inflight` of them are being copied at any time. `reduction_slots` tiles may be reduced ahead of the
-    storer. Before the feeder streams KV rows of token t it waits for the end of token t - `kv_lag` on every SM.
+    `stage_bytes`; at most `inflight` of them are being copied at any time, and where `watermark` is not 0, at most `throttled`
+    while so many or more are not free. `reduction_slots` tiles may be reduced ahead of the storer. Before the feeder streams KV
+    rows of token t it waits for the end of token t - `kv_lag` on every SM.
     Where `slot` is not 0 a ring slot has so many bytes: of a stretch `stage_bytes` only says how the weights lie.
     `head_dim` and the rest describe the model as the attention and the norm see it; `tags` is the number of tags a token uses.
     `batch` tokens are computed side by side, each in its own seat (isa/batch.py): of as many sequences, or, where it does `prefill`,
@@ -47,6 +48,8 @@ class Machine:
     batch: int = 1
     prefill: bool = False
     slot: int = 0
+    throttled: int = 0
+    watermark: int = 0
 
     @property
     def slot_bytes(self) -> int:

@@ -26,6 +26,7 @@ from amk.schedule.settings import Chooser, Settings, resolve, splits_of
 from amk.schedule.share_rows import share_rows
 from amk.schedule.synchronise import Sync, synchronise
 from amk.schedule.targets import Target
+from amk.schedule.throttle import never, throttled
 from amk.schedule.tile import tile
 
 
@@ -134,7 +135,7 @@ def _machine(spec: ModelSpec, settings: Settings, graph: Graph, sync: Sync, queu
         return [_no_ring(drafts[-1], settings, graph, queues)]
     asked = chosen.stages if settings.prefill else settings.config.pipelining_depth
     depth = 1 if settings.feed == "plain" else asked
-    return replace(chosen, inflight=min(depth, chosen.stages))
+    return throttled(replace(chosen, inflight=min(depth, chosen.stages)), settings.throttle)
 
 
 def _draft(spec: ModelSpec, settings: Settings, graph: Graph, sync: Sync, stage_bytes: int) -> Machine:
@@ -228,7 +229,8 @@ def effective_config(config: Config, program: Program) -> dict[str, Any]:
     result["pipelining_depth"] = m.inflight
     result["smem_bytes_per_block"] = m.stages * m.slot_bytes
     stage_bytes = max(size for size in STAGE_CHOICES if size <= m.stage_bytes)
-    result["kernel_knobs"] |= {"weight_feed": program.device.weight_feed, "stage_bytes": stage_bytes, "kv_splits": splits}
+    throttle = {"throttled_depth": m.throttled or m.inflight, "high_watermark": m.watermark}
+    result["kernel_knobs"] |= {"weight_feed": program.device.weight_feed, "stage_bytes": stage_bytes, "kv_splits": splits} | throttle
     return result
 
 
@@ -239,6 +241,8 @@ def notes(config: Config, program: Program) -> list[str]:
     if depth > inflight:
         why = "plain loads fill one after another" if program.device.weight_feed == "plain" else "the ring has no more"
         found.append(f"pipelining_depth: {depth} stages asked for, {inflight} used: {why}")
+    if why_not := never(config, program.machine):
+        found.append(why_not)
     splits, used = asked["kernel_knobs"]["kv_splits"], realised["kernel_knobs"]["kv_splits"]
     if splits > used:
         found.append(f"kv_splits: {splits} asked for, {used} used: the context has no more blocks of {config.kv_block} rows")

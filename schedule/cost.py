@@ -84,7 +84,8 @@ def latency_us(program: Program, target: Target, position: int, bandwidth: float
     Phases follow each other: a phase ends when its slowest SM has streamed and used up its share. Bandwidth is shared evenly, so an
     SM streams at 1/sms of it (or at what its copies in flight sustain), also while it waits at a boundary, until its ring is full. The
     constants were fitted to figures of H200s (1B, 8B and SmolLM2-135M, every knob; dev/cost_error.py shows the errors). What the
-    model does not know: skew between SMs, polling, and what a large `N_tile` costs by leaving SMs idle.
+    model does not know: skew between SMs, polling, what copies make of others' latency and so what a throttle gains, and what a large
+    `N_tile` costs by leaving SMs idle.
     """
     gbs = bandwidth if bandwidth is not None else READ_SHARE * target.bandwidth_gbs
     m, clock = program.machine, REFERENCE_MHZ / target.clock_mhz

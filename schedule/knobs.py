@@ -208,6 +208,30 @@ class Config:
         unit="1/32",
         choices=(0, 1, 2, 4, 8, 16),
     )
+    throttled_depth: int = _knob(
+        "kernel_knobs.throttled_depth",
+        "int",
+        0,
+        "ring stages that are being copied at a time while high_watermark of them are not free; pipelining_depth or more never throttles; "
+        "0 is 2, 1 for small layers, and where a layer fits into the ring or copies are not bulk copies, no throttle",
+        "throttle, vm feeder",
+        unit="stages",
+        minimum=0,
+        maximum=12,
+        search=(0, 1, 2, 3),
+    )
+    high_watermark: int = _knob(
+        "kernel_knobs.high_watermark",
+        "int",
+        0,
+        "ring stages that are not free from which on the feeder is throttled; as many as the ring has or more never throttle; "
+        "0 is 6 for large layers and 4 for others",
+        "throttle, vm feeder",
+        unit="stages",
+        minimum=0,
+        maximum=32,
+        search=(0, 2, 3, 4, 5, 6, 8),
+    )
     reduction_slots: int = _knob(
         "kernel_knobs.reduction_slots",
         "int",

@@ -115,8 +115,17 @@ def weight_format(spec: ModelSpec, name: str) -> WeightFormat | None:
 
 def matrices_bytes(spec: ModelSpec) -> int:
     """Bytes of all matrices, the embedding included."""
+    return _bytes_of(spec, weight_shapes(spec))
+
+
+def layer_bytes(spec: ModelSpec) -> int:
+    """Bytes of a layer's matrices."""
+    return _bytes_of(spec, {f"L0.{name}": shape for name, shape in _layer_shapes(spec).items()})
+
+
+def _bytes_of(spec: ModelSpec, shapes: dict[str, tuple[int, ...]]) -> int:
     total = 0
-    for name, shape in weight_shapes(spec).items():
+    for name, shape in shapes.items():
         if len(shape) == 2:
             weights = weight_format(spec, name)
             total += weights.matrix_bytes(*shape) if weights else DTYPE_BYTES[spec.dtype] * shape[0] * shape[1]

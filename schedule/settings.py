@@ -13,6 +13,7 @@ from amk.schedule.knobs import SPLIT_CHOICES, STAGE_CHOICES, Config
 from amk.schedule.model import ModelSpec, matrices_bytes
 from amk.schedule.rejection import Rejection, reject
 from amk.schedule.targets import Target
+from amk.schedule.throttle import Throttle, throttle_of
 
 DEFAULT_CONTEXT = 16384
 MAX_HEAD_DIM = 256
@@ -28,8 +29,8 @@ Chooser: TypeAlias = Literal["greedy", "draw", "filter"]
 class Settings:
     """Realised choices: `splits[l]` attention tasks of a KV head in layer l; `stage_sizes` to try, in bytes with scales, best first.
 
-    `feed` is how they are filled; `batch` tokens are computed side by side: each with KV rows of its own, or, for `prefill`, consecutive
-    positions of one sequence.
+    `feed` is how they are filled, `throttle` when more slowly; `batch` tokens are computed side by side: each with KV rows of its own, or,
+    for `prefill`, consecutive positions of one sequence.
     """
 
     config: Config
@@ -39,6 +40,7 @@ class Settings:
     splits: tuple[int, ...]
     stage_sizes: tuple[int, ...]
     feed: str
+    throttle: Throttle
     batch: int = 1
     chooser: Chooser = "greedy"
     prefill: bool = False
@@ -89,8 +91,9 @@ def resolve(
     if problems:
         return problems
     feed = target.feeds[0] if config.weight_feed == "auto" else config.weight_feed
-    splits = splits_of(spec, config, target, rows, batch)
-    return Settings(config, target, rows, warps, splits, _stage_sizes(spec, config, target, warps), feed, batch, chooser, prefill)
+    splits, stage_sizes = splits_of(spec, config, target, rows, batch), _stage_sizes(spec, config, target, warps)
+    throttle = throttle_of(spec, config, target, feed)
+    return Settings(config, target, rows, warps, splits, stage_sizes, feed, throttle, batch, chooser, prefill)
 
 
 def least_stage_bytes(spec: ModelSpec, consumer_warps: int) -> int:
@@ -200,13 +203,17 @@ def _stage_sizes(spec: ModelSpec, config: Config, target: Target, warps: int) ->
 
 
 def _usual_stage(spec: ModelSpec, target: Target) -> int:
-    """16 KB, or 20 where that cuts the tile that most products have, 16 rows of `hidden` columns, in two and 20 do not: SmolLM2-135M.
+    """16 KB, or more where that cuts the tile that most products have, 16 rows of `hidden` columns, in two and more is faster.
 
-    Measured on an H200, and so for GPUs with its feed (docs/performance-log.md, v10). Quantised tiles are half as large or less.
+    Measured at SmolLM2-135M (18 KB) and Qwen3-0.6B (32 KB) on an H200, so for GPUs with its feed (docs/performance-log.md, v10 and v14).
+    Quantised tiles are half as large or less.
     """
     tile = TILE_ROWS * spec.hidden * ELEMENT_BYTES[spec.dtype]
-    larger = target.feeds[0] == "bulk" and not spec.layer_weights and 16384 < tile <= 20480
-    return 20480 if larger else 16384
+    if target.feeds[0] != "bulk" or spec.layer_weights:
+        return 16384
+    if 16384 < tile <= 20480:
+        return 32768
+    return 24576 if tile == 32768 else 16384
 
 
 def splits_of(spec: ModelSpec, config: Config, target: Target, context: int, batch: int) -> tuple[int, ...]:

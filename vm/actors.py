@@ -231,7 +231,8 @@ class Sm:
                     self.started += 1
 
     def _may_copy(self) -> bool:
-        return self.started - min(self.taken) < self.machine.stages and len(self.under_way) < self.machine.inflight
+        m, held = self.machine, self.started - min(self.taken)
+        return held < m.stages and len(self.under_way) < (m.throttled if m.watermark and held >= m.watermark else m.inflight)
 
     def _rows_of(self, task: Instruction, step: int, number: int) -> dict[int, tuple[F32, F32]]:
         """The KV rows of a task's chunk, by block, as they are now."""

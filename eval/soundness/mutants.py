@@ -433,6 +433,12 @@ def shrink_inflight(random: Random, program: Program) -> Program | None:
     return _machine(program, inflight=0 if random.random() < 0.1 else 1)
 
 
+def other_throttle(random: Random, program: Program) -> Program | None:
+    """Throttles at the bounds and past them: no copies, a watermark that the ring does not reach, one without the other."""
+    stages = program.machine.stages
+    return _machine(program, throttled=random.choice((0, 1, 2)), watermark=random.choice((0, 1, stages - 1, stages, stages + 1)))
+
+
 def other_lag(random: Random, program: Program) -> Program | None:
     return _machine(program, kv_lag=random.choice((0, 1, 2, 17, 18, program.machine.kv_lag + 1)))
 
@@ -488,6 +494,7 @@ MUTATIONS: dict[str, Mutation] = {
         shrink_stage,
         shrink_slots,
         shrink_inflight,
+        other_throttle,
         other_lag,
         grow_ring,
         shrink_scratch,

@@ -227,7 +227,7 @@ def _machine(random: Random, family: Family, attends: bool) -> Machine:
     stages = random.randint(1, 4)
     element = 4 if dtype == "fp32" else 2
     least = max(FRAGMENT_BYTES * warps, 2 * 16 * 16 * element if attends else 0)
-    return Machine(
+    machine = Machine(
         sms=random.randint(1, MAX_SMS),
         consumer_warps=warps,
         stages=stages,
@@ -246,6 +246,9 @@ def _machine(random: Random, family: Family, attends: bool) -> Machine:
         tags=0,
         batch=family.batch,
     )
+    if stages == 1 or random.random() < 0.5:
+        return machine
+    return replace(machine, throttled=random.randint(1, machine.inflight), watermark=random.randint(1, stages - 1))
 
 
 def _shares(random: Random, plan: Plan) -> list[int]:

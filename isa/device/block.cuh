@@ -236,7 +236,8 @@ struct Storer {
   }
 };
 
-// The feeder's place in the ring. Copies fill slot after slot; at most INFLIGHT are under way.
+// The feeder's place in the ring. Copies fill slot after slot; at most INFLIGHT are under way, or THROTTLED while WATERMARK stages are not free: what
+// is landing then nobody waits for, but packets and looks at counters wait behind it.
 // Where all lanes of the warp run it, they are in step.
 struct Feeder {
   const Block& b;
@@ -278,9 +279,18 @@ struct Feeder {
     --under_way;
     return true;
   }
+  // Whether the chunk WATERMARK before the next one has not been released, and so none of those since.
+  __device__ __forceinline__ bool well_filled() const {
+    const bool wraps = slot < WATERMARK;
+    Barrier* empty = &b.barriers().empty[wraps ? slot + STAGES - WATERMARK : slot - WATERMARK];
+    const uint32_t parity = wraps ? empty_parity : empty_parity ^ 1;
+    return !here([=] { return barrier_tested(empty, parity); });
+  }
+  __device__ __forceinline__ uint32_t may_be_under_way() const { return WATERMARK && well_filled() ? THROTTLED : INFLIGHT; }
   // Waits until the next slot is free; false when the launch is being aborted. Between this and `started` come the copies into it.
   __device__ __forceinline__ bool wait_slot() {
-    if (under_way == INFLIGHT && !wait_landed()) return false;
+    while (under_way >= may_be_under_way())
+      if (!wait_landed()) return false;
     Barrier* empty = &b.barriers().empty[slot];
     const uint32_t parity = empty_parity;
     return wait(WAIT_EMPTY, [=] { return barrier_passed(empty, parity); });

@@ -200,10 +200,12 @@ struct GroupSums {
 };
 
 // The operands of a fragment are asked for before those of the one before are multiplied, those of a run's first one before the last of the
-// run before.
+// run before. Fragments go in pairs, each with registers of its own; the last of an odd run hands on to the first of the next.
 template <int COLUMNS, int FLAGS, class Task>
 __device__ __forceinline__ void multiply_group(Consumer& c, const Task& task, GroupSums& sums) {
   using P = Plan<COLUMNS, FLAGS>;
+  constexpr bool EVEN = P::PER_CHUNK % 2 == 0 && P::HIGH_WARPS == 0 && P::LAST_LOW % 2 == 0;
+  constexpr int UNROLLED = Run<P>::UNIFORM && P::PER_CHUNK <= 4 ? 2 : 1;  // longer runs would spill
   const int stop = task.run0 + task.runs;
   GroupSums::Operands now, next;
   const uint8_t* slot = c.wait_chunk();
@@ -211,29 +213,22 @@ __device__ __forceinline__ void multiply_group(Consumer& c, const Task& task, Gr
 #pragma unroll 1
   for (int r = task.run0; r < stop; ++r) {
     const int count = Run<P>::UNIFORM ? P::PER_CHUNK : Run<P>(r).count;
-    if constexpr (Run<P>::UNIFORM && P::PER_CHUNK % 2 == 0) {
-#pragma unroll
-      for (int j = 0; j < P::PER_CHUNK; j += 2) {
-        read |= sums.load(next, slot, j + 1, c.lane);
-        sums.add(now);
-        if (j + 2 < P::PER_CHUNK) read |= sums.load(now, slot, j + 2, c.lane);
-        else {
-          c.release_chunk(read);
-          if (r + 1 < stop) read = sums.load(now, slot = c.wait_chunk(), 0, c.lane);
-        }
-        sums.add(next);
+#pragma unroll UNROLLED
+    for (int j = 0; j + 1 < count; j += 2) {
+      read |= sums.load(next, slot, j + 1, c.lane);
+      sums.add(now);
+      if (j + 2 < count) read |= sums.load(now, slot, j + 2, c.lane);
+      else {
+        c.release_chunk(read);
+        if (r + 1 < stop) read = sums.load(now, slot = c.wait_chunk(), 0, c.lane);
       }
-    } else {
-#pragma unroll 1
-      for (int j = 0; j < count; ++j) {
-        if (j + 1 < count) read |= sums.load(next, slot, j + 1, c.lane);
-        else {
-          c.release_chunk(read);
-          if (r + 1 < stop) read = sums.load(next, slot = c.wait_chunk(), 0, c.lane);
-        }
-        sums.add(now);
-        now = next;
-      }
+      sums.add(next);
+    }
+    if (!EVEN && count % 2) {
+      c.release_chunk(read);
+      if (r + 1 < stop) read = sums.load(next, slot = c.wait_chunk(), 0, c.lane);
+      sums.add(now);
+      now = next;
     }
   }
 }

@@ -113,6 +113,8 @@ def _machine(machine: Machine, limits: Limits, report: Report) -> None:
         report.add("kind", f"machine.prefill must be False, or True for a batch of more than 1, but is {machine.prefill!r:.20}")
     if _integers(report, "machine", machine, ("slot",), 0):
         _slot(machine, report)
+    if _integers(report, "machine", machine, ("throttled", "watermark"), 0):
+        _throttle(machine, report)
     if machine.prefill is True:
         _stretch(machine, report)
     heads = (machine.heads, machine.kv_heads)
@@ -142,6 +144,20 @@ def _stretch(machine: Machine, report: Report) -> None:
     if machine.inflight > machine.stages:
         said = f"machine.inflight must be at most the {machine.stages} stages for prefill, but is {machine.inflight}"
         report.add("deadlock", f"{said}: a feeder so far ahead of x waits for a slot that waits for x")
+
+
+def _throttle(machine: Machine, report: Report) -> None:
+    """A feeder that holds back begins a copy at some time, looks at slots of the ring, and never waits for one that only it can fill."""
+    if machine.watermark == 0 and machine.throttled == 0:
+        return
+    if machine.watermark == 0 or machine.throttled == 0:
+        said = f"both be 0 or neither, but are {machine.throttled} and {machine.watermark}"
+        report.add("deadlock", f"machine.throttled and machine.watermark must {said}: a feeder that may copy nothing waits forever")
+    if _integer(machine.stages, 1, MOST) and machine.watermark >= machine.stages:
+        report.add("ring", f"machine.watermark must be less than the {machine.stages} stages, but is {machine.watermark}")
+    if machine.prefill is True:
+        said = f"machine.watermark must be 0 for prefill, but is {machine.watermark}"
+        report.add("deadlock", f"{said}: a feeder that holds back waits for copies whose x it has not asked for")
 
 
 def _slot(machine: Machine, report: Report) -> None:

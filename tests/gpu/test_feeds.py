@@ -59,8 +59,23 @@ def test_every_element_type_is_correct_at_late_positions(kind: str, feed: str, r
         {"smem_bytes_per_block": 32768, "kernel_knobs": {"stage_bytes": 8192}},
         {"pipelining_depth": 12, "kernel_knobs": {"stage_bytes": 8192, "cache_hint": "none"}},
         {"fusion_grouping": [], "kernel_knobs": {"reduction_slots": 8, "sync": "tags"}},
+        {"kernel_knobs": {"throttled_depth": 1, "high_watermark": 1}},
+        {
+            "smem_bytes_per_block": 32768,
+            "pipelining_depth": 4,
+            "kernel_knobs": {"stage_bytes": 8192, "throttled_depth": 2, "high_watermark": 3},
+        },
     ],
-    ids=["default", "128-threads", "one-stage", "four-stages", "deep", "unfused-without-hints"],
+    ids=[
+        "default",
+        "128-threads",
+        "one-stage",
+        "four-stages",
+        "deep",
+        "unfused-without-hints",
+        "throttled-at-once",
+        "throttled-at-the-last",
+    ],
 )
 @pytest.mark.parametrize("kind", ["small", "fp32"])
 def test_a_feed_changes_no_bit(kind: str, config: dict[str, Any]) -> None:

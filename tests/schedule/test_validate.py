@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
@@ -178,6 +179,17 @@ def test_a_ring_without_stages_is_rejected() -> None:
     assert only(machine(DECODER, stages=0), "bounds")
     assert only(machine(DECODER, inflight=0), "bounds")
     assert only(machine(DECODER, reduction_slots=0), "bounds")
+
+
+@pytest.mark.parametrize("stages", [2, 5])
+def test_a_throttled_feeder_may_copy_and_looks_at_slots_of_the_ring(stages: int) -> None:
+    throttled = partial(machine, DECODER, stages=stages, inflight=2)
+    for depth, watermark in ((0, 0), (1, 1), (2, 1), (1, stages - 1)):
+        assert rejections(throttled(throttled=depth, watermark=watermark)) == ()
+    assert "waits forever" in only(throttled(throttled=0, watermark=1), "deadlock").message
+    assert "both be 0 or neither" in only(throttled(throttled=1, watermark=0), "deadlock").message
+    assert f"less than the {stages} stages" in only(throttled(throttled=1, watermark=stages), "ring").message
+    assert only(throttled(throttled=-1, watermark=1), "bounds")
 
 
 # ---- races ---------------------------------------------------------------------------------------------------------------------------

@@ -307,6 +307,8 @@ def test_weights_go_no_further_ahead_than_the_ring() -> None:
     ahead = replace(program, machine=replace(program.machine, stages=1, inflight=2))
     verdict = validate(ahead)
     assert isinstance(verdict, tuple) and verdict[0].kind == "deadlock" and "inflight" in str(verdict[0])
+    throttled = validate(replace(program, machine=replace(program.machine, stages=3, inflight=3, throttled=1, watermark=2)))
+    assert isinstance(throttled, tuple) and throttled[0].kind == "deadlock" and "holds back" in str(throttled[0])
     assert any(task_of(program, at).runs > 1 for at in find(program, StretchGlu))
     found = check_traces(ahead, Random(0), orders=1), explore(ahead)
     assert all(problem is not None and problem.kind == "deadlock" for problem in found)

@@ -12,6 +12,7 @@ import torch
 from amk.isa.attention import Attention
 from amk.isa.matvec import MatVec
 from amk.schedule.program import Program
+from amk.vm.actors import Sm
 from amk.vm.interface import Decoded, LaunchFailed
 from amk.vm.reference import UnprovenVM
 from amk.vm.scheduler import ORDERS, Order, adversarial
@@ -136,6 +137,27 @@ def test_a_ring_of_two_stages_and_one_reduction_slot_still_gives_the_answer(
 ) -> None:
     narrow = replace(program, machine=replace(program.machine, stages=2, inflight=1, reduction_slots=1))
     assert torch.equal(decode(narrow, adversarial(3), steps=6).logits, answer.logits[:6])
+
+
+@pytest.mark.parametrize(("stages", "throttled", "watermark"), [(2, 1, 1), (4, 1, 1), (4, 1, 3), (5, 2, 3)])
+def test_a_throttled_feeder_holds_back_and_gives_the_answer(
+    stages: int, throttled: int, watermark: int, program: Program, decode: Callable[..., Decoded], answer: Decoded, monkeypatch: Any
+) -> None:
+    """By every order that lets one actor run ahead: never more copies under way than may be, as many where the ring runs low."""
+    most = {True: 0, False: 0}  # copies under way after one has begun, by whether the ring was well filled before
+
+    def may_copy(sm: Any, original: Any = Sm._may_copy) -> bool:
+        held, copying, allowed = sm.started - min(sm.taken), len(sm.under_way), original(sm)
+        if allowed:
+            most[held >= watermark] = max(most[held >= watermark], copying + 1)
+        return allowed
+
+    monkeypatch.setattr(Sm, "_may_copy", may_copy)
+    machine = replace(program.machine, stages=stages, inflight=stages, throttled=throttled, watermark=watermark)
+    for order in (Order("sequential"), Order("eager_feeder", 1), adversarial(3)):
+        assert torch.equal(decode(replace(program, machine=machine), order, steps=4).logits, answer.logits[:4])
+    assert 1 <= most[True] <= throttled
+    assert most[False] <= watermark and (most[False] > throttled or watermark <= throttled)
 
 
 def test_splits_without_rows_are_skipped_and_still_arrive(
