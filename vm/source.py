@@ -53,7 +53,8 @@ def constants(program: Program, layout: SharedLayout, macros: dict[str, int]) ->
     m, d = program.machine, program.device
     return {
         "SMS": m.sms, "CONSUMER_WARPS": m.consumer_warps, "STAGES": m.stages, "STAGE_BYTES": m.stage_bytes, "SLOT_BYTES": m.slot_bytes,
-        "INFLIGHT": m.inflight, "THROTTLED": m.throttled, "WATERMARK": m.watermark, "REDUCTION_SLOTS": m.reduction_slots,
+        "INFLIGHT": m.inflight, "THROTTLED": m.throttled, "WATERMARK": 0 if macros["DRY_FEED"] else m.watermark,
+        "REDUCTION_SLOTS": m.reduction_slots,
         "KV_LAG": m.kv_lag, "TAGS": m.tags,
         "HIDDEN": m.hidden, "VOCAB": m.vocab, "KV_HEADS": m.kv_heads, "HEAD_DIM": m.head_dim,
         "HEAD_DIM_PADDED": m.padded_head_dim, "KV_BLOCKS": program.kv.rows // 16, "GROUP": group(program),

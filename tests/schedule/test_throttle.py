@@ -16,6 +16,7 @@ from amk.schedule.program import Program
 from amk.schedule.targets import TARGETS, Target
 from amk.schedule.throttle import BY_LAYER_US, OFF, Throttle, throttle_of
 from amk.tests.schedule.specs import TOY
+from amk.vm.source import kernel_source
 
 H200 = TARGETS["h200"]
 SMALL = describe("small")  # a layer of it fits into the ring many times over
@@ -112,3 +113,10 @@ def test_users_are_told_of_a_throttle_that_is_none() -> None:
     plain = Config(high_watermark=5, weight_feed="plain")
     said = notes(plain, lower(replace(TOY, dtype="fp16"), plain, TARGETS["t4"]))
     assert any(text.startswith("high_watermark") for text in said)
+
+
+def test_a_build_that_copies_nothing_is_not_throttled() -> None:
+    """It shows what steps that wait for each other take, and the looks at the ring would be a part of that."""
+    program = lower(describe("qwen3-0.6b-shape"), Config(), H200, context=1024)
+    assert f"constexpr int WATERMARK = {program.machine.watermark};" in kernel_source(program) and program.machine.watermark
+    assert "constexpr int WATERMARK = 0;" in kernel_source(program, DRY_FEED=1)
