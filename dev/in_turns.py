@@ -86,7 +86,7 @@ def compared(names: Sequence[str], samples: Sequence[Sequence[float]]) -> list[R
     base, twin = samples[0], samples[-1]
     against, rows = float(np.median(base)), []
     for name, own in zip([*names, TWIN], samples, strict=True):
-        latency, noise = float(np.median(own)), noise_us(base, twin, own)
+        latency, noise = float(np.median(own)), noise_us((base, twin), own)
         effect: Row = {"effect_pct": 100 * (latency / against - 1), "noise_pct": 100 * noise / against}
         rows.append({"name": name, "us": latency, **effect, "beyond_noise": abs(latency - against) > noise, "samples_us": list(own)})
     return rows

@@ -3,8 +3,8 @@
     python amk_bootstrap.py amk.dev.knob_effects [--models A,B] [--knobs NAME,NAME] [--share K/N] [--all] [--again] [--out FILE]
 
 Kernels are built ahead, in a process a core. Every program is judged by the oracle before it is timed. One knob's values are timed in one
-round: the default, the default once more from another place in memory, each value, and again. What the two defaults differ by, or what
-the samples of default and value scatter, whichever is more, is the noise that an effect must exceed. The file is written anew after each
+round: four copies of the default in different places in memory, each value, and again. How far apart the copies are, or what the samples
+of default and value scatter, whichever is more, is the noise that an effect must exceed. The file is written anew after each
 knob; a file of the same commit and card is gone on with: what it has is not measured again, but with --again.
 
 On N cards at once, a process each measures the knobs of `--share K/N` into a file of its own (--out); dev/knob_file.py puts them together.
@@ -28,7 +28,7 @@ import numpy as np
 from amk.dev.asked import chosen, share_of, writable
 from amk.dev.judged import JudgedMachine, NotCorrect, judged
 from amk.dev.knob_file import Keeper
-from amk.dev.noise import noise_us
+from amk.dev.noise import noise_us, usual_us
 from amk.dev.on_card import on_card, require_card
 from amk.dev.prebuild import Build, ahead
 from amk.eval.bench import interleaved, launch_start, launch_us, refuse_company
@@ -66,7 +66,7 @@ WIDE = {
     "kernel_knobs.throttled_depth": (1, 2, 3),
     "kernel_knobs.high_watermark": (2, 3, 4, 5, 6, 8),
 }
-TWIN = "default again"
+COPIES = 4  # of the default
 Row = dict[str, Any]
 
 
@@ -87,25 +87,23 @@ def positions(knob: Knob) -> tuple[int, ...]:
     return (POSITION, LATE_POSITION) if knob.name in LATE_KNOBS else (POSITION,)
 
 
-def timed_rows(
-    held: Sequence[tuple[Row, JudgedMachine]], default: JudgedMachine, twin: JudgedMachine, position: int, gbs: float
-) -> list[Row]:
-    """The machines at one position in turns with the two defaults: a row each. What is under the floor has no latency."""
+def timed_rows(held: Sequence[tuple[Row, JudgedMachine]], defaults: Sequence[JudgedMachine], position: int, gbs: float) -> list[Row]:
+    """The machines at one position in turns with the defaults: a row each. What is under the floor has no latency."""
     span = launch_start(position, CONTEXT)
     refuse_company()
-    samplers = [partial(launch_us, entry.machine, *span) for entry in (default, twin, *(entry for _, entry in held))]
-    ours, again, *others = interleaved(samplers, SAMPLES)
+    samplers = [partial(launch_us, entry.machine, *span) for entry in (*defaults, *(entry for _, entry in held))]
+    taken = interleaved(samplers, SAMPLES)
     refuse_company()
-    base = float(np.median(ours))
+    copies, others = taken[: len(defaults)], taken[len(defaults) :]
+    base = usual_us(copies)
     rows = []
     for (head, entry), samples in zip(held, others, strict=True):
-        latency, noise = float(np.median(samples)), noise_us(ours, again, samples)
+        latency, noise = float(np.median(samples)), noise_us(copies, samples)
         streamed = streamed_bytes(entry.machine.program, position)
         floor = streamed / gbs * 1e-3
         measured: Row = {
             "position": position, "latency_us": latency, "floor_us": floor, "streamed_bytes": streamed, "samples_us": samples,
-            "default_us": base, "default_samples_us": ours, "twin_us": float(np.median(again)), "twin_samples_us": again,
-            "default_arena_bytes": default.facts["arena_bytes"],
+            "default_us": base, "copies_samples_us": copies, "default_arena_bytes": defaults[0].facts["arena_bytes"],
             "noise_us": noise, "effect_pct": 100 * (latency / base - 1), "noise_pct": 100 * noise / base,
             "beyond_noise": abs(latency - base) > noise,
         }  # fmt: skip
@@ -116,21 +114,29 @@ def timed_rows(
 
 @dataclass
 class Bench:
-    """One model on the card: its default twice, and the values that have been seen by the id of their program."""
+    """One model on the card: copies of its default, in different places in memory."""
 
     session: Session
-    default: JudgedMachine
-    twin: JudgedMachine
+    defaults: Sequence[JudgedMachine]
+
+    @classmethod
+    def of(cls, session: Session, default: Candidate) -> Bench:
+        """Every second copy has weights of its own, the others those of the copy before."""
+        copies: list[JudgedMachine] = []
+        for number in range(COPIES):
+            before, beside = (copies[0].facts if copies else None), (copies[-1].machine if number % 2 else None)
+            copies.append(judged(session, default, "default", before, beside))
+        return cls(session, copies)
 
     def close(self) -> None:
-        for entry in (self.default, self.twin):
+        for entry in reversed(self.defaults):
             entry.machine.close()
 
     def knob_rows(self, knob: Knob, values: Mapping[str, Candidate]) -> list[Row]:
         """A row for each value (as shown) of a knob and position; values without a program of their own say whose they have."""
         rows: list[Row] = []
         held: list[tuple[Row, JudgedMachine]] = []
-        seen = {self.default.facts["schedule_id"]: shown(knob.default)}
+        seen = {self.defaults[0].facts["schedule_id"]: shown(knob.default)}
         try:
             for value, candidate in values.items():
                 head = {"model": self.session.model.spec.name, "knob": knob.name, "value": value}
@@ -143,7 +149,7 @@ class Bench:
                     seen[entry.facts["schedule_id"]] = value
                     held.append((head, entry))
             for position in positions(knob) if held else ():
-                rows += timed_rows(held, self.default, self.twin, position, self.session.bandwidth())
+                rows += timed_rows(held, self.defaults, position, self.session.bandwidth())
         finally:
             for _, entry in held:
                 entry.machine.close()
@@ -152,7 +158,7 @@ class Bench:
     def _judged(self, head: Row, candidate: Candidate, rows: list[Row]) -> JudgedMachine | None:
         """The machine; what was refused or is wrong becomes a row without a latency."""
         try:
-            return judged(self.session, candidate, f"{head['knob']}={head['value']}", beside=self.default.machine)
+            return judged(self.session, candidate, f"{head['knob']}={head['value']}", beside=self.defaults[0].machine)
         except (NotCorrect, LaunchFailed) as problem:
             if isinstance(problem, LaunchFailed) and problem.kind == "crash":
                 raise  # the card's context is gone: nothing after it would be measured
@@ -186,8 +192,8 @@ def measure(todo: Mapping[str, Values], keeper: Keeper) -> None:
         cases = dict(zip(wanted, futures, strict=True))
         for model, tried in todo.items():
             session = Session(model, place, partial(say, model))
-            bench = Bench(session, *(judged(session, cases[model, "", ""].result(), name) for name in ("default", TWIN)))
-            keeper.begin(bench.default.facts | {"context": CONTEXT}, session.bandwidth())
+            bench = Bench.of(session, cases[model, "", ""].result())
+            keeper.begin(bench.defaults[0].facts | {"context": CONTEXT}, session.bandwidth())
             for knob, values in tried.items():
                 rows = bench.knob_rows(knob, {shown(value): cases[model, knob.name, shown(value)].result() for value in values})
                 keeper.take(model, knob.name, rows)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from amk.dev.noise import noise_us
+from amk.dev.noise import noise_us, usual_us
 from amk.eval.bench import LEAST_READ_GBS
 from amk.schedule.targets import card_of
 
@@ -156,12 +156,12 @@ def _sample_problems(where: str, row: Mapping[str, Any]) -> Iterator[str]:
 
 def _effect_problems(where: str, row: Mapping[str, Any]) -> Iterator[str]:
     """An effect is what the medians differ by, and is called one only beyond the noise of its own samples."""
-    samples, default, twin = row["samples_us"], row["default_samples_us"], row["twin_samples_us"]
-    if not _same(row["default_us"], float(np.median(default))):
-        yield f"{where}: the default's time must be the median of its samples, but is {row['default_us']}"
+    samples, copies = row["samples_us"], row["copies_samples_us"]
+    if not _same(row["default_us"], usual_us(copies)):
+        yield f"{where}: the default's time must be the median of its copies' medians, but is {row['default_us']}"
     if not math.isclose(row["effect_pct"], 100 * (row["latency_us"] / row["default_us"] - 1), abs_tol=CLOSE):
         yield f"{where}: the effect must be what the medians differ by, but is {row['effect_pct']} %"
-    if row["beyond_noise"] != (abs(row["latency_us"] - row["default_us"]) > noise_us(default, twin, samples)):
+    if row["beyond_noise"] != (abs(row["latency_us"] - row["default_us"]) > noise_us(copies, samples)):
         yield f"{where}: an effect must be beyond the noise of its samples to be one, but beyond_noise is {row['beyond_noise']}"
 
 

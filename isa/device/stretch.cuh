@@ -227,6 +227,7 @@ __device__ __forceinline__ void multiply_group(Consumer& c, const Task& task, Gr
     if (!EVEN && count % 2) {
       c.release_chunk(read);
       if (r + 1 < stop) read = sums.load(next, slot = c.wait_chunk(), 0, c.lane);
+      else next = {};  // registers that a path leaves as they were would be kept for good
       sums.add(now);
       now = next;
     }

@@ -34,7 +34,7 @@ def row(position: int = 16, latency_us: float = 600.0, **changes: Any) -> dict[s
 def effect(knob: str, value: str, latency_us: float = 600.0, **changes: Any) -> dict[str, Any]:
     """A line of what a knob does: beside a default of 600 us with a noise of 3 us."""
     measured = {
-        "knob": knob, "value": value, "default_us": 600.0, "default_samples_us": [600.0] * 5, "twin_samples_us": [603.0] * 5,
+        "knob": knob, "value": value, "default_us": 600.0, "copies_samples_us": [[598.5] * 5, [600.0] * 5, [601.5] * 5],
         "noise_us": 3.0, "effect_pct": 100 * (latency_us / 600 - 1), "noise_pct": 0.5,
         "beyond_noise": abs(latency_us - 600) > 3, "default_arena_bytes": 302720,
     }  # fmt: skip

@@ -33,8 +33,7 @@ def part(*rows: dict[str, Any], commit: str = "0123456789abcdef", utc: str = "20
 def two_parts() -> dict[str, Part]:
     slow = {
         "default_us": 610.0,
-        "default_samples_us": [610.0] * 5,
-        "twin_samples_us": [610.0] * 5,
+        "copies_samples_us": [[610.0] * 5] * 2,
         "effect_pct": 0.0,
         "beyond_noise": False,
     }

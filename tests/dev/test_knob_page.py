@@ -33,7 +33,7 @@ def test_the_largest_effect_beyond_the_noise_is_named_with_its_model_and_positio
 
 
 def test_each_model_has_a_column_with_ratios_to_its_own_default(tmp_path: Path) -> None:
-    half = {"default_us": 300.0, "default_samples_us": [300.0] * 5, "twin_samples_us": [300.0] * 5, "streamed_bytes": 10**9}
+    half = {"default_us": 300.0, "copies_samples_us": [[300.0] * 5] * 2, "streamed_bytes": 10**9}
     small = half | {"model": "smollm2-135m-shape", "floor_us": 10**9 / READS[1] * 1e-3, "effect_pct": 110.0, "pct_of_roofline": None}
     del small["pct_of_roofline"]
     rows = [effect("kernel_knobs.sync", '"tags"', 630.0), effect("kernel_knobs.sync", '"tags"', 630.0, **small)]

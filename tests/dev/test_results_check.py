@@ -93,8 +93,8 @@ def test_a_card_of_no_table_is_shown_as_itself(tmp_path: Path) -> None:
     [
         ({"beyond_noise": True}, "beyond the noise"),
         ({"effect_pct": 3.0}, "medians differ"),
-        ({"default_us": 590.0}, "median of its samples"),
-        ({"twin_samples_us": [600.0] * 5}, "beyond the noise"),
+        ({"default_us": 590.0}, "median of its copies"),
+        ({"copies_samples_us": [[600.0] * 5] * 3}, "beyond the noise"),
     ],
     ids=["no effect", "another effect", "another default", "less noise"],
 )
