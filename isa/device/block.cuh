@@ -279,7 +279,7 @@ struct Feeder {
     --under_way;
     return true;
   }
-  // Whether the chunk WATERMARK before the next one has not been released, and so none of those since.
+  // Whether the chunk WATERMARK before the next one has not been released, and so, as a rule, none of those since.
   __device__ __forceinline__ bool well_filled() const {
     const bool wraps = slot < WATERMARK;
     Barrier* empty = &b.barriers().empty[wraps ? slot + STAGES - WATERMARK : slot - WATERMARK];
