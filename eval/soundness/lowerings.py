@@ -77,4 +77,6 @@ def _config(random: Random) -> Config:
         stage_bytes=random.choice((0, 8192)),
         sync=random.choice(("counter", "counter", "tags")),
         kv_splits=random.choice((0, 1, 2)),
+        throttled_depth=random.choice((0, 1, 2)),
+        high_watermark=random.choice((0, 1, 3)),
     )
