@@ -51,12 +51,12 @@ def never(config: Config, machine: Machine) -> str | None:
     """Why a throttle that was asked for is none, as a sentence for the user; None where it is one, or none was asked for."""
     if machine.watermark or machine.prefill or not (config.throttled_depth or config.high_watermark):
         return None
-    depth = config.throttled_depth or USUAL.depth
-    if depth < machine.inflight:
+    if config.high_watermark >= machine.stages or 0 < config.throttled_depth < machine.inflight:
         return f"high_watermark: never reached: the ring has {machine.stages} stages"
     if not config.high_watermark:
         return None  # the way to ask for no throttle
-    return f"high_watermark: {config.high_watermark} stages asked for, but never throttled: no more than {depth} are copied at a time"
+    asked, most = config.high_watermark, machine.inflight
+    return f"high_watermark: {asked} stages asked for, but never throttled: no more than {most} are copied at a time"
 
 
 def _measured(spec: ModelSpec, target: Target) -> Throttle:

@@ -107,9 +107,11 @@ def test_users_are_told_of_a_throttle_that_is_none() -> None:
     assert told() == told(throttled_depth=1) == told(high_watermark=5) == []
     assert told(throttled_depth=3) == []  # asked for, and done
     assert told(high_watermark=31) == [f"high_watermark: never reached: the ring has {stages} stages"]
-    assert told(throttled_depth=4, high_watermark=5) == [
-        "high_watermark: 5 stages asked for, but never throttled: no more than 4 are copied at a time"
-    ]
+    for knobs, most in (({"throttled_depth": 4}, 3), ({"pipelining_depth": 2}, 2), ({"pipelining_depth": 1}, 1)):
+        why = f"high_watermark: 5 stages asked for, but never throttled: no more than {most} are copied at a time"
+        assert told(high_watermark=5, **knobs) == [why]
+    for knobs in ({"pipelining_depth": 2}, {"throttled_depth": 12}, {"throttled_depth": 1}):
+        assert told(high_watermark=31, **knobs) == [f"high_watermark: never reached: the ring has {stages} stages"]
     plain = Config(high_watermark=5, weight_feed="plain")
     said = notes(plain, lower(replace(TOY, dtype="fp16"), plain, TARGETS["t4"]))
     assert any(text.startswith("high_watermark") for text in said)
