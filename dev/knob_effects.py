@@ -54,18 +54,12 @@ SOME_OF: dict[str, tuple[Any, ...]] = {
     "smem_bytes_per_block": (32768, 65536, 131072),
     "kernel_knobs.stage_bytes": (8192, 24576, 32768),
     "kernel_knobs.release_early": (0, 4, 8),
-    "kernel_knobs.throttled_depth": (1, 2, 3),
     "kernel_knobs.high_watermark": (2, 4, 8),
     "kernel_knobs.kv_splits": (1, 4, 8),
     "kernel_knobs.weight_feed": ("cp_async", "plain"),  # auto is bulk where there is that
 }
-# Of a range, where every value is asked for: from end to end.
-WIDE = {
-    "pipelining_depth": (1, 2, 4, 8, 12),
-    "smem_bytes_per_block": (32768, 65536, 131072),
-    "kernel_knobs.throttled_depth": (1, 2, 3),
-    "kernel_knobs.high_watermark": (2, 3, 4, 5, 6, 8),
-}
+# Of a range that a search goes through in small steps, where every value is asked for: from end to end.
+WIDE = {"pipelining_depth": (1, 2, 4, 8, 12), "smem_bytes_per_block": (32768, 65536, 131072)}
 COPIES = 4  # of the default
 Row = dict[str, Any]
 
@@ -74,7 +68,7 @@ def other_values(knob: Knob, every: bool = False) -> list[Any]:
     """The values that are tried beside the default: two or three, or `every` choice (of a range some, of a set the empty one too)."""
     if knob.type == "set":
         return [*combinations(knob.choices, len(knob.choices) - 1), *([()] if every else [])]
-    tried = WIDE.get(knob.name, knob.choices) if every else SOME_OF.get(knob.name, knob.choices)
+    tried = (WIDE if every else SOME_OF).get(knob.name, knob.values)
     return [value for value in tried if value != knob.default]
 
 

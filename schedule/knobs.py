@@ -213,7 +213,7 @@ class Config:
         "int",
         0,
         "ring stages that are being copied at a time while high_watermark of them are not free; pipelining_depth or more never throttles; "
-        "0 is 2, 1 for small layers, and where a layer fits into the ring or copies are not bulk copies, no throttle",
+        "0 is 2, 1 for small layers, and no throttle for very small ones and for other feeds than bulk copies",
         "throttle, vm feeder",
         unit="stages",
         minimum=0,

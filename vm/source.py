@@ -54,8 +54,7 @@ def constants(program: Program, layout: SharedLayout, macros: dict[str, int]) ->
     return {
         "SMS": m.sms, "CONSUMER_WARPS": m.consumer_warps, "STAGES": m.stages, "STAGE_BYTES": m.stage_bytes, "SLOT_BYTES": m.slot_bytes,
         "INFLIGHT": m.inflight, "THROTTLED": m.throttled, "WATERMARK": 0 if macros["DRY_FEED"] else m.watermark,
-        "REDUCTION_SLOTS": m.reduction_slots,
-        "KV_LAG": m.kv_lag, "TAGS": m.tags,
+        "REDUCTION_SLOTS": m.reduction_slots, "KV_LAG": m.kv_lag, "TAGS": m.tags,
         "HIDDEN": m.hidden, "VOCAB": m.vocab, "KV_HEADS": m.kv_heads, "HEAD_DIM": m.head_dim,
         "HEAD_DIM_PADDED": m.padded_head_dim, "KV_BLOCKS": program.kv.rows // 16, "GROUP": group(program),
         "QK_NORM": m.qk_norm, "RMS_EPS": m.rms_eps, "COUNTERS": len(program.counters), "BUFFERS": len(program.buffers),

@@ -65,7 +65,7 @@ def _machine(program: Program) -> Iterator[Unsafe]:
         yield Unsafe("kind", f"{len(program.queues)} queues and {len(program.streams)} streams for {machine.sms} SMs")
     if machine.stages < 1 or machine.inflight < 1 or machine.reduction_slots < 1 or machine.consumer_warps < 1:
         yield Unsafe("deadlock", "the ring, the copies in flight and the reduction slots must each be at least one")
-    if machine.watermark and machine.throttled < 1 or machine.throttled and machine.watermark < 1:
+    if (machine.watermark > 0) != (machine.throttled > 0):
         yield Unsafe("deadlock", "a feeder that holds back must be allowed a copy, and know when it holds back")
     if not 0 <= machine.watermark < machine.stages:
         yield Unsafe("ring", f"a watermark of {machine.watermark} in a ring of {machine.stages} stages")

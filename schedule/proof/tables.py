@@ -148,9 +148,9 @@ def _stretch(machine: Machine, report: Report) -> None:
 
 def _throttle(machine: Machine, report: Report) -> None:
     """A feeder that holds back begins a copy at some time, looks at slots of the ring, and never waits for one that only it can fill."""
-    if machine.watermark == 0 and machine.throttled == 0:
+    if machine.watermark == machine.throttled == 0:
         return
-    if machine.watermark == 0 or machine.throttled == 0:
+    if 0 in (machine.watermark, machine.throttled):
         said = f"both be 0 or neither, but are {machine.throttled} and {machine.watermark}"
         report.add("deadlock", f"machine.throttled and machine.watermark must {said}: a feeder that may copy nothing waits forever")
     if _integer(machine.stages, 1, MOST) and machine.watermark >= machine.stages:

@@ -151,7 +151,8 @@ def test_a_ring_of_several_slots_fits_beside_the_rest_on_an_h200(spec: ModelSpec
     program = compile_program(spec, Config(), TARGETS["h200"], context=256, batch=batch, prefill=True)
     assert isinstance(program, Program), program
     machine = program.machine
-    assert machine.stages == machine.inflight >= 3
+    longest = batch == 128 and machine.stage_bytes > 20480  # its runs are of 6 fragments and more
+    assert machine.stages == machine.inflight >= (3 if longest else 4)
     assert shared_layout(program).total <= TARGETS["h200"].shared_bytes < shared_layout(program).total + machine.slot_bytes
 
 
