@@ -40,7 +40,7 @@ from amk.schedule.cost import streamed_bytes
 from amk.schedule.knobs import KNOBS, Config, Knob
 from amk.vm.interface import LaunchFailed
 
-MODELS = ("llama-3.2-1b-shape", "smollm2-135m-shape")
+MODELS = ("llama-3.2-1b-shape", "smollm2-135m-shape", "llama-3.2-1b-shape@int8", "llama-3.2-1b-shape@int4-g128")
 CONTEXT = 4096
 POSITION = 128
 # How attention is shared out matters more the later the position.

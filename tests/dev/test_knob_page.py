@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from amk.dev.knob_effects import other_values, share, shown
+from amk.dev.knob_effects import MODELS, other_values, share, shown
 from amk.dev.knob_page import NOTHING, page
 from amk.schedule.config import parse_config, with_value
 from amk.schedule.knobs import KNOBS, Config
 from amk.tests.dev.results_file import READS, effect, effects
 from amk.tests.dev.test_readme_table import folder
+
+
+NONE = "| not measured "
+OTHERS = NONE * (len(MODELS) - 1) + "|"  # of a page with lines of the first model alone
 
 
 def line_of(text: str, knob: str) -> str:
@@ -26,10 +30,10 @@ def test_the_largest_effect_beyond_the_noise_is_named_with_its_model_and_positio
     rows = [effect("kernel_knobs.sync", '"tags"', 630.0), effect("tiling.attention.kv_block", "16", 602.0)]
     rows += [effect("tiling.attention.kv_block", value, latency, position=1024) for value, latency in (("16", 540.8), ("64", 620.0))]
     text = page(folder(tmp_path, knob_effects_h200=effects(*rows)))
-    assert line_of(text, "kernel_knobs.sync").endswith('| `"tags"`: 630.0 us, **1.050** ± 0.005 of 600.0 | not measured |')
-    assert "| `16`: 540.8 us at 1024, **0.901** ± 0.005 of 600.0 | not measured |" in line_of(text, "tiling.attention.kv_block")
-    assert "| 602.0 us, 1.003 ± 0.005 of 600.0; 540.8 us at 1024, **0.901** ± 0.005 of 600.0 | not measured |" in text
-    assert line_of(text, "kernel_knobs.poll_sleep_ns").endswith("| not measured | not measured |")
+    assert line_of(text, "kernel_knobs.sync").endswith(f'| `"tags"`: 630.0 us, **1.050** ± 0.005 of 600.0 {OTHERS}')
+    assert f"| `16`: 540.8 us at 1024, **0.901** ± 0.005 of 600.0 {OTHERS}" in line_of(text, "tiling.attention.kv_block")
+    assert f"| 602.0 us, 1.003 ± 0.005 of 600.0; 540.8 us at 1024, **0.901** ± 0.005 of 600.0 {OTHERS}" in text
+    assert line_of(text, "kernel_knobs.poll_sleep_ns").endswith(f"{NONE}{OTHERS}")
 
 
 def test_each_model_has_a_column_with_ratios_to_its_own_default(tmp_path: Path) -> None:
@@ -39,7 +43,7 @@ def test_each_model_has_a_column_with_ratios_to_its_own_default(tmp_path: Path) 
     rows = [effect("kernel_knobs.sync", '"tags"', 630.0), effect("kernel_knobs.sync", '"tags"', 630.0, **small)]
     rows[1]["pct_of_roofline"] = 100 * rows[1]["floor_us"] / 630
     text = page(folder(tmp_path, knob_effects_h200=effects(*rows)))
-    assert "| knob | value | llama-3.2-1b-shape | smollm2-135m-shape |" in text
+    assert f"| knob | value | {' | '.join(MODELS)} |" in text
     assert "| 630.0 us, **1.050** ± 0.005 of 600.0 | 630.0 us, **2.100** ± 0.005 of 300.0 |" in text
 
 
@@ -54,9 +58,9 @@ def test_a_value_that_has_no_program_of_its_own_or_none_says_so(tmp_path: Path) 
     refused = same | {"value": "8", "reason": "kv_splits: must be less"}
     del refused["same_program_as"]
     text = page(folder(tmp_path, knob_effects_h200=effects(same, refused)))
-    assert line_of(text, "kernel_knobs.kv_splits").endswith("| not measured | not measured | not measured |")
-    assert "| `16` | not measured | not measured | as `0` |" in text
-    assert "| `8` | not measured | not measured | kv_splits: must be less |" in text
+    assert line_of(text, "kernel_knobs.kv_splits").endswith(f"{NONE}{NONE}{OTHERS}")
+    assert f"| `16` {NONE * len(MODELS)}| as `0` |" in text
+    assert f"| `8` {NONE * len(MODELS)}| kv_splits: must be less |" in text
 
 
 @pytest.mark.parametrize("every", [False, True])

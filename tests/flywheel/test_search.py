@@ -98,6 +98,55 @@ def test_no_trial_would_dethrone_the_best_and_none_between_two_kept_ones_was_bet
     assert best is not None and found["best_verdict"].items() <= best.items()
 
 
+def drifting(first_us: float, later_us: float, gain: float = 1.0) -> World:
+    """A card that is slower the first time it measures; then a program takes the same as any other, but for the default, which has no gain."""
+    asked: list[Candidate] = []
+
+    def evaluate(candidate: Candidate) -> Json:
+        asked.append(candidate)
+        us = first_us if len(asked) == 1 else later_us
+        return verdict_on(candidate, "correct", us if candidate.asked == config_dict(Config()) else us * gain, 0.1)
+
+    return evaluate
+
+
+def test_what_was_measured_later_and_so_seems_faster_is_not_kept(tmp_path: Path) -> None:
+    """Seen on a card: the default 268.4 us as the first, everything like it 265.6 after that."""
+    rows = run(tmp_path, drifting(268.4, 265.6), budget=6)["rows"]
+    assert [row["tag"] for row in rows] == ["kept"] + 5 * ["revert"]
+    (noted,) = [row for row in rows if any("incumbent" in note for note in row["notes"])]
+    assert noted["trial"] == 1 and "265.6 us" in noted["notes"][-1]  # once known, the lower time is to be beaten
+
+
+def test_a_gain_that_stays_when_the_incumbent_is_measured_again_is_kept(tmp_path: Path) -> None:
+    found = run(tmp_path, drifting(268.4, 265.6, gain=0.95), budget=6)
+    assert [row["tag"] for row in found["rows"]] == ["kept", "kept"] + 4 * ["revert"]
+    assert found["best_verdict"]["latency_us"] == pytest.approx(0.95 * 265.6)
+    assert found["rows"][1]["notes"] == read_trials(tmp_path / "runs")[1].verdict["notes"] != []
+
+
+def test_an_incumbent_that_fails_when_it_is_measured_again_is_beaten_in_the_time_it_had(tmp_path: Path) -> None:
+    calls: list[Candidate] = []
+
+    def world(candidate: Candidate) -> Json:
+        calls.append(candidate)
+        return verdict_on(candidate, "crash" if len(calls) == 3 else "correct", 100.0 / len(calls), 0.1)
+
+    assert [row["tag"] for row in run(tmp_path, world, budget=2)["rows"]] == ["kept", "kept"]
+    assert calls[2] is calls[0]
+
+
+def test_predictions_are_not_made_again(tmp_path: Path) -> None:
+    asked: list[str | None] = []
+
+    def world(candidate: Candidate) -> Json:
+        asked.append(candidate.facts.schedule_id)
+        return verdict_on(candidate, "correct", 100.0 / len(asked), 0.0) | {"latency_kind": "predicted", "latency_samples": None}
+
+    rows = run(tmp_path, world, budget=3)["rows"]
+    assert len(asked) == len(set(asked)) == 3 == sum(row["tag"] == "kept" for row in rows)
+
+
 @pytest.mark.parametrize("explore_fraction", (0.0, 0.35, 1.0))
 def test_no_program_is_tried_twice(tmp_path: Path, explore_fraction: float) -> None:
     ids = [row["schedule_id"] for row in run(tmp_path, card(1), explore_fraction=explore_fraction)["rows"]]
