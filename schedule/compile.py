@@ -231,6 +231,7 @@ def effective_config(config: Config, program: Program) -> dict[str, Any]:
     stage_bytes = max(size for size in STAGE_CHOICES if size <= m.stage_bytes)
     throttle = {"throttled_depth": m.throttled or m.inflight, "high_watermark": m.watermark}
     result["kernel_knobs"] |= {"weight_feed": program.device.weight_feed, "stage_bytes": stage_bytes, "kv_splits": splits} | throttle
+    result["kernel_knobs"]["reduction_slots"] = m.reduction_slots
     return result
 
 

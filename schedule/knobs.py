@@ -235,11 +235,11 @@ class Config:
     reduction_slots: int = _knob(
         "kernel_knobs.reduction_slots",
         "int",
-        4,
-        "tiles whose partial sums may wait for the storer",
-        "compile, vm storer",
+        0,
+        "tiles whose partial sums may wait for the storer, each in shared memory that the ring cannot have; 0 is 4, of a batch 1",
+        "settings, vm storer",
         unit="tiles",
-        choices=(1, 2, 4, 8),
+        choices=(0, 1, 2, 4, 8),
     )
     kv_splits: int = _knob(
         "kernel_knobs.kv_splits",

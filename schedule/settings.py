@@ -52,8 +52,14 @@ class Settings:
 
     @property
     def reduction_slots(self) -> int:
-        """As the config says; nobody uses any where no product is stored, as for prefill."""
-        return 1 if self.prefill else self.config.reduction_slots
+        """As the config says; nobody uses any where no product is stored, as for prefill.
+
+        Of one token they cost next to nothing, and any number is as fast. Those of a batch are larger: one of them and a ring of one or two
+        stages more are 1.6 % faster than four at the 1B on an H200 (docs/performance-log.md, v15).
+        """
+        if self.prefill:
+            return 1
+        return self.config.reduction_slots or (4 if self.batch == 1 else 1)
 
     @property
     def tiles_per_unit(self) -> int:

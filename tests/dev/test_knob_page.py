@@ -13,7 +13,6 @@ from amk.schedule.knobs import KNOBS, Config
 from amk.tests.dev.results_file import READS, effect, effects
 from amk.tests.dev.test_readme_table import folder
 
-
 NONE = "| not measured "
 OTHERS = NONE * (len(MODELS) - 1) + "|"  # of a page with lines of the first model alone
 

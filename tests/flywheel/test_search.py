@@ -99,7 +99,7 @@ def test_no_trial_would_dethrone_the_best_and_none_between_two_kept_ones_was_bet
 
 
 def drifting(first_us: float, later_us: float, gain: float = 1.0) -> World:
-    """A card that is slower the first time it measures; then a program takes the same as any other, but for the default, which has no gain."""
+    """A card that is slower the first time it measures. All programs but the default have the gain."""
     asked: list[Candidate] = []
 
     def evaluate(candidate: Candidate) -> Json:

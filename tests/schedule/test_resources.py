@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 
 from amk.isa.abi import TASK_BYTES
+from amk.isa.machine import Machine
 from amk.isa.weight_format import FORMATS
 from amk.models.builtin import RANDOM
 from amk.models.quantised_weights import with_weights
 from amk.models.registry import describe, resolve
-from amk.schedule.compile import compile_program, lower
+from amk.schedule.compile import compile_program, effective_config, lower
 from amk.schedule.knobs import Config
 from amk.schedule.model import ModelSpec, matrices_bytes
 from amk.schedule.program import Program
@@ -53,6 +54,23 @@ def test_ring_of_stages_that_are_no_multiple_of_a_task_record_fits_the_card(smem
         total, slot = shared_layout(found).total, found.machine.slot_bytes
         assert slot == 8224 and slot % TASK_BYTES
         assert total <= shared_bytes < total + slot + TASK_BYTES
+
+
+@pytest.mark.parametrize(("batch", "slots"), [(1, 4), (8, 1), (16, 1)])
+def test_reduction_slots_that_nobody_asked_for_cost_the_ring_no_stage(batch: int, slots: int) -> None:
+    def machine(asked: int) -> Machine:
+        return lower(LLAMA_1B, Config(reduction_slots=asked), TARGETS["h200"], context=1024, batch=batch).machine
+
+    assert (machine(0).reduction_slots, machine(2).reduction_slots) == (slots, 2)
+    assert machine(0).stages == machine(1).stages
+    assert machine(8).stages < machine(0).stages or batch == 1
+
+
+def test_the_effective_config_has_the_slots_of_the_program() -> None:
+    for batch, asked, slots in ((1, 0, 4), (8, 0, 1), (8, 2, 2)):
+        program = lower(replace(TOY, dtype="bf16"), Config(reduction_slots=asked), TARGETS["h200"], batch=batch)
+        effective = effective_config(Config(reduction_slots=asked), program)
+        assert effective["kernel_knobs"]["reduction_slots"] == program.machine.reduction_slots == slots
 
 
 def test_ring_asked_for_is_the_ring_in_whole_stages() -> None:
