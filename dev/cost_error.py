@@ -42,12 +42,12 @@ def predicted(row: Row, gpu: str, bandwidth_gbs: float) -> float:
 
 
 def lines(files: Sequence[Path]) -> Iterator[tuple[Row, float]]:
-    """Every line of the files with its prediction; not those that are marked as of earlier code."""
+    """Every line of one sequence in the files with its prediction; not those that are marked as of earlier code."""
     for file in files:
         found = json.loads(file.read_text(encoding="utf-8"))
         gpu = next(part for part in file.stem.split("-") if part in TARGETS)
         for row in [*found.get("latency", ()), *found.get("knobs", ()), *found.get("rows", ())]:
-            if row["latency_us"] is not None and "earlier" not in row:
+            if row["latency_us"] is not None and "earlier" not in row and row.get("batch", 1) == 1:
                 yield row, predicted(row, gpu, max(found["plain_read_gbs"]))
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from amk.dev.version import code_digest
+from amk.eval.batch_oracle import judge_batch
 from amk.eval.candidate import Candidate
 from amk.eval.oracle import judge
 from amk.eval.session import Session
 from amk.vm.cuda import UnprovenCudaVM
-from amk.vm.interface import DecodeMachine
 
 RUNS, STEPS, PROMPT = 3, 24, 8  # launches whose bits are compared; their tokens, and how many of those are given
 
@@ -71,7 +71,7 @@ def judgement(session: Session, machine: UnprovenCudaVM) -> dict[str, Any]:
     """What the oracle finds of a machine that is correct; NotCorrect otherwise."""
     reference = session.reference(machine.program)
     session.progress("judging against the source model")
-    finding = judge(machine, reference)
+    finding = judge(machine, reference) if machine.batch == 1 else judge_batch(machine, reference)
     if not finding.correct:
         raise NotCorrect("; ".join(finding.failures))
     return {"correct": finding.correct, "tolerance_used": finding.tolerance_used, "judged_positions": len(finding.positions)}
@@ -86,10 +86,17 @@ def judged_before(known: Mapping[str, Any], before: Mapping[str, Any] | None) ->
     }
 
 
-def same_bits(machine: DecodeMachine, vocab: int, runs: int = RUNS) -> str:
-    """SHA-256 of the tokens and logits of one sequence, which must be the same in each of `runs` launches: NotCorrect otherwise."""
-    prompt = [(7919 * i + 1) % vocab for i in range(PROMPT)]
-    found = [_digest(machine.decode(prompt, 0, steps=min(STEPS, machine.context), logits=True)) for _ in range(runs)]
+def same_bits(machine: UnprovenCudaVM, vocab: int, runs: int = RUNS) -> str:
+    """SHA-256 of tokens and logits, which must be the same in each of `runs` launches: NotCorrect otherwise.
+
+    Each row of a batch has a prompt of its own.
+    """
+    prompts = [[(7919 * i + row + 1) % vocab for i in range(PROMPT)] for row in range(machine.batch)]
+    steps = min(STEPS, machine.context)
+    if machine.batch == 1:
+        found = [_digest(machine.decode(prompts[0], 0, steps=steps, logits=True)) for _ in range(runs)]
+    else:
+        found = [_digest(machine.decode_batch(prompts, [0] * machine.batch, steps=steps, logits=True)) for _ in range(runs)]
     if len(set(found)) != 1:
         raise NotCorrect(f"{runs} launches of the same tokens must give the same bits, but gave {len(set(found))} different outputs")
     return found[0]

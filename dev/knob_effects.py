@@ -1,6 +1,8 @@
 """What each knob does on the live card: some of its values, in turns with the default. Writes results/knob-effects-CARD.json.
 
-    python amk_bootstrap.py amk.dev.knob_effects [--models A,B] [--knobs NAME,NAME] [--share K/N] [--all] [--again] [--out FILE]
+    python amk_bootstrap.py amk.dev.knob_effects [--models "A,B,B x8"] [--knobs NAME,NAME] [--share K/N] [--all] [--again] [--out FILE]
+
+A model's name with x8 or x16 behind it is a batch of as many sequences, and its times are of a step of all of them.
 
 Kernels are built ahead, in a process a core. Every program is judged by the oracle before it is timed. One knob's values are timed in one
 round: four copies of the default in different places in memory, each value, and again. How far apart the copies are, or what the samples
@@ -31,6 +33,7 @@ from amk.dev.knob_file import Keeper
 from amk.dev.noise import noise_us, usual_us
 from amk.dev.on_card import on_card, require_card
 from amk.dev.prebuild import Build, ahead
+from amk.dev.subject import Subject, subject_of
 from amk.eval.bench import interleaved, launch_start, launch_us, refuse_company
 from amk.eval.candidate import Candidate
 from amk.eval.card import choose
@@ -40,7 +43,14 @@ from amk.schedule.cost import streamed_bytes
 from amk.schedule.knobs import KNOBS, Config, Knob
 from amk.vm.interface import LaunchFailed
 
-MODELS = ("llama-3.2-1b-shape", "smollm2-135m-shape", "llama-3.2-1b-shape@int8", "llama-3.2-1b-shape@int4-g128")
+SUBJECTS = (
+    Subject("llama-3.2-1b-shape"),
+    Subject("smollm2-135m-shape"),
+    Subject("llama-3.2-1b-shape@int8"),
+    Subject("llama-3.2-1b-shape@int4-g128"),
+    Subject("llama-3.2-1b-shape", 8),
+    Subject("llama-3.2-1b-shape", 16),
+)
 CONTEXT = 4096
 POSITION = 128
 # How attention is shared out matters more the later the position.
@@ -109,19 +119,20 @@ def timed_rows(held: Sequence[tuple[Row, JudgedMachine]], defaults: Sequence[Jud
 
 @dataclass
 class Bench:
-    """One model on the card: copies of its default, in different places in memory."""
+    """One subject on the card: copies of its default, in different places in memory."""
 
+    subject: Subject
     session: Session
     defaults: Sequence[JudgedMachine]
 
     @classmethod
-    def of(cls, session: Session, default: Candidate) -> Bench:
+    def of(cls, subject: Subject, session: Session, default: Candidate) -> Bench:
         """Every second copy has weights of its own, the others those of the copy before."""
         copies: list[JudgedMachine] = []
         for number in range(COPIES):
             before, beside = (copies[0].facts if copies else None), (copies[-1].machine if number % 2 else None)
             copies.append(judged(session, default, "default", before, beside))
-        return cls(session, copies)
+        return cls(subject, session, copies)
 
     def close(self) -> None:
         for entry in reversed(self.defaults):
@@ -134,7 +145,7 @@ class Bench:
         seen = {self.defaults[0].facts["schedule_id"]: shown(knob.default)}
         try:
             for value, candidate in values.items():
-                head = {"model": self.session.model.spec.name, "knob": knob.name, "value": value}
+                head = {"model": self.subject.model, "batch": self.subject.batch, "knob": knob.name, "value": value}
                 same = seen.get(candidate.facts.schedule_id or "")
                 if same is not None:
                     rows.append(head | {"latency_us": None, "same_program_as": same})
@@ -165,43 +176,43 @@ class Bench:
 Values = Mapping[Knob, Sequence[Any]]  # of each knob, those that are tried
 
 
-def configs(model: str, tried: Values) -> dict[tuple[str, str, str], dict[str, Any]]:
-    """The configs of a model by model, knob and value; the default's under the empty name."""
+def configs(subject: Subject, tried: Values) -> dict[tuple[Subject, str, str], dict[str, Any]]:
+    """The configs of a subject by subject, knob and value; the default's under the empty name."""
     found = {
         (knob.name, shown(value)): config_dict(with_value(Config(), knob.name, value)) for knob, values in tried.items() for value in values
     }
-    return {(model, "", ""): {}} | {(model, *key): config for key, config in found.items()}
+    return {(subject, "", ""): {}} | {(subject, *key): config for key, config in found.items()}
 
 
-def left(model: str, tried: Values, keeper: Keeper) -> Values:
-    """Those knobs of a model that the keeper has not, or not with all of these values."""
-    return {knob: values for knob, values in tried.items() if not keeper.has(model, knob.name, list(map(shown, values)))}
+def left(subject: Subject, tried: Values, keeper: Keeper) -> Values:
+    """Those knobs of a subject that the keeper has not, or not with all of these values."""
+    return {knob: values for knob, values in tried.items() if not keeper.has(subject, knob.name, list(map(shown, values)))}
 
 
-def measure(todo: Mapping[str, Values], keeper: Keeper) -> None:
-    """Measures the knobs of each model, one after the other, and gives the rows of each to the keeper."""
+def measure(todo: Mapping[Subject, Values], keeper: Keeper) -> None:
+    """Measures the knobs of each subject, one after the other, and gives the rows of each to the keeper."""
     place = choose(None, "cuda")
     refuse_company(context=False)
-    wanted = {key: config for model, tried in todo.items() for key, config in configs(model, tried).items()}
-    with ahead([Build(model, config, CONTEXT) for (model, _, _), config in wanted.items()], place) as futures:
+    wanted = {key: config for subject, tried in todo.items() for key, config in configs(subject, tried).items()}
+    with ahead([Build(s.model, config, CONTEXT, batch=s.batch) for (s, _, _), config in wanted.items()], place) as futures:
         cases = dict(zip(wanted, futures, strict=True))
-        for model, tried in todo.items():
-            session = Session(model, place, partial(say, model))
-            bench = Bench.of(session, cases[model, "", ""].result())
-            keeper.begin(bench.defaults[0].facts | {"context": CONTEXT}, session.bandwidth())
+        for subject, tried in todo.items():
+            session = Session(subject.model, place, partial(say, subject))
+            bench = Bench.of(subject, session, cases[subject, "", ""].result())
+            keeper.begin(bench.defaults[0].facts | {"batch": subject.batch, "context": CONTEXT}, session.bandwidth())
             for knob, values in tried.items():
-                rows = bench.knob_rows(knob, {shown(value): cases[model, knob.name, shown(value)].result() for value in values})
-                keeper.take(model, knob.name, rows)
+                rows = bench.knob_rows(knob, {shown(value): cases[subject, knob.name, shown(value)].result() for value in values})
+                keeper.take(subject, knob.name, rows)
                 print(*map(line, rows), sep="\n", flush=True)
             bench.close()
 
 
-def say(model: str, text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {model}: {text}", file=sys.stderr, flush=True)
+def say(subject: Subject, text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {subject}: {text}", file=sys.stderr, flush=True)
 
 
 def line(row: Row) -> str:
-    head = f"{row['model']:20} {row['knob']:28} {row['value']:22}"
+    head = f"{subject_of(row)!s:20} {row['knob']:28} {row['value']:22}"
     if row["latency_us"] is None:
         return f"{head} " + (f"same program as {row['same_program_as']}" if "same_program_as" in row else row["reason"])
     beyond = "" if row["beyond_noise"] else ", within the noise"
@@ -218,14 +229,14 @@ def share(text: str, knobs: Sequence[Knob]) -> list[Knob]:
 def main() -> None:
     names = [knob.name for knob in KNOBS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=",".join(MODELS), help="some of the models, with commas between them")
+    parser.add_argument("--models", default=",".join(map(str, SUBJECTS)), help="some of the models, with commas between them")
     parser.add_argument("--knobs", default=",".join(names), help="some of the knobs, with commas between them")
     parser.add_argument("--share", default="1/1", help="K/N: the Kth of N equal parts of these knobs")
     parser.add_argument("--all", action="store_true", help="every value that is offered, not two or three a knob")
     parser.add_argument("--again", action="store_true", help="what the results file has of this commit and card too")
     parser.add_argument("--out", type=Path, help="the results file; results/knob-effects-CARD.json where none is named")
     asked = parser.parse_args()
-    models, named = chosen(parser, "models", asked.models, MODELS), chosen(parser, "knobs", asked.knobs, names)
+    models, named = chosen(parser, "models", asked.models, list(map(str, SUBJECTS))), chosen(parser, "knobs", asked.knobs, names)
     try:
         knobs = share(asked.share, [knob for knob in KNOBS if knob.name in named])
     except ValueError as problem:
@@ -235,8 +246,9 @@ def main() -> None:
     with on_card("knob_effects"):
         keeper = Keeper(asked.out or Path("results") / f"knob-effects-{choose(None, 'cuda').target.name}.json")
         tried = {knob: other_values(knob, asked.all) for knob in knobs}
-        todo = {model: tried if asked.again else left(model, tried, keeper) for model in models}
-        measure({model: some for model, some in todo.items() if some}, keeper)
+        subjects = [subject for subject in SUBJECTS if str(subject) in models]
+        todo = {subject: tried if asked.again else left(subject, tried, keeper) for subject in subjects}
+        measure({subject: some for subject, some in todo.items() if some}, keeper)
     if keeper.failed:
         print(f"knob_effects: {len(keeper.failed)} values are not correct or not honest; see {keeper.path}", file=sys.stderr)
         sys.exit(1)

@@ -20,6 +20,7 @@ from typing import Any
 from amk.dev.judged import IDENTITY
 from amk.dev.provenance import provenance, write_json, write_results
 from amk.dev.results_check import card_name, honest_rows
+from amk.dev.subject import Subject, subject_of
 from amk.dev.version import config_digest
 from amk.schedule.config import with_value
 from amk.schedule.knobs import KNOBS, Config
@@ -44,9 +45,14 @@ def is_known(commit: str) -> bool:
 
 
 def in_order(rows: Sequence[Row]) -> list[Row]:
-    """Lines by model, and by knob as in the table of knobs."""
+    """Lines by subject, and by knob as in the table of knobs."""
     order = {knob.name: number for number, knob in enumerate(KNOBS)}
-    return sorted(rows, key=lambda row: (row["model"], order[row["knob"]]))
+    return sorted(rows, key=lambda row: (subject_of(row), order[row["knob"]]))
+
+
+def knob_of(row: Row) -> tuple[Subject, str]:
+    """Whose knob, and which one, a line is about."""
+    return subject_of(row), row["knob"]
 
 
 def read_part(path: Path) -> Row:
@@ -98,19 +104,19 @@ class Keeper:
             self.reads, self.defaults, self.found = before["plain_read_gbs"], before["defaults"], before["rows"]
 
     def begin(self, default: Row, gbs: float) -> None:
-        """A model's default program, and the plain read of its process, GB/s."""
+        """A subject's default program, and the plain read of its process, GB/s."""
         self.reads.append(gbs)
-        self.defaults = [*(row for row in self.defaults if row["model"] != default["model"]), default]
+        self.defaults = [*(row for row in self.defaults if subject_of(row) != subject_of(default)), default]
 
-    def take(self, model: str, knob: str, rows: Sequence[Row]) -> None:
-        """Takes the lines of a model's knob in place of those that it had."""
-        others = [row for row in self.found if (row["model"], row["knob"]) != (model, knob)]
+    def take(self, subject: Subject, knob: str, rows: Sequence[Row]) -> None:
+        """Takes the lines of a subject's knob in place of those that it had."""
+        others = [row for row in self.found if knob_of(row) != (subject, knob)]
         self.found = in_order([*others, *rows])
         write_results(self.path, {"plain_read_gbs": self.reads, "defaults": self.defaults, "rows": self.found})
 
-    def has(self, model: str, knob: str, values: Sequence[str]) -> bool:
-        """Whether each of these values (as shown) of a model's knob has been measured."""
-        return {row["value"] for row in self.found if (row["model"], row["knob"]) == (model, knob)} >= set(values)
+    def has(self, subject: Subject, knob: str, values: Sequence[str]) -> bool:
+        """Whether each of these values (as shown) of a subject's knob has been measured."""
+        return {row["value"] for row in self.found if knob_of(row) == (subject, knob)} >= set(values)
 
     @property
     def failed(self) -> list[Row]:
@@ -160,8 +166,8 @@ def with_earlier(whole: Mapping[str, Any], name: str, before: Mapping[str, Any])
         "cards and driver", {kind: sorted(origin_of(file["provenance"])[1]) for kind, file in (("the parts", whole), (name, before))}
     )
     _require_known({name: before})
-    present = {(row["model"], row["knob"]) for row in whole["rows"]}
-    kept = [row | {"earlier": _commit_of(row, before)} for row in before["rows"] if (row["model"], row["knob"]) not in present]
+    present = set(map(knob_of, whole["rows"]))
+    kept = [row | {"earlier": _commit_of(row, before)} for row in before["rows"] if knob_of(row) not in present]
     if unknown := [row["earlier"] for row in kept if not is_known(row["earlier"])]:
         raise Unlike(f"{name}: must be of commits without changes, but has lines of {unknown[0]}")
     reads = before["plain_read_gbs"] if kept else []
@@ -186,12 +192,12 @@ def _require_known(parts: Mapping[str, Mapping[str, Any]]) -> None:
     """Unlike if a line is of no knob, or of a model whose default program its part does not name."""
     knobs = {knob.name for knob in KNOBS}
     for name, part in parts.items():
-        models = {row["model"] for row in part["defaults"]}
+        subjects = set(map(subject_of, part["defaults"]))
         for row in part["rows"]:
             if row["knob"] not in knobs:
                 raise Unlike(f"{name}: must have lines of knobs, but has one of {row['knob']}")
-            if row["model"] not in models:
-                raise Unlike(f"{name}: must have the default of {row['model']}, whose knobs it has")
+            if subject_of(row) not in subjects:
+                raise Unlike(f"{name}: must have the default of {subject_of(row)}, whose knobs it has")
 
 
 def _require_present(parts: Mapping[str, Mapping[str, Any]]) -> None:
@@ -202,39 +208,41 @@ def _require_present(parts: Mapping[str, Mapping[str, Any]]) -> None:
     made_of = cache(_made)  # a knob's default and its values stand in lines of several positions
     for name, part in parts.items():
         card = card_name(part["provenance"]["cards"][0]["name"])
-        contexts = {row["model"]: row["context"] for row in part["defaults"]}
+        contexts = {subject_of(row): row["context"] for row in part["defaults"]}
         for row in part["rows"]:
-            made = partial(made_of, row["model"], row["knob"], card, contexts[row["model"]])
+            subject = subject_of(row)
+            made = partial(made_of, subject, row["knob"], card, contexts[subject])
             present = made(row["value"])
             stated = made(row["same_program_as"]) if "same_program_as" in row else row.get("code_sha256")
             if not present or stated != present:
                 either = "must be the same in every part, or every line's program and kernel those of the code at hand"
-                raise Unlike(f"commit: {either}, but {row['knob']}={row['value']} of {row['model']} in {name} has others")
+                raise Unlike(f"commit: {either}, but {row['knob']}={row['value']} of {subject} in {name} has others")
 
 
-def _made(model: str, knob: str, card: str, context: int, shown: str) -> str:
+def _made(subject: Subject, knob: str, card: str, context: int, shown: str) -> str:
     """The digest of what the code at hand makes of one value of a knob, as a line shows it; empty if that is refused."""
     value = json.loads(shown)
-    return config_digest(model, with_value(Config(), knob, tuple(value) if isinstance(value, list) else value), card, context)
+    config = with_value(Config(), knob, tuple(value) if isinstance(value, list) else value)
+    return config_digest(subject.model, config, card, context, subject.batch)
 
 
 def _require_apart(parts: Mapping[str, Mapping[str, Any]]) -> None:
-    """Unlike if a model's knob is in two parts."""
-    owner: dict[tuple[str, str], str] = {}
+    """Unlike if a subject's knob is in two parts."""
+    owner: dict[tuple[Subject, str], str] = {}
     for name, part in parts.items():
-        for model, knob in {(row["model"], row["knob"]) for row in part["rows"]}:
-            if (other := owner.setdefault((model, knob), name)) != name:
-                raise Unlike(f"{knob} of {model}: must be in one part, but is in {other} and {name}")
+        for subject, knob in set(map(knob_of, part["rows"])):
+            if (other := owner.setdefault((subject, knob), name)) != name:
+                raise Unlike(f"{knob} of {subject}: must be in one part, but is in {other} and {name}")
 
 
 def _defaults(parts: Mapping[str, Mapping[str, Any]]) -> list[Row]:
-    """A model's default program, which must be the same in every part that has the model."""
+    """A subject's default program, which must be the same in every part that has the subject."""
     lines = [(name, row) for name, part in parts.items() for row in part["defaults"]]
     found = []
-    for model in sorted({row["model"] for _, row in lines}):
-        mine = {name: row for name, row in lines if row["model"] == model}
+    for subject in sorted({subject_of(row) for _, row in lines}):
+        mine = {name: row for name, row in lines if subject_of(row) == subject}
         for field in SAME_DEFAULT:
-            _require_one(f"{field} of {model}'s default", {name: row.get(field) for name, row in mine.items()})
+            _require_one(f"{field} of {subject}'s default", {name: row.get(field) for name, row in mine.items()})
         found.append(next(iter(mine.values())))
     return found
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from amk.dev.knob_effects import MODELS, POSITION
+from amk.dev.knob_effects import POSITION, SUBJECTS
 from amk.dev.results_check import honest_rows
+from amk.dev.subject import Subject, subject_of
 from amk.dev.table import EARLIER, is_present, origin, table_of
 from amk.schedule.knobs import KNOBS, Knob
 
@@ -18,8 +19,8 @@ HEAD = """# What each knob does
 Rendered by `dev/knob_page.py` from the results of `dev/knob_effects.py`. Each value of a knob is timed in turns with the default,
 everything else being the default's. A cell has the time of a token in us, its ratio to the default of the same run ± the noise of that
 round, and the default's time; above 1 is slower. A ratio is **bold** where it is beyond the noise: what the samples scatter, or how far
-apart copies of the default in different places in memory are, whichever is more. The position is 128 where none is named. The choices
-themselves are in [knobs.md](knobs.md)."""
+apart copies of the default in different places in memory are, whichever is more. The position is 128 where none is named; x8 and x16 are
+batches of as many sequences, and the time is that of a step of all of them. The choices themselves are in [knobs.md](knobs.md)."""
 NOTHING = "*Nothing is measured yet: there is no `results/knob-effects-CARD.json`.*"
 Row = dict[str, Any]
 
@@ -38,9 +39,10 @@ def page(results: Path) -> str:
 def _file_part(path: Path) -> str:
     data = json.loads(path.read_text(encoding="utf-8"))
     rows = honest_rows(path.name, data, "rows")
-    models = list(dict.fromkeys([*MODELS, *sorted(row["model"] for row in rows)]))
-    most = [table_of(("knob: largest effect", *models), ((f"`{k.name}`", *(_most(k, rows, model) for model in models)) for k in KNOBS))]
-    values = [table_of(("knob", "value", *models), _value_lines(rows, models))]
+    subjects = list(dict.fromkeys([*SUBJECTS, *sorted(map(subject_of, rows))]))
+    columns = list(map(str, subjects))
+    most = [table_of(("knob: largest effect", *columns), ((f"`{k.name}`", *(_most(k, rows, each) for each in subjects)) for k in KNOBS))]
+    values = [table_of(("knob", "value", *columns), _value_lines(rows, subjects))]
     notes = _older_lines(rows)
     return "\n\n".join([f"{origin(path.name, data, '../results')}{_parts(data)}{_earlier(path, data)}", *most, *notes, *values, *notes])
 
@@ -58,7 +60,7 @@ def _parts(data: dict[str, Any]) -> str:
 def _earlier(path: Path, data: dict[str, Any]) -> str:
     """Said of a file whose default programs are not what the code at hand compiles."""
     card = path.stem.removeprefix("knob-effects-")
-    old = [row["model"] for row in data["defaults"] if not is_present(row, card)]
+    old = [str(subject_of(row)) for row in data["defaults"] if not is_present(row, card)]
     return f" Measured at an earlier version of the program or its kernel: {', '.join(sorted(old))}." if old else ""
 
 
@@ -72,9 +74,9 @@ def _star(row: Row) -> str:
     return "\\*" if "earlier" in row else ""
 
 
-def _most(knob: Knob, rows: Sequence[Row], model: str) -> str:
-    """The largest effect of some value of the knob on a model, at each position; of the arena's size too."""
-    mine = [row for row in rows if (row["knob"], row["model"]) == (knob.name, model)]
+def _most(knob: Knob, rows: Sequence[Row], subject: Subject) -> str:
+    """The largest effect of some value of the knob on a subject, at each position; of the arena's size too."""
+    mine = [row for row in rows if (row["knob"], subject_of(row)) == (knob.name, subject)]
     timed = [row for row in mine if row["latency_us"] is not None]
     found = []
     for position in sorted({row["position"] for row in timed}):
@@ -93,14 +95,14 @@ def _arena(row: Row) -> str:
     return f"arena {row['arena_bytes']} bytes of {row['default_arena_bytes']}"
 
 
-def _value_lines(rows: Sequence[Row], models: Sequence[str]) -> Iterator[Sequence[str]]:
+def _value_lines(rows: Sequence[Row], subjects: Sequence[Subject]) -> Iterator[Sequence[str]]:
     order = {knob.name: number for number, knob in enumerate(KNOBS)}
     for knob, value in dict.fromkeys((row["knob"], row["value"]) for row in sorted(rows, key=lambda row: order[row["knob"]])):
         mine = [row for row in rows if (row["knob"], row["value"]) == (knob, value)]
         yield (
             f"`{knob}`",
             f"`{value}`",
-            *("; ".join(_cell(row) for row in mine if row["model"] == model) or "not measured" for model in models),
+            *("; ".join(_cell(row) for row in mine if subject_of(row) == subject) or "not measured" for subject in subjects),
         )
 
 

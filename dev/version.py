@@ -31,9 +31,9 @@ def present_digest(model: str, card: str, context: int, batch: int = 1, prefill:
     return _digest(compile_program(describe(model), Config(), TARGETS[card], context=context, batch=batch, prefill=prefill))
 
 
-def config_digest(model: str, config: Config, card: str, context: int) -> str:
+def config_digest(model: str, config: Config, card: str, context: int, batch: int = 1) -> str:
     """The same of a program with another config."""
-    return _digest(compile_program(describe(model), config, TARGETS[card], context=context))
+    return _digest(compile_program(describe(model), config, TARGETS[card], context=context, batch=batch))
 
 
 def _digest(program: Program | Sequence[Rejection]) -> str:

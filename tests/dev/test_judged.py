@@ -12,7 +12,7 @@ from amk.vm.interface import Decoded
 class Machine:
     """Gives the same logits each time, but for the last bit of one in the launch `odd`."""
 
-    context = 64
+    context, batch = 64, 1
 
     def __init__(self, odd: int | None) -> None:
         self.odd, self.launches = odd, 0
@@ -34,6 +34,26 @@ def test_equal_bits_have_one_digest() -> None:
 def test_one_bit_in_one_launch_is_refused(odd: int) -> None:
     with pytest.raises(NotCorrect, match="same bits"):
         same_bits(Machine(odd), 11)  # type: ignore[arg-type]
+
+
+class Batch(Machine):
+    """Two rows side by side."""
+
+    batch = 2
+
+    def decode_batch(self, tokens: list[list[int]], positions: list[int], *, steps: int, logits: bool) -> Decoded:
+        assert len(tokens) == len(positions) == 2 and tokens[0] != tokens[1]
+        return self.decode(tokens[0], positions[0], steps=steps, logits=logits)
+
+
+@pytest.mark.parametrize("odd", [None, 1])
+def test_a_batch_runs_as_often(odd: int | None) -> None:
+    machine = Batch(odd)
+    if odd is None:
+        assert same_bits(machine, 11) and machine.launches == 3  # type: ignore[arg-type]
+        return
+    with pytest.raises(NotCorrect, match="same bits"):
+        same_bits(machine, 11)  # type: ignore[arg-type]
 
 
 KNOWN = dict.fromkeys(IDENTITY, "x")

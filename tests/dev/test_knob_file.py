@@ -14,6 +14,7 @@ import amk.dev.knob_file
 from amk.dev.knob_file import Keeper, Unlike, merged, parts_at, with_earlier
 from amk.dev.knob_page import page
 from amk.dev.provenance import write_json
+from amk.dev.subject import Subject
 from amk.dev.version import config_digest
 from amk.schedule.config import parse_config
 from amk.schedule.knobs import Config
@@ -21,6 +22,8 @@ from amk.tests.dev.results_file import effect, effects
 from amk.tests.dev.test_readme_table import folder
 
 ONE_B = "llama-3.2-1b-shape"
+OF_ONE, OF_EIGHT = Subject(ONE_B), Subject(ONE_B, 8)
+SYNC = "kernel_knobs.sync"
 Part = dict[str, Any]
 
 
@@ -226,6 +229,53 @@ def test_a_file_of_earlier_code_that_does_not_belong_to_the_parts_is_refused(spo
         with_earlier(merged(two_parts()), "old.h200.json", data)
 
 
+def of_eight(data: Part) -> Part:
+    """The part, as of a batch of eight; a batch's default has other output bits than one sequence's."""
+    lines = {key: [row | {"batch": 8} for row in data[key]] for key in ("defaults", "rows")}
+    return data | lines | {"defaults": [row | {"outputs_sha256": "of eight"} for row in lines["defaults"]]}
+
+
+def test_a_batch_is_not_its_model(tmp_path: Path) -> None:
+    """It has a default and lines of its own, in one part or two, and a column of its own."""
+    one, eight = part(effect(SYNC, '"tags"', 630.0)), of_eight(part(effect(SYNC, '"tags"', 660.0)))
+    whole = merged({"a.h200.json": one, "b.h200.json": eight})
+    assert [row.get("batch", 1) for row in whole["rows"]] == [1, 8] and len(whole["defaults"]) == 2
+    text = page(folder(tmp_path, knob_effects_h200=whole))
+    line = next(line for line in text.splitlines() if line.startswith(f'| `{SYNC}` | `"tags"` |'))
+    assert "| 630.0 us, **1.050**" in line and "| 660.0 us, **1.100**" in line and f"| {OF_EIGHT} |" in text
+    with pytest.raises(Unlike, match=f"{SYNC} of {OF_EIGHT}: must be in one part"):
+        merged({"a.h200.json": eight, "b.h200.json": of_eight(part(effect(SYNC, '"tags"', 650.0)))})
+    with pytest.raises(Unlike, match=f"must have the default of {OF_EIGHT}"):
+        merged({"a.h200.json": eight | {"defaults": one["defaults"]}})
+    assert [row.get("batch", 1) for row in with_earlier(merged({"a.h200.json": one}), "old.h200.json", eight)["rows"]] == [1, 8]
+
+
+def test_a_run_keeps_a_batch_beside_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    came = part()["provenance"]
+    monkeypatch.setattr(amk.dev.knob_file, "provenance", lambda: came)
+    monkeypatch.setattr(amk.dev.knob_file, "write_results", lambda path, data: write_json(path, {"provenance": came, **data}))
+    keeper = Keeper(tmp_path / "a.h200.json")
+    for subject, data in ((OF_ONE, part(effect(SYNC, '"tags"', 630.0))), (OF_EIGHT, of_eight(part(effect(SYNC, '"tags"', 660.0))))):
+        assert not keeper.has(subject, SYNC, ['"tags"'])
+        keeper.begin(data["defaults"][0], 4600.0)
+        keeper.take(subject, SYNC, data["rows"])
+    assert (
+        len(keeper.found) == len(keeper.defaults) == 2 and keeper.has(OF_ONE, SYNC, ['"tags"']) and keeper.has(OF_EIGHT, SYNC, ['"tags"'])
+    )
+
+
+def test_a_line_of_a_batch_is_held_to_the_program_of_the_batch() -> None:
+    """Where parts are of two commits each line's program and kernel must be those of the code at hand."""
+    card, context = "h200", effects()["defaults"][0]["context"]
+    tags = parse_config({"kernel_knobs": {"sync": "tags"}})
+    assert isinstance(tags, Config)
+    other = part(effect("threads_per_block", "128", 620.0) | {"code_sha256": "?"}, commit="fedcba")
+    for batch, digest in ((8, config_digest(ONE_B, tags, card, context, 8)), (1, config_digest(ONE_B, tags, card, context))):
+        line = effect(SYNC, '"tags"', 660.0) | {"code_sha256": digest}
+        with pytest.raises(Unlike, match=f"{SYNC}=.* of {OF_EIGHT} in" if batch == 1 else "threads_per_block=128 of llama-3.2-1b-shape in"):
+            merged({"a.h200.json": of_eight(part(line)), "b.h200.json": other})
+
+
 def test_no_parts_are_refused() -> None:
     with pytest.raises(Unlike, match="at least one"):
         merged({})
@@ -239,13 +289,13 @@ def test_a_run_that_was_cut_keeps_what_it_found_and_is_gone_on_with(tmp_path: Pa
     path = tmp_path / "a.h200.json"
     first = Keeper(path)
     first.begin(effects()["defaults"][0], 4600.0)
-    first.take(ONE_B, "kernel_knobs.sync", [effect("kernel_knobs.sync", '"tags"', 630.0)])
+    first.take(OF_ONE, SYNC, [effect(SYNC, '"tags"', 630.0)])
     second = Keeper(path)
-    assert second.has(ONE_B, "kernel_knobs.sync", ['"tags"']) and not second.has(ONE_B, "kernel_knobs.sync", ['"tags"', '"none"'])
-    assert not second.has("smollm2-135m-shape", "kernel_knobs.sync", ['"tags"']) and not second.has(ONE_B, "threads_per_block", ["128"])
+    assert second.has(OF_ONE, SYNC, ['"tags"']) and not second.has(OF_ONE, SYNC, ['"tags"', '"none"'])
+    assert not second.has(Subject("smollm2-135m-shape"), SYNC, ['"tags"']) and not second.has(OF_ONE, "threads_per_block", ["128"])
     second.begin(effects()["defaults"][0], 4610.0)
-    second.take(ONE_B, "threads_per_block", [effect("threads_per_block", "128", 620.0)])
-    second.take(ONE_B, "kernel_knobs.sync", [effect("kernel_knobs.sync", '"tags"', 640.0)])
+    second.take(OF_ONE, "threads_per_block", [effect("threads_per_block", "128", 620.0)])
+    second.take(OF_ONE, SYNC, [effect(SYNC, '"tags"', 640.0)])
     held = json.loads(path.read_text(encoding="utf-8"))
     assert [(row["knob"], row["latency_us"]) for row in held["rows"]] == [("threads_per_block", 620.0), ("kernel_knobs.sync", 640.0)]
     assert held["plain_read_gbs"] == [4600.0, 4610.0] and len(held["defaults"]) == 1

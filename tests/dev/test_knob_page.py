@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from amk.dev.knob_effects import MODELS, other_values, share, shown
-from amk.dev.knob_page import NOTHING, page
+from amk.dev.knob_effects import SUBJECTS, other_values, share, shown
+from amk.dev.knob_page import NOTHING, RESULTS, Row, page
+from amk.dev.results_check import honest_rows
 from amk.schedule.config import parse_config, with_value
 from amk.schedule.knobs import KNOBS, Config
 from amk.tests.dev.results_file import READS, effect, effects
 from amk.tests.dev.test_readme_table import folder
 
 NONE = "| not measured "
-OTHERS = NONE * (len(MODELS) - 1) + "|"  # of a page with lines of the first model alone
+OTHERS = NONE * (len(SUBJECTS) - 1) + "|"  # of a page with lines of the first model alone
 
 
 def line_of(text: str, knob: str) -> str:
@@ -42,7 +44,7 @@ def test_each_model_has_a_column_with_ratios_to_its_own_default(tmp_path: Path) 
     rows = [effect("kernel_knobs.sync", '"tags"', 630.0), effect("kernel_knobs.sync", '"tags"', 630.0, **small)]
     rows[1]["pct_of_roofline"] = 100 * rows[1]["floor_us"] / 630
     text = page(folder(tmp_path, knob_effects_h200=effects(*rows)))
-    assert f"| knob | value | {' | '.join(MODELS)} |" in text
+    assert f"| knob | value | {' | '.join(map(str, SUBJECTS))} |" in text
     assert "| 630.0 us, **1.050** ± 0.005 of 600.0 | 630.0 us, **2.100** ± 0.005 of 300.0 |" in text
 
 
@@ -58,8 +60,27 @@ def test_a_value_that_has_no_program_of_its_own_or_none_says_so(tmp_path: Path) 
     del refused["same_program_as"]
     text = page(folder(tmp_path, knob_effects_h200=effects(same, refused)))
     assert line_of(text, "kernel_knobs.kv_splits").endswith(f"{NONE}{NONE}{OTHERS}")
-    assert f"| `16` {NONE * len(MODELS)}| as `0` |" in text
-    assert f"| `8` {NONE * len(MODELS)}| kv_splits: must be less |" in text
+    assert f"| `16` {NONE * len(SUBJECTS)}| as `0` |" in text
+    assert f"| `8` {NONE * len(SUBJECTS)}| kv_splits: must be less |" in text
+
+
+def published() -> list[Row]:
+    """The timed lines of every published file."""
+    files = [(path.name, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(RESULTS.glob("knob-effects-*.json"))]
+    return [row for name, data in files for row in honest_rows(name, data, "rows") if row["latency_us"] is not None]
+
+
+def test_no_published_value_is_faster_than_the_default() -> None:
+    """By more than the noise of its round: else the default would have to follow."""
+    rows = published()
+    assert len(rows) > 100
+    assert [(row["model"], row["knob"], row["value"]) for row in rows if row["beyond_noise"] and row["effect_pct"] < 0] == []
+
+
+def test_every_knob_has_a_published_effect() -> None:
+    """On the time of a token beyond the noise, or on the bytes of the arena."""
+    found = {row["knob"] for row in published() if row["beyond_noise"] or row["arena_bytes"] != row["default_arena_bytes"]}
+    assert found == {knob.name for knob in KNOBS}
 
 
 @pytest.mark.parametrize("every", [False, True])
