@@ -62,7 +62,7 @@ class Variant:
 def variants() -> list[Variant]:
     one_b, small = describe("llama-3.2-1b-shape"), replace(describe("small"), windows=())
     fp16, fp32 = replace(small, dtype="fp16"), replace(small, dtype="fp32")
-    widest = {"int8-asym": OTHERS, "int4-g32-asym": EVERYWHERE}
+    widest = {"int8-asym": OTHERS, "int4-g32-asym": EVERYWHERE, "fp8": EVERYWHERE}
     return [
         Variant("llama-3.2-1b", one_b, {}, EVERYWHERE),
         Variant("llama-3.2-1b unfused", one_b, UNFUSED),
@@ -105,6 +105,8 @@ def variants() -> list[Variant]:
         ),
         Variant("llama-3.2-1b int4-g64-asym 128 thr.", with_weights(one_b, FORMATS["int4-g64-asym"]), {"threads_per_block": 128}),
         Variant("llama-3.1-8b int4-g128", with_weights(describe("llama-3.1-8b-shape"), FORMATS["int4-g128"]), {}),
+        Variant("llama-3.1-8b fp8", with_weights(describe("llama-3.1-8b-shape"), FORMATS["fp8"]), {}, ("a100",)),
+        Variant("smollm2-135m fp8 128 threads", with_weights(describe("smollm2-135m-shape"), FORMATS["fp8"]), {"threads_per_block": 128}),
         Variant("smollm2-135m int4-g128", with_weights(describe("smollm2-135m-shape"), FORMATS["int4-g128"]), {}),
         Variant("small fp16 int8-asym", with_weights(fp16, FORMATS["int8-asym"]), UNFUSED, ("t4",)),
         Variant("small fp16 int4-g32-asym", with_weights(fp16, FORMATS["int4-g32-asym"]), {}),

@@ -82,6 +82,7 @@ STEPS: Mapping[str, Step] = {
     "8b": _bench(EIGHT_B, EIGHT_B, 500, processes=True),
     "chain": _bench(ONE_B, "chain", 100, "--positions", "128", "--chain"),
     "int8": _bench(f"{ONE_B}@int8", f"{ONE_B}-int8", 300, processes=True),
+    "fp8": _bench(f"{ONE_B}@fp8", f"{ONE_B}-fp8", 300, processes=True),
     "int4": _bench(f"{ONE_B}@int4-g128", f"{ONE_B}-int4-g128", 300, processes=True),
     "batch": Step("bench_batch", (), "batch-{card}.json", 400),
     "prefill": Step("bench_prefill", (), "prefill-{card}.json", 200, alone=True),

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 MODEL = "smollm2-135m"
 TEXT = Path(__file__).parent / "data" / "quality.txt"
 STEPS = 256  # tokens a launch
-USUAL = ("int8", "int8-g128", "int4-g128", "int4-g32", "int4-g128-asym")
+USUAL = ("int8", "fp8", "int8-g128", "int4-g128", "int4-g32", "int4-g128-asym")
 NOTE = (
     "This checkpoint was published as 4-bit weights (GGUF) and dequantised to bf16: bf16 stands for those values, which lie on grids of "
     "their own. What a format costs here is not what it would cost on weights that were never quantised."

@@ -76,6 +76,7 @@ CASES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "cp_async": ("bfloat16", None, {"kernel_knobs": {"weight_feed": "cp_async"}}),
     "int8": ("bfloat16", "int8-g32-asym", {}),
     "int4": ("bfloat16", "int4-g32-asym", {"threads_per_block": 128}),
+    "fp8": ("bfloat16", "fp8", {}),
     "fp32": ("float32", None, {}),
     "prefill": ("bfloat16", None, {}),
 }

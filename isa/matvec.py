@@ -48,6 +48,12 @@ class MatVec(Instruction):
     streamed: ClassVar[bool] = True
     stored: ClassVar[bool] = True
 
+    @property
+    def in_integers(self) -> bool:
+        """Whether codes and x are multiplied as integers."""
+        weights = format_of(self.flags)
+        return weights is not None and not weights.floating
+
     def plan(self, machine: Machine) -> ChunkPlan:
         """How its tiles are cut into chunks and shared among the consumer warps."""
         return chunk_plan(machine, self.cols, format_of(self.flags))
@@ -81,10 +87,10 @@ class MatVec(Instruction):
     def shared_bytes(self, machine: Machine) -> int:
         """x as elements, each consumer warp its own K slice; an fp32 packet takes two 16-bit elements: the value and its rounding error.
 
-        For quantised weights three planes of 8-bit digits a warp, 32 bytes apart from where their banks would be the same.
+        For codes that are integers three planes of 8-bit digits a warp, 32 bytes apart from where their banks would be the same.
         """
         plan = self.plan(machine)
-        if format_of(self.flags):
+        if self.in_integers:
             return DIGITS * plan.warps * (plan.high * plan.piece.columns | 32)
         parts = 1 if self.flags & X_NARROW or machine.dtype == "fp32" else 2
         return parts * plan.warps * plan.high * plan.piece.columns * machine.element_bytes
@@ -96,7 +102,7 @@ class MatVec(Instruction):
             squares = float((x * x).sum())
             x = x * memory.constant(self.gain, self.cols)[columns]
         w = memory.matrix(self.weight)[first : min(self.rows, first + self.tiles * TILE_ROWS), columns]
-        return w @ (fixed_point(x) if format_of(self.flags) else two_part(x, memory.machine.dtype)), squares
+        return w @ (fixed_point(x) if self.in_integers else two_part(x, memory.machine.dtype)), squares
 
     def product(self, memory: Memory) -> F32:
         """fp32 rows of the task (padding rows left out): W x, scaled and biased."""

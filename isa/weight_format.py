@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
 FORMAT_BITS = {8: 4, 4: 8}  # flag bits that say how wide a code is; neither: elements of the machine's dtype
+FLOATING = 4 | 8  # both: codes are floating-point numbers of 8 bits
 ASYMMETRIC = 16  # each group has a zero of its own
 FP16_SCALE = 32  # scales are fp16, not bf16
 GROUP_CODE = {0: 0, 32: 64, 64: 128, 128: 192}  # flag bits that say how many columns share a scale; 0: the whole row
@@ -23,16 +24,22 @@ class WeightFormat:
 
     One scale serves `group` neighbouring columns of a row (32, 64 or 128; the last group may be shorter), or the whole row where
     `group` is 0. The zero is 2^(bits - 1) everywhere, or where `asymmetric` a code of its own beside each scale.
+
+    `floating`: a weight is the number of 8 bits that its code is (E4M3: a sign, four bits of exponent, three of mantissa, no infinity),
+    times the scale of its row; the zero is 0.
     """
 
     bits: int
     group: int = 0
     asymmetric: bool = False
     scale: ScaleDType = "bf16"
+    floating: bool = False
 
     @property
     def name(self) -> str:
-        """As a user writes it: int4-g128-asym. The scale's dtype is the model's business."""
+        """As a user writes it: int4-g128-asym, fp8. The scale's dtype is the model's business."""
+        if self.floating:
+            return f"fp{self.bits}"
         group = f"-g{self.group}" if self.group else ""
         return f"int{self.bits}{group}{'-asym' if self.asymmetric else ''}"
 
@@ -40,12 +47,12 @@ class WeightFormat:
     def flags(self) -> int:
         """The format as bits of a matrix-vector task's flags."""
         asymmetric, fp16 = ASYMMETRIC * self.asymmetric, FP16_SCALE * (self.scale == "fp16")
-        return FORMAT_BITS[self.bits] | GROUP_CODE[self.group] | asymmetric | fp16
+        return (FLOATING if self.floating else FORMAT_BITS[self.bits]) | GROUP_CODE[self.group] | asymmetric | fp16
 
     @property
     def zero(self) -> int:
         """The code that means 0 in a symmetric format."""
-        return 1 << (self.bits - 1)
+        return 0 if self.floating else 1 << (self.bits - 1)
 
     def groups(self, columns: int) -> int:
         """Scales of a row of `columns`."""
@@ -57,13 +64,15 @@ class WeightFormat:
         return (rows * columns * self.bits + rows * self.groups(columns) * (8 * SCALE_BYTES + zero_bits) + 7) // 8
 
 
-FORMATS = {f.name: f for bits in (8, 4) for group in GROUP_CODE for asym in (False, True) for f in [WeightFormat(bits, group, asym)]}
+FP8 = WeightFormat(8, floating=True)
+_INTEGERS = [WeightFormat(bits, group, asym) for bits in (8, 4) for group in GROUP_CODE for asym in (False, True)]
+FORMATS = {form.name: form for form in (*_INTEGERS, FP8)}
 
 
 @cache
 def _formats_by_flags() -> dict[int, WeightFormat | None]:
     scales: tuple[ScaleDType, ...] = ("bf16", "fp16")
-    known: list[WeightFormat] = [WeightFormat(f.bits, f.group, f.asymmetric, scale) for f in FORMATS.values() for scale in scales]
+    known = [replace(form, scale=scale) for form in FORMATS.values() for scale in scales]
     return {0: None} | {f.flags: f for f in known}
 
 

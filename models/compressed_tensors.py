@@ -1,4 +1,8 @@
-"""compressed-tensors checkpoints (llm-compressor) with quantised weights and 16-bit activations: pack-quantized and int-quantized."""
+"""compressed-tensors checkpoints (llm-compressor): weights that are integers (pack-quantized, int-quantized) or FP8 (float-quantized).
+
+Activations are in 16 bits here. A checkpoint that would have them rounded is refused, but for FP8 ones that round them to 8 bits as they
+come (dynamic): not doing so only leaves an error out.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from amk.isa.weight_format import WeightFormat
+from amk.isa.weight_format import FP8, WeightFormat
+from amk.models.errors import Unsupported
 from amk.models.packed_codes import unpacked
 from amk.models.stored_matrix import SCALES, Part, Scheme, config_problems, group_of, require_whole_groups, same_zeros
 from amk.schedule.model import QuantisedMatrix
@@ -14,11 +19,11 @@ from amk.schedule.model import QuantisedMatrix
 if TYPE_CHECKING:
     import torch
 
-PACKED, PLAIN = "pack-quantized", ("int-quantized", "naive-quantized")
+PACKED, PLAIN, FLOATS = "pack-quantized", ("int-quantized", "naive-quantized"), "float-quantized"
 _KNOWN: dict[str, tuple[Any, ...] | None] = {
-    "quant_method": ("compressed-tensors",), "format": (PACKED, *PLAIN), "config_groups": None, "ignore": None, "kv_cache_scheme": (None,),
-    "quantization_status": ("compressed", "frozen"), "global_compression_ratio": None, "version": None, "transform_config": (None, {}),
-    "sparsity_config": (None, {}),
+    "quant_method": ("compressed-tensors",), "format": (PACKED, *PLAIN, FLOATS), "config_groups": None, "ignore": None,
+    "kv_cache_scheme": (None,), "quantization_status": ("compressed", "frozen"), "global_compression_ratio": None, "version": None,
+    "transform_config": (None, {}), "sparsity_config": (None, {}),
 }  # fmt: skip
 _GROUP: dict[str, tuple[Any, ...] | None] = {
     "targets": (["Linear"],), "weights": None, "input_activations": (None,), "output_activations": (None,),
@@ -29,6 +34,37 @@ _WEIGHTS: dict[str, tuple[Any, ...] | None] = {
     "block_structure": (None,), "dynamic": (False,), "actorder": None, "observer": None, "observer_kwargs": None, "scale_dtype": None,
     "zp_dtype": None,
 }  # fmt: skip
+# The same where the format is FLOATS.
+_GROUP_OF_FLOATS = _GROUP | {"input_activations": None, "format": (None, FLOATS)}
+_FLOATS = _WEIGHTS | {
+    "num_bits": (8,), "type": ("float",), "symmetric": (True,), "strategy": ("channel", "tensor"), "group_size": (None,),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FloatTensors(Scheme):
+    """weight F8_E4M3 [rows, columns] and weight_scale [rows, 1], or [1] where `one_scale` serves the matrix; weight = number * scale."""
+
+    one_scale: bool = False
+
+    @property
+    def scales(self) -> str:
+        return "weight_scale"
+
+    def parts(self, rows: int, columns: int) -> tuple[Part, ...]:
+        return (
+            Part("weight", ("F8_E4M3",), (rows, columns)),
+            Part("weight_scale", SCALES, (1,) if self.one_scale else (rows, 1)),
+        )
+
+    def read(self, name: str, parts: Mapping[str, torch.Tensor], weights: WeightFormat) -> QuantisedMatrix:
+        import torch
+
+        codes = parts["weight"].view(torch.uint8)
+        if bool((codes & 127 == 127).any()):
+            raise Unsupported(name, ["weight: every element must be a number, but some are NaN"])
+        scales = parts["weight_scale"].reshape(-1, 1).expand(len(codes), 1).contiguous()
+        return QuantisedMatrix(weights, codes, scales, same_zeros(scales, weights))
 
 
 @dataclass(frozen=True)
@@ -82,21 +118,34 @@ def _codes(signed: torch.Tensor, weights: WeightFormat) -> torch.Tensor:
     return (signed.to(torch.int16) + weights.zero).to(torch.uint8)
 
 
-def compressed_tensors_scheme(config: Mapping[str, Any]) -> CompressedTensors | list[str]:
+def compressed_tensors_scheme(config: Mapping[str, Any]) -> Scheme | list[str]:
     """The scheme of a config's quantization_config, or what is not understood about it."""
     at, groups = "quantization_config", config.get("config_groups")
     problems = config_problems(config, _KNOWN, at)
     if not isinstance(groups, Mapping) or len(groups) != 1 or not isinstance(next(iter(groups.values())), Mapping):
         return [*problems, f"config field {at}.config_groups: must be one group for all matrices, but got {groups!r:.60}"]
     name, group = next(iter(groups.items()))
-    problems += config_problems(group, _GROUP, f"{at}.{name}")
+    floats = config.get("format") == FLOATS
+    problems += config_problems(group, _GROUP_OF_FLOATS if floats else _GROUP, f"{at}.{name}")
     weights = group.get("weights")
     if not isinstance(weights, Mapping):
         return [*problems, f"config field {at}.{name}.weights: must be an object, but got {weights!r:.60}"]
-    problems += config_problems(weights, _WEIGHTS, f"{at}.{name}.weights")
+    problems += config_problems(weights, _FLOATS if floats else _WEIGHTS, f"{at}.{name}.weights")
+    if floats:
+        problems += _rounding_problems(group.get("input_activations"), f"{at}.{name}.input_activations")
+        return problems or FloatTensors(FP8, one_scale=weights.get("strategy") == "tensor")
     stated = weights.get("group_size") if weights.get("strategy") == "group" else -1
     try:
         form = WeightFormat(int(weights.get("num_bits", 8)), group_of(stated), asymmetric=weights.get("symmetric", True) is False)
     except (ValueError, TypeError):
         return [*problems, f"config field {at}.{name}.weights.group_size: must be 32, 64 or 128, but got {stated!r}"]
     return problems or CompressedTensors(form, packed=config.get("format") == PACKED)
+
+
+def _rounding_problems(activations: Any, at: str) -> list[str]:
+    """What is wrong with how activations would be rounded, which is left out: with scales of the checkpoint (static) it could not be."""
+    if activations is None or (
+        isinstance(activations, Mapping) and activations.get("dynamic") is True and activations.get("num_bits") == 8
+    ):
+        return []
+    return [f"config field {at}: must be null or of 8 bits and dynamic, but got {activations!r:.60}"]

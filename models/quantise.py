@@ -10,6 +10,7 @@ from amk.schedule.model import QuantisedMatrix
 if TYPE_CHECKING:
     import torch
 
+MOST_FP8 = 448.0  # the largest number of E4M3
 VERSION = 1  # counts what a format's name means; a change of any formula below must change it
 # Shares of a group's range that 4-bit codes may span. 8-bit codes always span all of it: clipping costs more than it saves there.
 CLIPS = tuple(round(1 - 0.05 * i, 2) for i in range(10))
@@ -17,7 +18,12 @@ _CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}  # bounds the temporaries
 
 
 def dequantise(matrix: QuantisedMatrix) -> torch.Tensor:
-    """fp32 [rows, columns]: (code - zero) * scale, which fp32 holds exactly."""
+    """fp32 [rows, columns]: (code - zero) * scale, or the number that the code is times the scale, which fp32 holds exactly."""
+    import torch
+
+    if matrix.weights.floating:
+        numbers: torch.Tensor = matrix.codes.view(torch.float8_e4m3fn).float() * matrix.scales.float()
+        return numbers
     columns, group = matrix.codes.shape[1], matrix.weights.group or matrix.codes.shape[1]
     scales, zeros = (part.float().repeat_interleave(group, 1)[:, :columns] for part in (matrix.scales, matrix.zeros))
     values: torch.Tensor = (matrix.codes.float() - zeros) * scales
@@ -37,6 +43,8 @@ def quantise(weight: torch.Tensor, weights: WeightFormat) -> QuantisedMatrix:
 def _quantise_rows(weight: torch.Tensor, weights: WeightFormat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     import torch
 
+    if weights.floating:
+        return _numbers_of_rows(weight.float(), weights)
     rows, columns = weight.shape
     group = weights.group or columns
     padded = torch.nn.functional.pad(weight.float(), (0, -columns % group)).view(rows, -1, group)
@@ -52,6 +60,21 @@ def _quantise_rows(weight: torch.Tensor, weights: WeightFormat) -> tuple[torch.T
     return codes.view(rows, -1)[:, :columns].to(torch.uint8), scales, zeros.to(torch.uint8)
 
 
+def _numbers_of_rows(weight: torch.Tensor, weights: WeightFormat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Each row's largest magnitude becomes the largest number of E4M3, the others the nearest numbers."""
+    import torch
+
+    scales = (weight.abs().amax(1, keepdim=True) / MOST_FP8).to(_scale_dtype(weights))
+    numbers = _divided(weight, scales.float()).clamp(-MOST_FP8, MOST_FP8).to(torch.float8_e4m3fn)
+    return numbers.view(torch.uint8), scales, torch.zeros_like(scales, dtype=torch.uint8)
+
+
+def _scale_dtype(weights: WeightFormat) -> torch.dtype:
+    import torch
+
+    return torch.float16 if weights.scale == "fp16" else torch.bfloat16
+
+
 def _choose(better: torch.Tensor, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
     import torch
 
@@ -62,7 +85,7 @@ def _scales(low: torch.Tensor, high: torch.Tensor, weights: WeightFormat) -> tup
     """Scales in their own dtype and zeros as fp32 such that codes span low to high."""
     import torch
 
-    kind = torch.float16 if weights.scale == "fp16" else torch.bfloat16
+    kind = _scale_dtype(weights)
     most = float((1 << weights.bits) - 1)
     if not weights.asymmetric:
         scales = torch.maximum(-low, high) / (weights.zero - 1)

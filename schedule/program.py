@@ -118,6 +118,11 @@ class Program:
         return any(task.by_rows for queue in self.queues for task in queue)
 
     @property
+    def floating(self) -> bool:
+        """Whether its quantised weights are floating-point numbers: the device code multiplies these or integers, not both."""
+        return any(weights.floating for shape in self.shapes if (weights := format_of(shape.flags)))
+
+    @property
     def draws(self) -> bool:
         """Its launches take isa.sampling.Sampling: temperature, filters, seed and stop tokens."""
         return any(task.draws for queue in self.queues for task in queue)

@@ -141,6 +141,11 @@ def _dtype_problems(spec: ModelSpec, target: Target) -> Iterator[Rejection]:
         yield reject("model.dtype", spec.dtype, allowed)
     if spec.dtype == "fp32" and (spec.layer_weights or spec.head_weights):
         yield reject("model.dtype", spec.dtype, "bf16 or fp16 for quantised weights")
+    layers, head = spec.layer_weights, spec.head_weights
+    if layers and head and layers.floating != head.floating:
+        yield reject(
+            "model.head_weights", head.name, f"none or of the kind of the layers' {layers.name}: integers or floating-point numbers"
+        )
 
 
 def weight_feeds(target: Target) -> tuple[str, ...]:

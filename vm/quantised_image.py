@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
 
 from amk.isa.machine import FRAGMENT_BYTES, TILE_ROWS, ChunkPlan
 from amk.isa.weight_format import WeightFormat
@@ -10,6 +11,10 @@ from amk.schedule.model import QuantisedMatrix
 
 if TYPE_CHECKING:
     import torch
+
+Order: TypeAlias = "Callable[[torch.Tensor, int], torch.Tensor]"
+# The columns of a word of fp8 codes, byte by byte: the first two are the upper halves of 16 bits, the last two the lower ones.
+FP8_BYTES = [2, 0, 3, 1]
 
 
 def part_of(matrix: QuantisedMatrix, rows: slice) -> QuantisedMatrix:
@@ -25,14 +30,15 @@ def pack_quantised(matrix: QuantisedMatrix, plan: ChunkPlan) -> torch.Tensor:
     (int8), row g, columns 8t to 8t + 3; row g + 8, the same; row g, columns 8t + 4 to 8t + 7; row g + 8, the same. The bytes of a word
     are its columns in order. Of 16 rows by 64 columns (int4) they hold row g, columns 8t to 8t + 7; row g + 8, the same; both again 32
     columns on. The lower nibbles of a word are the first four of its columns, the upper ones the last four; a zero is an upper nibble.
-    Rows and columns beyond the matrix have codes and scales of zero.
+    Of 16 rows by 32 columns (fp8) they hold row g, columns 4t to 4t + 3; row g + 8, the same; both again 16 columns on. The bytes of a word
+    are the third of its columns, the first, the fourth and the second. Rows and columns beyond the matrix have codes and scales of zero.
     """
     import torch
 
     form, piece = matrix.weights, plan.piece
     codes = _padded(matrix.codes, plan.tile_pieces * piece.columns)
     tiles = codes.shape[0] // TILE_ROWS
-    bytes_of = _int8_fragments if form.bits == 8 else _int4_fragments
+    bytes_of, _ = _orders(form)
     fragments = bytes_of(codes, tiles).reshape(tiles, plan.tile_pieces, -1)
     chunks = []
     if form.group:
@@ -57,7 +63,8 @@ def unpack_quantised(packed: torch.Tensor, plan: ChunkPlan, weights: WeightForma
         at += size
     pieces = torch.cat(chunks, dim=1)[:, torch.tensor(plan.stream_order(), device=packed.device).argsort()]
     size = plan.piece.bytes // FRAGMENT_BYTES * FRAGMENT_BYTES
-    codes = (_int8_codes if weights.bits == 8 else _int4_codes)(pieces[:, :, :size], tiles)
+    _, codes_of = _orders(weights)
+    codes = codes_of(pieces[:, :, :size], tiles)
     beside = pieces[:, :, size:] if weights.group else ends[0].reshape(tiles, 1, -1)
     scales, zeros = _apart(beside, weights)
     zeros = zeros if weights.asymmetric else torch.full(scales.shape, weights.zero, dtype=torch.uint8, device=packed.device)
@@ -93,6 +100,23 @@ def _int4_codes(fragments: torch.Tensor, tiles: int) -> torch.Tensor:
     pairs = fragments.reshape(tiles, -1, 8, 4, 2, 2, 4) ^ 0x88
     nibbles = torch.stack([pairs & 15, pairs >> 4], dim=-1)
     return nibbles.permute(0, 5, 2, 1, 4, 3, 7, 6).reshape(tiles * TILE_ROWS, -1)
+
+
+def _fp8_fragments(codes: torch.Tensor, tiles: int) -> torch.Tensor:
+    """Axes [tile, row half, g, fragment, word pair, t, byte] to [tile, fragment, g, t, word pair, row half, byte]."""
+    return codes.view(tiles, 2, 8, -1, 2, 4, 4)[..., FP8_BYTES].permute(0, 3, 2, 5, 4, 1, 6)
+
+
+def _fp8_codes(fragments: torch.Tensor, tiles: int) -> torch.Tensor:
+    words = fragments.reshape(tiles, -1, 8, 4, 2, 2, 4).permute(0, 5, 2, 1, 4, 3, 6)
+    return words[..., [FP8_BYTES.index(column) for column in range(4)]].reshape(tiles * TILE_ROWS, -1)
+
+
+def _orders(weights: WeightFormat) -> tuple[Order, Order]:
+    """What puts codes [rows, columns] of so many tiles into the order of fragments, and what puts them back."""
+    if weights.floating:
+        return _fp8_fragments, _fp8_codes
+    return (_int8_fragments, _int8_codes) if weights.bits == 8 else (_int4_fragments, _int4_codes)
 
 
 def _zero_bytes(zeros: torch.Tensor, weights: WeightFormat) -> torch.Tensor:

@@ -208,6 +208,8 @@ def kernel_source(program: Program, **macros: int) -> str:
     prelude = _prelude(program, layout, {**TEST_MACROS, **macros})
     feed = f'#include "isa/device/feed_{program.device.weight_feed}.cuh"'
     generated = {"vm/device/dispatch.cuh": _dispatch(program), "isa/device/feed.cuh": feed}
+    if program.floating:
+        generated["isa/device/matvec_quantised.cuh"] = '#include "isa/device/matvec_fp8.cuh"'
     body = _inline((ROOT / "vm/device/kernel.cu").read_text(), generated, seen)
     abi = f"constexpr uint32_t ABI_HASH = {abi_hash(program)}u;"
     return "\n".join([types.replace("#pragma once\n", ""), prelude, abi, body])

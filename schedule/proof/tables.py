@@ -207,6 +207,10 @@ def _matrices(program: Program, limits: Limits, report: Report) -> None:
         _weights(report, where, matrix.weights, program.machine.dtype)
         if _integers(report, where, matrix, ("rows", "cols"), 1):
             tiles += -(-matrix.rows // TILE_ROWS)
+    kinds = [matrix.weights for matrix in program.matrices if isinstance(matrix.weights, WeightFormat)]
+    if len({weights.floating for weights in kinds}) > 1:
+        names = sorted({weights.name for weights in kinds})
+        report.add("kind", f"the codes of all matrices must be integers, or all fp8, but are {' and '.join(names)}")
     if tiles > limits.tiles:
         report.add("resources", f"the matrices must have at most {limits.tiles} tiles of {TILE_ROWS} rows, but have {tiles}")
     for number, shape in enumerate(program.shapes):

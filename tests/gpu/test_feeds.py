@@ -45,7 +45,7 @@ def test_built_in_models_are_correct(name: str, feed: str, record_property: Any)
 
 
 @pytest.mark.parametrize("feed", FEEDS)
-@pytest.mark.parametrize("kind", ["fp16", "fp32", "quantised int8", "quantised int4-g32-asym"])
+@pytest.mark.parametrize("kind", ["fp16", "fp32", "quantised int8", "quantised int4-g32-asym", "quantised fp8"])
 def test_every_element_type_is_correct_at_late_positions(kind: str, feed: str, record_property: Any) -> None:
     accept(judged(model(kind), by(feed)), record_property)
 

@@ -11,8 +11,8 @@ import torch
 from amk.eval.oracle import Plan
 from amk.isa.weight_format import FORMATS
 from amk.models.model import Model, quantised_model
-from amk.models.quantise import quantise
-from amk.models.quantised_weights import QuantisedWeights
+from amk.models.quantise import MOST_FP8, quantise
+from amk.models.quantised_weights import ModelWeights, QuantisedWeights
 from amk.tests.gpu.machines import llama, named, program
 from amk.tests.gpu.test_correct import GUIDE, accept, judged
 
@@ -37,7 +37,36 @@ def test_every_format_is_correct(form: str, dtype: str, record_property: Any) ->
     accept(judged(quantised_model(llama("quantised", dtype, head_dim=64), FORMATS[form])), record_property)
 
 
-@pytest.mark.parametrize("form", ["int8-g32", "int4-g64-asym"])
+class SmallHead:
+    """Weights whose head is too small for fp8's normal numbers, but for its first column, on which no logit depends."""
+
+    def __init__(self, weights: ModelWeights) -> None:
+        self._weights = weights
+        self.rope_table, self.digest = weights.rope_table, "small head"
+
+    def tensor(self, name: str, device: str = "cpu") -> torch.Tensor:
+        tensor: torch.Tensor = self._weights.tensor(name, device).clone()
+        if name == "head":
+            tensor *= 7 * 2.0**-9 / MOST_FP8 / tensor.abs().max()
+            tensor[:, 0] = 1.0
+        if name == "final_norm":
+            tensor[0] = 0.0
+        return tensor
+
+    def quantised(self, name: str, device: str = "cpu") -> Any:
+        raise KeyError(name)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_fp8_codes_that_are_no_normal_numbers_count(dtype: str, record_property: Any) -> None:
+    plain = llama("small-head", dtype, head_dim=64)
+    model = quantised_model(replace(plain, weights=SmallHead(plain.weights)), FORMATS["fp8"])
+    codes = model.weights.quantised("head").codes[:, 1:]
+    assert int((codes & 127).max()) < 8 and float((codes & 127).float().mean()) > 0.5
+    accept(judged(model), record_property)
+
+
+@pytest.mark.parametrize("form", ["int8-g32", "int4-g64-asym", "fp8"])
 def test_scales_in_the_other_dtype_are_correct(form: str, record_property: Any) -> None:
     model = quantised_model(llama("other-scales", head_dim=64), FORMATS[form])
     weights = replace(FORMATS[form], scale="fp16")
@@ -57,7 +86,7 @@ def test_scales_in_the_other_dtype_are_correct(form: str, record_property: Any) 
     ],
     ids=["guide", "128-threads", "wide-stages", "narrow-stages", "norm-only"],
 )
-@pytest.mark.parametrize("form", ["int8", "int4-g128", "int4-g32-asym"])
+@pytest.mark.parametrize("form", ["int8", "int4-g128", "int4-g32-asym", "fp8"])
 def test_configs_do_not_change_what_is_computed(form: str, config: dict[str, Any], record_property: Any) -> None:
     accept(judged(named(f"small@{form}"), config), record_property)
 
@@ -106,14 +135,14 @@ def test_tiles_that_warps_share_out_are_correct_with_every_feed(form: str, feed:
     accept(judged(*rows_program(form, "bfloat16", {"kernel_knobs": {"weight_feed": feed}})), record_property)
 
 
-@pytest.mark.parametrize("form", ["int8", "int4-g128", "int4-g64-asym"])
+@pytest.mark.parametrize("form", ["int8", "int4-g128", "int4-g64-asym", "fp8"])
 def test_a_head_in_16_bits_beside_quantised_layers_is_correct(form: str, record_property: Any) -> None:
     plain = named("small")
     spec = replace(quantised_model(plain, FORMATS[form]).spec, head_weights=None)
     accept(judged(Model(spec, QuantisedWeights(plain.weights, spec), plain.config, None)), record_property)
 
 
-@pytest.mark.parametrize("form", ["int8", "int8-g128", "int4-g128", "int4-g32-asym"])
+@pytest.mark.parametrize("form", ["int8", "int8-g128", "int4-g128", "int4-g32-asym", "fp8"])
 def test_one_billion_quantised_parameters_are_correct_at_early_and_late_positions(form: str, record_property: Any) -> None:
     plan = Plan(prompt=8, steps=24, late=(127, 1023, 8000), late_steps=4)
     accept(judged(named(f"llama-3.2-1b-shape@{form}"), plan=plan, context=8192), record_property)

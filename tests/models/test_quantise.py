@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amk.isa.weight_format import FORMATS, WeightFormat, format_of, known_formats
+from amk.isa.weight_format import FORMATS, FP8, WeightFormat, format_of, known_formats
 from amk.models.errors import UnknownModel, Unsupported
 from amk.models.quantise import dequantise, quantise
 from amk.models.registry import describe, resolve
@@ -44,7 +44,31 @@ def test_each_code_is_the_nearest_to_its_weight(form: WeightFormat, rows: int, c
         assert not bool((closer & allowed).any())
 
 
-@given(formats, st.integers(0, 5))
+def number(code: int) -> float:
+    """What a code of E4M3 is, by its definition: a sign, an exponent with a bias of 7, three bits behind the point."""
+    exponent, mantissa = code >> 3 & 15, code & 7
+    size = mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+    return -size if code & 128 else size
+
+
+def test_codes_of_fp8_are_the_numbers_of_their_bits() -> None:
+    codes = torch.tensor([code for code in range(256) if code & 127 != 127], dtype=torch.uint8)[None]  # the others are no numbers
+    for scale in (1.0, 0.0078125, 3.0):
+        q = QuantisedMatrix(FP8, codes, torch.tensor([[scale]]).bfloat16(), torch.zeros(1, 1, dtype=torch.uint8))
+        assert dequantise(q)[0].tolist() == [scale * number(int(code)) for code in codes[0]]
+
+
+@given(st.integers(0, 5), st.sampled_from(["bf16", "fp16"]))
+@settings(max_examples=20, deadline=None)
+def test_fp8_spans_a_row_and_takes_the_nearest_numbers(seed: int, scale: Any) -> None:
+    weight = matrix(8, 200, seed)
+    q = quantise(weight, replace(FP8, scale=scale))
+    assert not bool((q.codes & 127 == 127).any()) and bool(((q.codes & 127).amax(1) >= 0x7D).all())
+    relative = (dequantise(q) - weight.float()).abs() / torch.maximum(weight.float().abs(), q.scales.float() * 2.0**-6)
+    assert float(relative.max()) <= 2.0**-4
+
+
+@given(formats.filter(lambda form: not form.floating), st.integers(0, 5))
 @settings(max_examples=40, deadline=None)
 def test_dequantised_values_are_exact(form: WeightFormat, seed: int) -> None:
     q = quantise(matrix(8, 200, seed), form)
@@ -53,7 +77,7 @@ def test_dequantised_values_are_exact(form: WeightFormat, seed: int) -> None:
     assert torch.equal(dequantise(q).double(), (q.codes.double() - zeros) * scales_by_column(q).double())
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if not form.floating])
 def test_errors_are_within_half_a_step_unless_clipped(name: str) -> None:
     form, weight = FORMATS[name], matrix(32, 256, 3)
     q = quantise(weight, form)
@@ -70,6 +94,7 @@ def test_finer_formats_are_closer() -> None:
         assert by_group == sorted(by_group)
         assert error[f"int{bits}-g64-asym"] < error[f"int{bits}-g64"]
     assert error["int8"] < error["int4-g32-asym"] / 5
+    assert error["int8"] < error["fp8"] < error["int4-g32-asym"] / 2
 
 
 def test_clipping_beats_spanning_the_range_for_4_bits() -> None:
@@ -97,14 +122,15 @@ def test_flags_and_names_say_the_whole_format(name: str, scale: Any) -> None:
     assert len({f.flags for f in known_formats()}) == len(known_formats()) == 2 * len(FORMATS)
 
 
-@pytest.mark.parametrize("flags", [4 | 8, 16, 32, 64, 4 | 8 | 16])
+@pytest.mark.parametrize("flags", [4 | 8 | 64, 16, 32, 64, 4 | 8 | 16])
 def test_flags_that_name_no_format_are_refused(flags: int) -> None:
     with pytest.raises(ValueError, match="weight format"):
         format_of(flags)
 
 
 @pytest.mark.parametrize(
-    ("name", "bits"), [("int8", 8 + 16 / 128), ("int4-g32", 4.5), ("int4-g64-asym", 4 + 20 / 64), ("int8-g128-asym", 8.1875)]
+    ("name", "bits"),
+    [("int8", 8 + 16 / 128), ("fp8", 8 + 16 / 128), ("int4-g32", 4.5), ("int4-g64-asym", 4 + 20 / 64), ("int8-g128-asym", 8.1875)],
 )
 def test_matrix_bytes_count_codes_scales_and_zeros(name: str, bits: float) -> None:
     assert FORMATS[name].matrix_bytes(64, 128) == 64 * 128 * bits / 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from amk.isa.weight_format import FP8
 from amk.models.errors import DamagedCheckpoint, Unsupported
 from amk.models.model import Model
 from amk.models.registry import describe, resolve
@@ -81,6 +83,38 @@ def plain_tensors(m: Written, asymmetric: bool) -> dict[str, torch.Tensor]:
     return tensors | ({"weight_zero_point": torch.from_numpy((m.zeros - middle).astype(np.int8))} if asymmetric else {})
 
 
+class Numbers(Written):
+    """The same of E4M3 numbers; of one scale, that of the first row."""
+
+    def __init__(self, rng: np.random.Generator, rows: int, columns: int, one_scale: bool) -> None:
+        codes = rng.integers(0, 127, (rows, columns)) + 128 * rng.integers(0, 2, (rows, columns))
+        self.numbers = torch.from_numpy(codes.astype(np.uint8)).view(torch.float8_e4m3fn)
+        self.scales = (rng.uniform(0.16, 0.8, (rows, 1)) / 448).astype(np.float16)
+        self.scales = self.scales[:1] if one_scale else self.scales
+        self.values = self.numbers.double().numpy() * self.scales.astype(np.float64)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {
+            "weight": self.numbers,
+            "weight_scale": torch.from_numpy(self.scales).reshape(self.scales.shape if len(self.scales) > 1 else 1),
+        }
+
+
+def float_compressed(strategy: str, activations: Any = None, **changes: Any) -> dict[str, Any]:
+    """As llm-compressor writes FP8_DYNAMIC and its weight-only kin."""
+    weights = {
+        "num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy, "dynamic": False, "observer": "minmax",
+        "observer_kwargs": {}, "group_size": None, "block_structure": None, "actorder": None,
+    }  # fmt: skip
+    group_0 = {"targets": ["Linear"], "weights": weights | changes, "input_activations": activations, "output_activations": None}
+    return compressed("float-quantized", 8, 0, False) | {"config_groups": {"group_0": group_0}}
+
+
+BY_TOKEN = {
+    "num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True, "observer": None, "group_size": None,
+}  # fmt: skip
+
+
 def compressed(form: str, bits: int, group: int, asymmetric: bool) -> dict[str, Any]:
     weights = {"num_bits": bits, "type": "int", "symmetric": not asymmetric, "dynamic": False, "observer": "minmax", "actorder": None}
     weights |= {"strategy": "group", "group_size": group} if group else {"strategy": "channel", "group_size": None}
@@ -132,6 +166,22 @@ def quantised_folder(folder: Path, case: Case, head: bool = False) -> tuple[Path
     return folder, meaning
 
 
+def float_folder(folder: Path, config: dict[str, Any], one_scale: bool = False) -> tuple[Path, dict[str, np.ndarray]]:
+    """The checkpoint with its matrices replaced by written ones of FP8, and what those mean by module."""
+    rng, meaning, tensors = np.random.default_rng(7), {}, {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        module = name.removesuffix(".weight")
+        if name.endswith(".weight") and module.endswith(MATRICES):
+            m = Numbers(rng, *tensor.shape, one_scale)
+            meaning[module] = m.values
+            tensors |= {f"{module}.{part}": value for part, value in m.tensors().items()}
+        else:
+            tensors[name] = tensor.half()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    change_config(folder, quantization_config=config)
+    return folder, meaning
+
+
 def change_config(folder: Path, **fields: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
@@ -168,6 +218,47 @@ def test_every_layout_is_read_as_it_was_written(name: str, tiny_copy: Folder) ->
     assert form and (form.bits, form.group, form.asymmetric, form.scale) == (bits, group, asymmetric, "fp16")
     assert model.spec.head_weights is None and model.spec.dtype == "fp16" and describe(str(folder)) == model.spec
     check(model, meaning)
+
+
+@pytest.mark.parametrize("activations", [None, BY_TOKEN], ids=["16 bits", "rounded by token"])
+@pytest.mark.parametrize("strategy", ["channel", "tensor"])
+def test_fp8_weights_are_read_as_they_were_written(strategy: str, activations: Any, tiny_copy: Folder) -> None:
+    folder, meaning = float_folder(tiny_copy("llama3.1"), float_compressed(strategy, activations), one_scale=strategy == "tensor")
+    model = resolve(str(folder))
+    assert model.spec.layer_weights == replace(FP8, scale="fp16") and model.spec.head_weights is None
+    check(model, meaning)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (float_compressed("channel", BY_TOKEN | {"dynamic": False, "strategy": "tensor"}), "input_activations"),
+        (float_compressed("channel", BY_TOKEN | {"num_bits": 4}), "input_activations"),
+        (float_compressed("channel", "some"), "input_activations"),
+        (float_compressed("block", None, block_structure=[128, 128]), "strategy"),
+        (float_compressed("group", None, group_size=128), "group_size"),
+        (float_compressed("channel", None, num_bits=4), "num_bits"),
+        (float_compressed("channel", None, type="int"), "type"),
+        (float_compressed("channel", None, symmetric=False), "symmetric"),
+        (compressed("float-quantized", 8, 0, False), "type"),
+        (float_compressed("channel") | {"format": "int-quantized"}, "type"),
+    ],
+)
+def test_fp8_in_another_form_is_refused_by_name(config: dict[str, Any], said: str, tiny_copy: Folder) -> None:
+    folder, _ = float_folder(tiny_copy("llama2"), config)
+    refused(folder, Unsupported, "quantization_config", said)
+
+
+def test_fp8_weights_that_are_no_numbers_are_refused_by_name(tiny_copy: Folder) -> None:
+    folder, _ = float_folder(tiny_copy("llama2"), float_compressed("channel"))
+
+    def spoil(weight: torch.Tensor) -> torch.Tensor:
+        codes = weight.view(torch.uint8)
+        codes[3, 5] = 255
+        return codes.view(torch.float8_e4m3fn)
+
+    change_tensor(folder, "model.layers.1.mlp.up_proj.weight", spoil)
+    refused(folder, Unsupported, "layers.1.mlp.up_proj", "NaN")
 
 
 @pytest.mark.parametrize("name", ["awq g32", "gptq 4 bits g32", "packed 4 bits g32", "int8"])

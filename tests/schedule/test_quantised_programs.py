@@ -119,6 +119,18 @@ def test_a_matrix_in_a_format_that_its_tasks_do_not_decode_is_rejected(weights: 
     assert "kind" in kinds(wrong)
 
 
+@pytest.mark.parametrize(("layers", "head"), [("fp8", "int8"), ("int4-g32", "fp8")])
+def test_integers_and_fp8_in_one_program_are_rejected(layers: str, head: str) -> None:
+    """The device code multiplies the ones or the others."""
+    mixed = replace(with_weights(SMALL, FORMATS[layers]), head_weights=FORMATS[head])
+    refused = compile_program(mixed, Config(), small_target(4))
+    assert isinstance(refused, list) and head in str(refused[0]) and layers in str(refused[0])
+    made = program(SMALL, layers)
+    last = replace(made.matrices[-1], weights=FORMATS[head])
+    assert "kind" in kinds(replace(made, matrices=(*made.matrices[:-1], last)))
+    assert lower(replace(mixed, head_weights=None), Config(), small_target(4)).floating == (layers == "fp8")
+
+
 def test_quantised_weights_need_16_bit_activations() -> None:
     made = program(SMALL, "int8")
     assert "kind" in kinds(replace(made, machine=replace(made.machine, dtype="fp32")))

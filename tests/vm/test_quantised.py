@@ -55,7 +55,7 @@ def test_logits_do_not_depend_on_what_is_fused(
     assert error(found, plain(spec, source, TOKENS).logits) < BF16_ERROR
 
 
-@pytest.mark.parametrize("name", ["int8-g128", "int4-g32-asym", "int4"])
+@pytest.mark.parametrize("name", ["int8-g128", "int4-g32-asym", "int4", "fp8"])
 def test_every_order_gives_the_same_bits(name: str, make_spec: Any, make_proven: Any, make_source: Any) -> None:
     spec = with_weights(make_spec("bf16", layers=1), FORMATS[name])
     source = QuantisedWeights(make_source(spec), spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 
 from amk.isa.machine import FRAGMENT_BYTES, TILE_ROWS, ChunkPlan, Machine, chunk_plan, quantised_piece
 from amk.isa.matvec import MatVec
-from amk.isa.rounding import fixed_point, round_to
-from amk.isa.weight_format import FORMATS, WeightFormat
+from amk.isa.rounding import fixed_point, round_to, two_part
+from amk.isa.weight_format import FORMATS, FP8, WeightFormat
 from amk.models.quantise import dequantise, quantise
 from amk.models.quantised_weights import QuantisedWeights, with_weights
 from amk.schedule.model import QuantisedMatrix
@@ -31,6 +32,8 @@ def some_machine(make_program: Any, make_spec: Any, **fields: Any) -> Machine:
 def random_matrix(form: WeightFormat, rows: int, columns: int) -> QuantisedMatrix:
     generator = torch.Generator().manual_seed(rows * columns)
     codes = torch.randint(0, 1 << form.bits, (rows, columns), generator=generator, dtype=torch.uint8)
+    if form.floating:
+        codes = torch.where(codes & 127 == 127, codes ^ 1, codes)  # not what is no number
     scales = torch.rand(rows, form.groups(columns), generator=generator).to(torch.float16 if form.scale == "fp16" else torch.bfloat16)
     zeros = torch.randint(0, 1 << form.bits, scales.shape, generator=generator, dtype=torch.uint8)
     return QuantisedMatrix(form, codes, scales, zeros if form.asymmetric else torch.full_like(zeros, form.zero))
@@ -207,19 +210,92 @@ class Warp:
             self.high[lane] += float(scales[g, 1]) * (256 * s[2] + s[3] + int(zeros[g, 1]) * minus_x)
 
 
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize(("columns", "warps", "narrow"), [(200, 8, True), (1152, 4, False)])
-def test_warps_that_read_as_the_device_does_find_the_product(
-    name: str, columns: int, warps: int, narrow: bool, make_spec: Any, make_program: Any
+def elements(words: np.ndarray, dtype: str) -> np.ndarray:
+    """`elements_of` of isa/device/matvec_fp8.cuh: the codes in the upper bytes of both halves of a word, [..., 2] as float64."""
+    shift, places, up = (1, 0x3F803F80, 2.0**8) if dtype == "fp16" else (4, 0x07F007F0, 2.0**120)
+    bits = (words & np.uint32(0x80008000)) | (words >> np.uint32(shift) & np.uint32(places))
+    halves = np.stack([bits & 0xFFFF, bits >> 16], axis=-1).astype(np.uint16)
+    small = halves.view(np.float16) if dtype == "fp16" else (halves.astype(np.uint32) << 16).view(np.float32)
+    return small.astype(np.float64) * up
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_every_fp8_code_becomes_the_element_that_it_is(dtype: str) -> None:
+    codes = np.array([code for code in range(256) if code & 127 != 127], dtype=np.uint32)
+    expected = torch.from_numpy(codes.astype(np.uint8)).view(torch.float8_e4m3fn).double().numpy()
+    for other in (0x00, 0x7E, 0xFE, 0xFF):  # whatever else the word holds
+        words = codes << 24 | np.uint32(other) << 16 | codes << 8 | np.uint32(other)
+        np.testing.assert_array_equal(elements(words, dtype), np.stack([expected, expected], axis=-1))
+    np.testing.assert_array_equal(round_to(expected, dtype), expected)
+
+
+def element_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """mma.m16n8k16 of elements by its definition: registers [32, 4, 2] and [32, 2, 2] of A and B, accumulators [32, 4]."""
+    rows, columns = np.zeros((16, 16)), np.zeros((16, 8))
+    for lane, (g, t) in enumerate(LANES):
+        for register in range(4):
+            k = 2 * t + 8 * (register >> 1)
+            rows[g + 8 * (register & 1), k : k + 2] = a[lane, register]
+        for register in range(2):
+            columns[2 * t + 8 * register : 2 * t + 8 * register + 2, g] = b[lane, register]
+    d = rows @ columns
+    return np.array([[d[g, 2 * t], d[g, 2 * t + 1], d[g + 8, 2 * t], d[g + 8, 2 * t + 1]] for g, t in LANES])
+
+
+class NumbersWarp:
+    """The same for weights in fp8: what isa/device/matvec_fp8.cuh computes."""
+
+    def __init__(self, plan: ChunkPlan, x: np.ndarray, narrow: bool, dtype: str) -> None:
+        self.plan, self.dtype, self.narrow = plan, dtype, narrow
+        rounded = round_to(x, dtype)
+        self.parts = [rounded] if narrow else [rounded, round_to(x - rounded, dtype)]
+        self.sums = np.zeros((32, 4))
+
+    def operand(self, step: int) -> np.ndarray:
+        """[32, 2, 2]: four columns of the part of the lane's column; columns that nobody looks at have the first."""
+        at = [(self.parts[1 if g == 1 and not self.narrow else 0], 16 * step + 4 * t) for g, t in LANES]
+        return np.array([part[c : c + 4].reshape(2, 2) for part, c in at])
+
+    def chunk(self, chunk: bytes, first: int, pieces: int, at: int) -> None:
+        for number in range(pieces):
+            own = chunk[at + number * FRAGMENT_BYTES : at + (number + 1) * FRAGMENT_BYTES]
+            words = np.frombuffer(own, dtype="<u4").reshape(32, 4)
+            for step in (0, 1):
+                low, high = words[:, 2 * step], words[:, 2 * step + 1]
+                a = np.stack([elements(w, self.dtype) for w in (low, high, low << np.uint32(8), high << np.uint32(8))], axis=1)
+                self.sums += element_product(a, self.operand(2 * (first + number) + step))
+
+    def end(self, last_chunk: bytes) -> np.ndarray:
+        scales = (np.frombuffer(last_chunk[-self.plan.piece.tail :], dtype="<u2").reshape(8, 2).astype(np.uint32) << 16).view(np.float32)
+        columns = [0] if self.narrow else [0, 1]
+        low, high = (self.sums[0::4][:, [2 * half + c for c in columns]].sum(axis=1) for half in (0, 1))
+        return np.concatenate([low * scales[:, 0], high * scales[:, 1]])
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize(("columns", "warps", "narrow"), [(200, 8, True), (1152, 4, False), (2048, 8, False)])
+def test_warps_that_read_numbers_as_the_device_does_find_the_product(
+    dtype: str, columns: int, warps: int, narrow: bool, make_spec: Any, make_program: Any
 ) -> None:
-    machine, form = some_machine(make_program, make_spec, consumer_warps=warps, stage_bytes=2432 * warps), FORMATS[name]
-    plan, matrix = chunk_plan(machine, columns, form), random_matrix(form, 16, columns)
+    machine = some_machine(make_program, make_spec, consumer_warps=warps, stage_bytes=2432 * warps)
+    plan, matrix = chunk_plan(machine, columns, FP8), random_matrix(FP8, 16, columns)
     x = np.random.default_rng(columns).standard_normal(columns).astype(np.float32)
     padded = np.concatenate([x, np.zeros(plan.tile_pieces * plan.piece.columns - columns, dtype=np.float32)])
-    stream, at = pack_quantised(matrix, plan)[0].numpy().tobytes(), 0
-    own = [slice(plan.first(w) * plan.piece.columns, (plan.first(w) + plan.pieces(w)) * plan.piece.columns) for w in range(warps)]
-    consumers = [Warp(form, plan, padded[s], narrow) for s in own]
-    chunk = b""
+    found = found_by(plan, matrix, [NumbersWarp(plan, padded[own], narrow, dtype) for own in slices_of(plan)])
+    taken = round_to(x, dtype) if narrow else two_part(x, dtype)
+    weights = dequantise(matrix).double().numpy()
+    np.testing.assert_allclose(found, weights @ taken, rtol=1e-9, atol=1e-9 * np.abs(weights @ x).max())
+
+
+def slices_of(plan: ChunkPlan) -> list[slice]:
+    """Columns of x of each warp, padding at the end among them."""
+    width = plan.piece.columns
+    return [slice(plan.first(w) * width, (plan.first(w) + plan.pieces(w)) * width) for w in range(plan.warps)]
+
+
+def found_by(plan: ChunkPlan, matrix: QuantisedMatrix, consumers: Sequence[Warp | NumbersWarp]) -> np.ndarray:
+    """What the warps make of the matrix's one tile, chunk after chunk."""
+    stream, at, chunk = pack_quantised(matrix, plan)[0].numpy().tobytes(), 0, b""
     for c in range(plan.chunks):
         chunk = stream[at : at + plan.chunk_bytes(c)]
         at += len(chunk)
@@ -228,7 +304,20 @@ def test_warps_that_read_as_the_device_does_find_the_product(
             pieces = plan.pieces_in_chunk(c, w)
             consumer.chunk(chunk, c * plan.per_chunk, pieces, offset)
             offset += pieces * plan.piece.bytes
-    found = sum(consumer.end(chunk) for consumer in consumers)
+    return np.asarray(sum(consumer.end(chunk) for consumer in consumers))
+
+
+@pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if not form.floating])
+@pytest.mark.parametrize(("columns", "warps", "narrow"), [(200, 8, True), (1152, 4, False)])
+def test_warps_that_read_as_the_device_does_find_the_product(
+    name: str, columns: int, warps: int, narrow: bool, make_spec: Any, make_program: Any
+) -> None:
+    machine, form = some_machine(make_program, make_spec, consumer_warps=warps, stage_bytes=2432 * warps), FORMATS[name]
+    plan, matrix = chunk_plan(machine, columns, form), random_matrix(form, 16, columns)
+    x = np.random.default_rng(columns).standard_normal(columns).astype(np.float32)
+    padded = np.concatenate([x, np.zeros(plan.tile_pieces * plan.piece.columns - columns, dtype=np.float32)])
+    own = slices_of(plan)
+    found = found_by(plan, matrix, [Warp(form, plan, padded[s], narrow) for s in own])
     weights, taken = dequantise(matrix).double().numpy(), np.concatenate([fixed_point(padded[s]) for s in own])[:columns]
     np.testing.assert_allclose(found, weights @ taken, rtol=1e-9, atol=1e-9 * np.abs(weights @ x).max())
 
@@ -252,7 +341,7 @@ def test_every_code_less_its_zero_is_the_difference_of_their_bytes(bits: int) ->
             assert [v - zero for v in taken] == [scale * (int(c) - int(zeros[g + 8 * half, 0])) for c in expected]
 
 
-@pytest.mark.parametrize("name", ["int8", "int8-g32-asym", "int4-g64", "int4-asym"])
+@pytest.mark.parametrize("name", ["int8", "int8-g32-asym", "int4-g64", "int4-asym", "fp8"])
 def test_the_stream_holds_the_tiles_of_quantised_matrices(name: str, make_spec: Any, make_program: Any, make_source: Any) -> None:
     spec = with_weights(make_spec("bf16", intermediate=92), FORMATS[name])
     source = QuantisedWeights(make_source(spec), spec)
