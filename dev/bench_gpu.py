@@ -47,7 +47,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ONE_B, SMOL = "llama-3.2-1b-shape", "smollm2-135m-shape"
 POSITIONS = {
     ONE_B: (16, 128, 1024, 8000), SMOL: (16, 128, 1024), "llama-3.1-8b-shape": (128,),
-    f"{ONE_B}@int8": (128,), f"{ONE_B}@int4-g128": (128,),
+    f"{ONE_B}@int8": (128,), f"{ONE_B}@fp8": (128,), f"{ONE_B}@int4-g128": (128,),
 }  # fmt: skip
 ALL_POSITIONS = sorted({position for positions in POSITIONS.values() for position in positions})
 CONTEXT = {ONE_B: 9216}

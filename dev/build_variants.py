@@ -62,7 +62,7 @@ class Variant:
 def variants() -> list[Variant]:
     one_b, small = describe("llama-3.2-1b-shape"), replace(describe("small"), windows=())
     fp16, fp32 = replace(small, dtype="fp16"), replace(small, dtype="fp32")
-    widest = {"int8-asym": OTHERS, "int4-g32-asym": EVERYWHERE, "fp8": EVERYWHERE}
+    widest = {"int8-asym": OTHERS, "int4-g32-asym": EVERYWHERE, "fp8": OTHERS, "fp8-g128": EVERYWHERE}
     return [
         Variant("llama-3.2-1b", one_b, {}, EVERYWHERE),
         Variant("llama-3.2-1b unfused", one_b, UNFUSED),

@@ -26,7 +26,7 @@ class WeightFormat:
     `group` is 0. The zero is 2^(bits - 1) everywhere, or where `asymmetric` a code of its own beside each scale.
 
     `floating`: a weight is the number of 8 bits that its code is (E4M3: a sign, four bits of exponent, three of mantissa, no infinity),
-    times the scale of its row; the zero is 0.
+    times the scale of its row or group; the zero is 0.
     """
 
     bits: int
@@ -38,10 +38,8 @@ class WeightFormat:
     @property
     def name(self) -> str:
         """As a user writes it: int4-g128-asym, fp8. The scale's dtype is the model's business."""
-        if self.floating:
-            return f"fp{self.bits}"
         group = f"-g{self.group}" if self.group else ""
-        return f"int{self.bits}{group}{'-asym' if self.asymmetric else ''}"
+        return f"{'fp' if self.floating else 'int'}{self.bits}{group}{'-asym' if self.asymmetric else ''}"
 
     @property
     def flags(self) -> int:
@@ -64,9 +62,9 @@ class WeightFormat:
         return (rows * columns * self.bits + rows * self.groups(columns) * (8 * SCALE_BYTES + zero_bits) + 7) // 8
 
 
-FP8 = WeightFormat(8, floating=True)
+FP8, FP8_GROUPS = WeightFormat(8, floating=True), WeightFormat(8, 128, floating=True)
 _INTEGERS = [WeightFormat(bits, group, asym) for bits in (8, 4) for group in GROUP_CODE for asym in (False, True)]
-FORMATS = {form.name: form for form in (*_INTEGERS, FP8)}
+FORMATS = {form.name: form for form in (*_INTEGERS, FP8, FP8_GROUPS)}
 
 
 @cache

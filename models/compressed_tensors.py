@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from amk.isa.weight_format import FP8, WeightFormat
-from amk.models.errors import Unsupported
 from amk.models.packed_codes import unpacked
-from amk.models.stored_matrix import SCALES, Part, Scheme, config_problems, group_of, require_whole_groups, same_zeros
+from amk.models.stored_matrix import SCALES, Part, Scheme, config_problems, group_of, number_codes, require_whole_groups, same_zeros
 from amk.schedule.model import QuantisedMatrix
 
 if TYPE_CHECKING:
@@ -58,11 +57,7 @@ class FloatTensors(Scheme):
         )
 
     def read(self, name: str, parts: Mapping[str, torch.Tensor], weights: WeightFormat) -> QuantisedMatrix:
-        import torch
-
-        codes = parts["weight"].view(torch.uint8)
-        if bool((codes & 127 == 127).any()):
-            raise Unsupported(name, ["weight: every element must be a number, but some are NaN"])
+        codes = number_codes(name, parts["weight"])
         scales = parts["weight_scale"].reshape(-1, 1).expand(len(codes), 1).contiguous()
         return QuantisedMatrix(weights, codes, scales, same_zeros(scales, weights))
 

@@ -21,11 +21,11 @@ def dequantise(matrix: QuantisedMatrix) -> torch.Tensor:
     """fp32 [rows, columns]: (code - zero) * scale, or the number that the code is times the scale, which fp32 holds exactly."""
     import torch
 
-    if matrix.weights.floating:
-        numbers: torch.Tensor = matrix.codes.view(torch.float8_e4m3fn).float() * matrix.scales.float()
-        return numbers
     columns, group = matrix.codes.shape[1], matrix.weights.group or matrix.codes.shape[1]
     scales, zeros = (part.float().repeat_interleave(group, 1)[:, :columns] for part in (matrix.scales, matrix.zeros))
+    if matrix.weights.floating:
+        numbers: torch.Tensor = matrix.codes.view(torch.float8_e4m3fn).float() * scales
+        return numbers
     values: torch.Tensor = (matrix.codes.float() - zeros) * scales
     return values
 
@@ -43,11 +43,12 @@ def quantise(weight: torch.Tensor, weights: WeightFormat) -> QuantisedMatrix:
 def _quantise_rows(weight: torch.Tensor, weights: WeightFormat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     import torch
 
-    if weights.floating:
-        return _numbers_of_rows(weight.float(), weights)
     rows, columns = weight.shape
     group = weights.group or columns
     padded = torch.nn.functional.pad(weight.float(), (0, -columns % group)).view(rows, -1, group)
+    if weights.floating:
+        scales, numbers = _numbers(padded, weights)
+        return numbers.view(rows, -1)[:, :columns].contiguous(), scales, torch.zeros_like(scales, dtype=torch.uint8)
     low, high = padded.amin(-1).clamp(max=0), padded.amax(-1).clamp(min=0)
     best: tuple[torch.Tensor, ...] = ()
     for clip in CLIPS if weights.bits == 4 else (1.0,):
@@ -60,13 +61,13 @@ def _quantise_rows(weight: torch.Tensor, weights: WeightFormat) -> tuple[torch.T
     return codes.view(rows, -1)[:, :columns].to(torch.uint8), scales, zeros.to(torch.uint8)
 
 
-def _numbers_of_rows(weight: torch.Tensor, weights: WeightFormat) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Each row's largest magnitude becomes the largest number of E4M3, the others the nearest numbers."""
+def _numbers(groups: torch.Tensor, weights: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales, and codes [rows, groups, n]: a group's largest magnitude becomes the largest number of E4M3, the others the nearest ones."""
     import torch
 
-    scales = (weight.abs().amax(1, keepdim=True) / MOST_FP8).to(_scale_dtype(weights))
-    numbers = _divided(weight, scales.float()).clamp(-MOST_FP8, MOST_FP8).to(torch.float8_e4m3fn)
-    return numbers.view(torch.uint8), scales, torch.zeros_like(scales, dtype=torch.uint8)
+    scales = (groups.abs().amax(-1) / MOST_FP8).to(_scale_dtype(weights))
+    numbers = _divided(groups, scales.float()[..., None]).clamp(-MOST_FP8, MOST_FP8).to(torch.float8_e4m3fn)
+    return scales, numbers.view(torch.uint8)
 
 
 def _scale_dtype(weights: WeightFormat) -> torch.dtype:

@@ -8,12 +8,13 @@ from typing import Any
 
 from amk.models.awq import awq_scheme
 from amk.models.compressed_tensors import compressed_tensors_scheme
+from amk.models.fp8_blocks import fp8_blocks_scheme
 from amk.models.gptq import gptq_scheme
 from amk.models.stored_matrix import Scheme
 
 FIELD = "quantization_config"
 READERS: Mapping[str, Callable[[Mapping[str, Any]], Scheme | list[str]]] = MappingProxyType(
-    {"awq": awq_scheme, "gptq": gptq_scheme, "compressed-tensors": compressed_tensors_scheme}
+    {"awq": awq_scheme, "gptq": gptq_scheme, "compressed-tensors": compressed_tensors_scheme, "fp8": fp8_blocks_scheme}
 )
 
 

@@ -78,6 +78,16 @@ def require_whole_groups(name: str, order: torch.Tensor | None, weights: WeightF
         raise Unsupported(name, ["g_idx: groups must be neighbouring columns (act-order, desc_act with permuted groups, is not supported)"])
 
 
+def number_codes(name: str, stored: torch.Tensor) -> torch.Tensor:
+    """The codes of E4M3 weights; `Unsupported`, naming the matrix, if one is no number."""
+    import torch
+
+    codes = stored.view(torch.uint8)
+    if bool((codes & 127 == 127).any()):
+        raise Unsupported(name, ["weight: every element must be a number, but some are NaN"])
+    return codes
+
+
 def same_zeros(scales: torch.Tensor, weights: WeightFormat) -> torch.Tensor:
     """The zeros of a symmetric format."""
     import torch

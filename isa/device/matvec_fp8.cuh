@@ -1,7 +1,7 @@
-// Weights that are floating-point numbers of 8 bits (E4M3) times x: their codes become elements as they are multiplied, exactly; what a warp has
-// of a row is scaled when the tile ends. In place of matvec_quantised.cuh in programs with such weights (vm/source.py), with its names.
+// Weights that are floating-point numbers of 8 bits (E4M3) times x: their codes become elements as they are multiplied, exactly; the sum of a group,
+// or of what a warp has of a row, is scaled at its end. In place of matvec_quantised.cuh in programs with such weights (vm/source.py), with its names.
 //
-// A fragment is 16 rows by 32 columns, two products' operands. vm.quantised_image has the order of codes in it.
+// A fragment is 16 rows by 32 columns, two products' operands; a piece is one, or those of a group. vm.quantised_image has the order of codes.
 #pragma once
 #include "isa/device/weight_format.cuh"
 
@@ -35,7 +35,7 @@ struct ElementOperands {
   static constexpr int STEPS = P::SLICE / 16;
   static constexpr bool KEPT = 2 * STEPS <= 40;
   const uint8_t* from;
-  uint2 kept[KEPT ? P::CHUNKS * P::PER_CHUNK * 2 : 1] = {};  // those beyond the slice are never used
+  uint2 kept[KEPT ? P::CHUNKS * P::PER_CHUNK * P::W::COLUMNS / 16 : 1] = {};  // those beyond the slice are never used
 
   // After the warp has written its slice; lanes 4 to 7 hold column 1 of the product, the errors.
   __device__ __forceinline__ void begin(const uint8_t* slice, int lane) {
@@ -51,35 +51,46 @@ struct ElementOperands {
   }
 };
 
-// A lane's partial sums of one tile, rows g = lane / 4 and g + 8, four that do not wait for each other.
-template <class P>
+// A lane's sums of rows g = lane / 4 and g + 8, four that do not wait for each other. `TWO`: column 1 is the product with x's errors.
+template <class P, bool TWO>
 struct ElementSums {
-  float acc[4][4] = {};
+  using W = typename P::W;
+  float low = 0.f, high = 0.f;  // scaled
+  float acc[4][4] = {};         // not yet
 
-  // Adds the j-th of a chunk's fragments, which begins at step `first` of x.
+  // Adds the j-th of a chunk's pieces, which begins at step `first` of x.
   template <class X>
-  __device__ __forceinline__ void add(int j, const uint4& fragment, const X& x, int first) {
+  __device__ __forceinline__ void add(int j, const uint4 (&fragments)[W::FRAGMENTS], const X& x, int first) {
 #pragma unroll
-    for (int step = 0; step < 2; ++step) {
-      const uint2 b = x.at(first + step);
-      multiply(acc[(2 * j + step) & 3], elements_of(fragment, step), b.x, b.y);
+    for (int i = 0; i < 2 * W::FRAGMENTS; ++i) {
+      const uint2 b = x.at(first + i);
+      multiply(acc[(2 * W::FRAGMENTS * j + i) & 3], elements_of(fragments[i / 2], i & 1), b.x, b.y);
     }
   }
-  // The rows' sums times their scales, `scales` having those of rows g and g + 8; `two`: column 1 is the product with the errors.
-  __device__ __forceinline__ void store(float* part, int lane, bool two, uint32_t scales) const {
-    if (lane & 3) return;
-    float low = (acc[0][0] + acc[1][0]) + (acc[2][0] + acc[3][0]), high = (acc[0][2] + acc[1][2]) + (acc[2][2] + acc[3][2]);
-    if (two) {
-      low += (acc[0][1] + acc[1][1]) + (acc[2][1] + acc[3][1]);
-      high += (acc[0][3] + acc[1][3]) + (acc[2][3] + acc[3][3]);
+  // What was added since the last time counts, times its rows' scales.
+  __device__ __forceinline__ void scale(uint32_t scales) {
+    float of_low = 0.f, of_high = 0.f;
+#pragma unroll
+    for (int column = 0; column < (TWO ? 2 : 1); ++column) {
+      of_low += (acc[0][column] + acc[1][column]) + (acc[2][column] + acc[3][column]);
+      of_high += (acc[0][column + 2] + acc[1][column + 2]) + (acc[2][column + 2] + acc[3][column + 2]);
     }
-    part[lane >> 2] = low * scale_of(scales & 0xFFFFu);
-    part[8 + (lane >> 2)] = high * scale_of(scales >> 16);
+    low = fmaf(scale_of(scales & 0xFFFFu), of_low, low);
+    high = fmaf(scale_of(scales >> 16), of_high, high);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) acc[i][k] = 0.f;
+  }
+  __device__ __forceinline__ void store(float* part, int lane) const {
+    if (lane & 3) return;
+    part[lane >> 2] = low;
+    part[8 + (lane >> 2)] = high;
   }
 
  private:
   static __device__ __forceinline__ float scale_of(uint32_t bits) {
-    if constexpr (!P::W::FP16_SCALE) return as_float(bits << 16);
+    if constexpr (!W::FP16_SCALE) return as_float(bits << 16);
     float f;
     asm("{\n.reg .b16 h, unused;\nmov.b32 {h, unused}, %1;\ncvt.f32.f16 %0, h;\n}" : "=f"(f) : "r"(bits));
     return f;
@@ -89,28 +100,51 @@ struct ElementSums {
 // Fragments of the next chunks that are this warp's, and the scales of its lanes' rows, in registers.
 template <class P, int DEPTH>
 struct FetchedNumbers {
+  using W = typename P::W;
   static constexpr bool UNIFORM = P::HIGH_WARPS == 0 && P::LAST_HIGH == P::PER_CHUNK;  // the last chunk of a tile is as the others
-  uint4 fragments[DEPTH][P::PER_CHUNK];
-  uint32_t scales[DEPTH];
-  const int last, last_at;  // fragments of this warp in the last chunk of a tile, and where they begin
+  uint4 fragments[DEPTH][P::PER_CHUNK][W::FRAGMENTS];
+  uint32_t scales[DEPTH][W::GROUP ? P::PER_CHUNK : 1];
+  const int last, last_at;  // pieces of this warp in the last chunk of a tile, and where they begin
 
   __device__ __forceinline__ FetchedNumbers(int warp)
       : last(warp < P::HIGH_WARPS ? P::LAST_HIGH : P::LAST_LOW),
-        last_at((warp * P::LAST_LOW + min_of(warp, P::HIGH_WARPS)) * FRAGMENT_BYTES) {}
+        last_at((warp * P::LAST_LOW + min_of(warp, P::HIGH_WARPS)) * W::PIECE_BYTES) {}
   __device__ __forceinline__ bool has(int j, bool is_last) const { return UNIFORM || !is_last || j < last; }
   // Waits for the next chunk in the ring, reads it and frees its slot.
   __device__ __forceinline__ void fetch(Consumer& c, int slot, bool is_last) {
     const uint8_t* chunk = c.wait_chunk();
-    const uint8_t* from = chunk + (!UNIFORM && is_last ? last_at : c.warp * P::PER_CHUNK * FRAGMENT_BYTES) + c.lane * 16;
-    const uint8_t* tail = chunk + (!UNIFORM && is_last ? P::LAST_BYTES : P::FULL_BYTES) - P::W::TAIL_BYTES;
-    scales[slot] = *reinterpret_cast<const uint32_t*>(tail + (c.lane >> 2) * 4);
-    uint32_t read = scales[slot];
+    const uint8_t* from = chunk + (!UNIFORM && is_last ? last_at : c.warp * P::PER_CHUNK * W::PIECE_BYTES);
+    uint32_t read = 0;
 #pragma unroll
     for (int j = 0; j < P::PER_CHUNK; ++j) {
-      fragments[slot][j] = has(j, is_last) ? *reinterpret_cast<const uint4*>(from + j * FRAGMENT_BYTES) : uint4{};
-      read |= fragments[slot][j].x;
+      const uint8_t* piece = from + j * W::PIECE_BYTES;
+      const bool mine = has(j, is_last);
+#pragma unroll
+      for (int f = 0; f < W::FRAGMENTS; ++f) {
+        uint4& to = fragments[slot][j][f];
+        to = mine ? *reinterpret_cast<const uint4*>(piece + f * FRAGMENT_BYTES + c.lane * 16) : uint4{};
+        read |= to.x;
+      }
+      if constexpr (W::GROUP != 0) read |= scales[slot][j] = mine ? scales_at(piece + W::FRAGMENTS * FRAGMENT_BYTES, c.lane) : 0;
     }
+    if constexpr (!W::GROUP) read |= scales[slot][0] = scales_at(chunk + (!UNIFORM && is_last ? P::LAST_BYTES : P::FULL_BYTES) - W::TAIL_BYTES, c.lane);
     c.release_chunk(read);
+  }
+  template <class S, class X>
+  __device__ __forceinline__ void multiply_into(S& sums, int slot, bool is_last, const X& x, int chunk) const {
+#pragma unroll
+    for (int j = 0; j < P::PER_CHUNK; ++j) {
+      if (!has(j, is_last)) continue;
+      sums.add(j, fragments[slot][j], x, (chunk * P::PER_CHUNK + j) * 2 * W::FRAGMENTS);
+      if constexpr (W::GROUP != 0) sums.scale(scales[slot][j]);
+    }
+    if (!W::GROUP && is_last) sums.scale(scales[slot][0]);
+  }
+
+ private:
+  // Of rows g and g + 8, in one word.
+  static __device__ __forceinline__ uint32_t scales_at(const uint8_t* from, int lane) {
+    return *reinterpret_cast<const uint32_t*>(from + (lane >> 2) * 4);
   }
 };
 
@@ -119,7 +153,7 @@ struct FetchedNumbers {
 template <class P, class Slice, int DEPTH>
 __device__ __forceinline__ void multiply_quantised_tiles(Consumer& c, const MatVecTask& task, const uint64_t* packets, Expected want,
                                                          const float* gain, uint8_t* own) {
-  static_assert(P::W::BITS == 8 && P::W::FRAGMENTS == 1 && !P::W::GROUP && !P::W::ASYMMETRIC, "fp8 has a scale a row and no zeros");
+  static_assert(P::W::BITS == 8 && P::W::GROUPS <= 1 && !P::W::ASYMMETRIC, "fp8 has a scale a row or a piece, and no zeros");
   constexpr bool TWO = !Slice::PAIRS;
   static_assert((TWO ? 2 : 1) * P::SLICE_BYTES <= SCRATCH_BYTES / CONSUMER_WARPS / 16 * 16, "a consumer's share of scratch must hold its slice of x");
   const int tiles = task.tiles;
@@ -138,21 +172,18 @@ __device__ __forceinline__ void multiply_quantised_tiles(Consumer& c, const MatV
 
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
-    ElementSums<P> sums;
+    ElementSums<P, TWO> sums;
 #pragma unroll(X::KEPT ? P::CHUNKS : 1)
     for (int group = 0; group < P::CHUNKS; group += DEPTH)
 #pragma unroll
       for (int d = 0; d < DEPTH; ++d) {
         const int k = group + d, next = k + DEPTH;
         const bool is_last = k + 1 == P::CHUNKS;
-#pragma unroll
-        for (int j = 0; j < P::PER_CHUNK; ++j)
-          if (chunks.has(j, is_last)) sums.add(j, chunks.fragments[d][j], x, (k * P::PER_CHUNK + j) * 2);
-        const uint32_t scales = chunks.scales[d];
+        chunks.multiply_into(sums, d, is_last, x, k);
         if (next < P::CHUNKS || tile + 1 < tiles) chunks.fetch(c, d, next + 1 == P::CHUNKS || next + 1 == 2 * P::CHUNKS);
         if (is_last) {
           float* part = c.wait_reduction_slot();
-          sums.store(part, c.lane, TWO, scales);
+          sums.store(part, c.lane);
           if (Slice::NORMALISED && c.lane == 1) part[TILE_ROWS] = squares;
           c.fill_reduction_slot();
         }

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amk.isa.weight_format import FORMATS, FP8, WeightFormat, format_of, known_formats
+from amk.isa.weight_format import FORMATS, FP8, FP8_GROUPS, WeightFormat, format_of, known_formats
 from amk.models.errors import UnknownModel, Unsupported
 from amk.models.quantise import dequantise, quantise
 from amk.models.registry import describe, resolve
@@ -58,13 +58,14 @@ def test_codes_of_fp8_are_the_numbers_of_their_bits() -> None:
         assert dequantise(q)[0].tolist() == [scale * number(int(code)) for code in codes[0]]
 
 
-@given(st.integers(0, 5), st.sampled_from(["bf16", "fp16"]))
+@given(st.sampled_from([FP8, FP8_GROUPS]), st.integers(0, 5), st.sampled_from(["bf16", "fp16"]))
 @settings(max_examples=20, deadline=None)
-def test_fp8_spans_a_row_and_takes_the_nearest_numbers(seed: int, scale: Any) -> None:
+def test_fp8_spans_a_row_or_group_and_takes_the_nearest_numbers(form: WeightFormat, seed: int, scale: Any) -> None:
     weight = matrix(8, 200, seed)
-    q = quantise(weight, replace(FP8, scale=scale))
-    assert not bool((q.codes & 127 == 127).any()) and bool(((q.codes & 127).amax(1) >= 0x7D).all())
-    relative = (dequantise(q) - weight.float()).abs() / torch.maximum(weight.float().abs(), q.scales.float() * 2.0**-6)
+    q = quantise(weight, replace(form, scale=scale))
+    sizes = q.codes & 127
+    assert not bool((sizes == 127).any()) and all(bool((part.amax(1) >= 0x7D).all()) for part in sizes.split(form.group or 200, 1))
+    relative = (dequantise(q) - weight.float()).abs() / torch.maximum(weight.float().abs(), scales_by_column(q) * 2.0**-6)
     assert float(relative.max()) <= 2.0**-4
 
 
@@ -94,7 +95,7 @@ def test_finer_formats_are_closer() -> None:
         assert by_group == sorted(by_group)
         assert error[f"int{bits}-g64-asym"] < error[f"int{bits}-g64"]
     assert error["int8"] < error["int4-g32-asym"] / 5
-    assert error["int8"] < error["fp8"] < error["int4-g32-asym"] / 2
+    assert error["int8"] < error["fp8-g128"] < error["fp8"] < error["int4-g32-asym"] / 2
 
 
 def test_clipping_beats_spanning_the_range_for_4_bits() -> None:
@@ -122,7 +123,7 @@ def test_flags_and_names_say_the_whole_format(name: str, scale: Any) -> None:
     assert len({f.flags for f in known_formats()}) == len(known_formats()) == 2 * len(FORMATS)
 
 
-@pytest.mark.parametrize("flags", [4 | 8 | 64, 16, 32, 64, 4 | 8 | 16])
+@pytest.mark.parametrize("flags", [4 | 8 | 64, 4 | 8 | 128, 16, 32, 64, 4 | 8 | 16])
 def test_flags_that_name_no_format_are_refused(flags: int) -> None:
     with pytest.raises(ValueError, match="weight format"):
         format_of(flags)

@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from amk.isa.weight_format import FP8
+from amk.isa.weight_format import FP8, FP8_GROUPS
 from amk.models.errors import DamagedCheckpoint, Unsupported
+from amk.models.fp8_blocks import BlockFloats
 from amk.models.model import Model
+from amk.models.quantise import dequantise
 from amk.models.registry import describe, resolve
 from amk.schedule.model import weight_format, weight_shapes
 
@@ -227,6 +229,66 @@ def test_fp8_weights_are_read_as_they_were_written(strategy: str, activations: A
     model = resolve(str(folder))
     assert model.spec.layer_weights == replace(FP8, scale="fp16") and model.spec.head_weights is None
     check(model, meaning)
+
+
+BLOCKS = {
+    "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
+    "modules_to_not_convert": ["lm_head"],
+}  # fmt: skip
+
+
+def block_folder(folder: Path, config: dict[str, Any] = BLOCKS) -> tuple[Path, dict[str, np.ndarray]]:
+    """The checkpoint with its matrices replaced by FP8 ones whose blocks of 128 by 128, whole or not, have scales of their own."""
+    folder, meaning = float_folder(folder, config, one_scale=True)
+    tensors, rng = load_file(folder / "model.safetensors"), np.random.default_rng(8)
+    for module in meaning:
+        del tensors[f"{module}.weight_scale"]
+        numbers = tensors[f"{module}.weight"]
+        rows, columns = numbers.shape
+        scales = (rng.uniform(0.16, 0.8, (-(-rows // 128), -(-columns // 128))) / 448).astype(np.float16)
+        tensors[f"{module}.weight_scale_inv"] = torch.from_numpy(scales)
+        spread = np.repeat(np.repeat(scales.astype(np.float64), 128, 0), 128, 1)[:rows, :columns]
+        meaning[module] = numbers.double().numpy() * spread
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder, meaning
+
+
+@pytest.mark.parametrize("name", ["llama3.1", "qwen3"])
+def test_fp8_in_blocks_is_read_as_it_was_written(name: str, tiny_copy: Folder) -> None:
+    folder, meaning = block_folder(tiny_copy(name))
+    model = resolve(str(folder))
+    assert model.spec.layer_weights == replace(FP8_GROUPS, scale="fp16") and model.spec.head_weights is None
+    check(model, meaning)
+
+
+def test_every_block_has_the_scale_of_its_place() -> None:
+    rng = np.random.default_rng(2)
+    m, scales = Numbers(rng, 300, 520, one_scale=True), rng.uniform(1e-3, 2e-3, (3, 5)).astype(np.float16)
+    scheme, form = BlockFloats(FP8_GROUPS), replace(FP8_GROUPS, scale="fp16")
+    assert [part.shape for part in scheme.parts(300, 520)] == [(300, 520), (3, 5)]
+    found = dequantise(scheme.read("m", {"weight": m.numbers, "weight_scale_inv": torch.from_numpy(scales)}, form))
+    for row, column in ((0, 0), (127, 128), (128, 127), (255, 511), (256, 512), (299, 519)):
+        assert float(found[row, column]) == float(m.numbers[row, column]) * float(scales[row // 128, column // 128])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"weight_block_size": [64, 128]}, "weight_block_size"),
+        ({"weight_block_size": None}, "weight_block_size"),
+        ({"activation_scheme": "static"}, "activation_scheme"),
+        ({"fmt": "e5m2"}, "fmt"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_fp8_in_other_blocks_is_refused_by_name(change: dict[str, Any], said: str, tiny_copy: Folder) -> None:
+    folder, _ = block_folder(tiny_copy("llama2"), BLOCKS | change)
+    refused(folder, Unsupported, "quantization_config", said)
+
+
+def test_fp8_without_blocks_is_refused_by_name(tiny_copy: Folder) -> None:
+    without = {field: value for field, value in BLOCKS.items() if field != "weight_block_size"}
+    refused(block_folder(tiny_copy("llama2"), without)[0], Unsupported, "weight_block_size")
 
 
 @pytest.mark.parametrize(

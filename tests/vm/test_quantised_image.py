@@ -13,7 +13,7 @@ import torch
 from amk.isa.machine import FRAGMENT_BYTES, TILE_ROWS, ChunkPlan, Machine, chunk_plan, quantised_piece
 from amk.isa.matvec import MatVec
 from amk.isa.rounding import fixed_point, round_to, two_part
-from amk.isa.weight_format import FORMATS, FP8, WeightFormat
+from amk.isa.weight_format import FORMATS, FP8, FP8_GROUPS, WeightFormat
 from amk.models.quantise import dequantise, quantise
 from amk.models.quantised_weights import QuantisedWeights, with_weights
 from amk.schedule.model import QuantisedMatrix
@@ -249,7 +249,7 @@ class NumbersWarp:
         self.plan, self.dtype, self.narrow = plan, dtype, narrow
         rounded = round_to(x, dtype)
         self.parts = [rounded] if narrow else [rounded, round_to(x - rounded, dtype)]
-        self.sums = np.zeros((32, 4))
+        self.sums, self.low, self.high = np.zeros((32, 4)), np.zeros(8), np.zeros(8)
 
     def operand(self, step: int) -> np.ndarray:
         """[32, 2, 2]: four columns of the part of the lane's column; columns that nobody looks at have the first."""
@@ -257,28 +257,39 @@ class NumbersWarp:
         return np.array([part[c : c + 4].reshape(2, 2) for part, c in at])
 
     def chunk(self, chunk: bytes, first: int, pieces: int, at: int) -> None:
+        piece = self.plan.piece
         for number in range(pieces):
-            own = chunk[at + number * FRAGMENT_BYTES : at + (number + 1) * FRAGMENT_BYTES]
-            words = np.frombuffer(own, dtype="<u4").reshape(32, 4)
-            for step in (0, 1):
-                low, high = words[:, 2 * step], words[:, 2 * step + 1]
+            own = chunk[at + number * piece.bytes : at + (number + 1) * piece.bytes]
+            codes = own[: piece.columns * TILE_ROWS]
+            fragments = np.frombuffer(codes, dtype="<u4").reshape(-1, 32, 4)
+            for i in range(2 * len(fragments)):
+                low, high = (fragments[i // 2][:, 2 * (i % 2) + half] for half in (0, 1))
                 a = np.stack([elements(w, self.dtype) for w in (low, high, low << np.uint32(8), high << np.uint32(8))], axis=1)
-                self.sums += element_product(a, self.operand(2 * (first + number) + step))
+                self.sums += element_product(a, self.operand(2 * len(fragments) * (first + number) + i))
+            if not piece.tail:
+                self._scale(own[len(codes) :])
 
     def end(self, last_chunk: bytes) -> np.ndarray:
-        scales = (np.frombuffer(last_chunk[-self.plan.piece.tail :], dtype="<u2").reshape(8, 2).astype(np.uint32) << 16).view(np.float32)
+        if tail := self.plan.piece.tail:
+            self._scale(last_chunk[-tail:])
+        return np.concatenate([self.low, self.high])
+
+    def _scale(self, beside: bytes) -> None:
+        scales = (np.frombuffer(beside, dtype="<u2").reshape(8, 2).astype(np.uint32) << 16).view(np.float32)
         columns = [0] if self.narrow else [0, 1]
         low, high = (self.sums[0::4][:, [2 * half + c for c in columns]].sum(axis=1) for half in (0, 1))
-        return np.concatenate([low * scales[:, 0], high * scales[:, 1]])
+        self.low, self.high = self.low + low * scales[:, 0], self.high + high * scales[:, 1]
+        self.sums = np.zeros((32, 4))
 
 
+@pytest.mark.parametrize("form", [FP8, FP8_GROUPS], ids=["fp8", "fp8-g128"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize(("columns", "warps", "narrow"), [(200, 8, True), (1152, 4, False), (2048, 8, False)])
 def test_warps_that_read_numbers_as_the_device_does_find_the_product(
-    dtype: str, columns: int, warps: int, narrow: bool, make_spec: Any, make_program: Any
+    form: WeightFormat, dtype: str, columns: int, warps: int, narrow: bool, make_spec: Any, make_program: Any
 ) -> None:
     machine = some_machine(make_program, make_spec, consumer_warps=warps, stage_bytes=2432 * warps)
-    plan, matrix = chunk_plan(machine, columns, FP8), random_matrix(FP8, 16, columns)
+    plan, matrix = chunk_plan(machine, columns, form), random_matrix(form, 16, columns)
     x = np.random.default_rng(columns).standard_normal(columns).astype(np.float32)
     padded = np.concatenate([x, np.zeros(plan.tile_pieces * plan.piece.columns - columns, dtype=np.float32)])
     found = found_by(plan, matrix, [NumbersWarp(plan, padded[own], narrow, dtype) for own in slices_of(plan)])

@@ -1,0 +1,49 @@
+"""Checkpoints of transformers' fine-grained FP8 (quant_method fp8), as Qwen3's: E4M3 weights with a scale for each block of 128 by 128.
+
+Activations, which such a checkpoint would have rounded to 8 bits as they come, are in 16 bits here: that only leaves an error out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from amk.isa.weight_format import FP8_GROUPS, WeightFormat
+from amk.models.stored_matrix import SCALES, Part, Scheme, config_problems, number_codes, same_zeros
+from amk.schedule.model import QuantisedMatrix
+
+if TYPE_CHECKING:
+    import torch
+
+BLOCK = 128
+_KNOWN: dict[str, tuple[Any, ...] | None] = {
+    "quant_method": ("fp8",), "fmt": ("e4m3",), "activation_scheme": ("dynamic",), "weight_block_size": ([BLOCK, BLOCK],),
+    "modules_to_not_convert": None, "ignored_layers": None, "dequantize": (False,),
+}  # fmt: skip
+_MUST = ("weight_block_size",)  # without it a scale would serve the whole matrix
+
+
+@dataclass(frozen=True)
+class BlockFloats(Scheme):
+    """weight F8_E4M3 [rows, columns] and weight_scale_inv [rows / 128, columns / 128], rounded up; weight = number * scale of its block."""
+
+    @property
+    def scales(self) -> str:
+        return "weight_scale_inv"
+
+    def parts(self, rows: int, columns: int) -> tuple[Part, ...]:
+        blocks = (-(-rows // BLOCK), -(-columns // BLOCK))
+        return Part("weight", ("F8_E4M3",), (rows, columns)), Part("weight_scale_inv", SCALES, blocks)
+
+    def read(self, name: str, parts: Mapping[str, torch.Tensor], weights: WeightFormat) -> QuantisedMatrix:
+        codes = number_codes(name, parts["weight"])
+        scales = parts["weight_scale_inv"].repeat_interleave(BLOCK, 0)[: len(codes)].contiguous()
+        return QuantisedMatrix(weights, codes, scales, same_zeros(scales, weights))
+
+
+def fp8_blocks_scheme(config: Mapping[str, Any]) -> BlockFloats | list[str]:
+    """The scheme of a config's quantization_config, or what is not understood about it."""
+    at = "quantization_config"
+    missing = [f"config field {at}.{field}: must be {[BLOCK, BLOCK]}, but is missing" for field in _MUST if field not in config]
+    return [*config_problems(config, _KNOWN, at), *missing] or BlockFloats(FP8_GROUPS)
