@@ -9,24 +9,32 @@
 constexpr int DIGITS = 1;
 constexpr int plane_bytes(int columns) { return columns * ELEMENT_BYTES; }  // of a part
 
-// The codes in the upper bytes of both halves of a word as two elements. The bits of a code in an element's places make a number that is too small
-// by a power of two; the product with that is exact, also of what is no normal number.
-__device__ __forceinline__ uint32_t elements_of(uint32_t codes) {
-  constexpr uint32_t SIGNS = 0x80008000u;
-  uint32_t r;
-  if constexpr (ELEMENT == ELEMENT_FP16) {
-    constexpr uint32_t UP = 0x5C005C00u;  // 2^8, the biases being 15 and 7
-    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"((codes & SIGNS) | (codes >> 1 & 0x3F803F80u)), "r"(UP));
-  } else {
-    constexpr uint32_t UP = 0x7B807B80u;  // 2^120, the biases being 127 and 7
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"((codes & SIGNS) | (codes >> 4 & 0x07F007F0u)), "r"(UP), "r"(SIGNS));
-  }
-  return r;
+// A code's bits in the places of an element's sign, exponent and fraction make a number that is too small by a power of two, also where it is no normal
+// one: 2^(127 - 7) as bf16, 2^(15 - 7) as fp16. The scales of rows make up for it. In bf16, where products would leave the range of fp32, x makes up
+// for a part of it.
+constexpr bool OF_FP16 = ELEMENT == ELEMENT_FP16;
+constexpr float X_UP = OF_FP16 ? 1.f : 0x1p64f, SCALE_UP = OF_FP16 ? 0x1p8f : 0x1p56f;
+
+// The two codes of each half of a word, as elements: the first two, and the second two.
+__device__ __forceinline__ uint32_t first_elements(uint32_t codes) {
+  if constexpr (OF_FP16) return (codes & 0x80008000u) | (codes << 3 & 0x3F803F80u);
+  return codes & 0x87F087F0u;
+}
+__device__ __forceinline__ uint32_t second_elements(uint32_t codes) {
+  if constexpr (OF_FP16) return (codes << 4 & 0x80008000u) | (codes << 7 & 0x07800780u) | (codes >> 1 & 0x38003800u);
+  return (codes << 4 & 0x80F080F0u) | (codes >> 4 & 0x07000700u);
 }
 // A fragment's columns 16 step to 16 step + 15 as the operand of `multiply`.
 __device__ __forceinline__ uint4 elements_of(const uint4& fragment, int step) {
   const uint32_t low = step ? fragment.z : fragment.x, high = step ? fragment.w : fragment.y;
-  return make_uint4(elements_of(low), elements_of(high), elements_of(low << 8), elements_of(high << 8));
+  return make_uint4(first_elements(low), first_elements(high), second_elements(low), second_elements(high));
+}
+// Two elements of x, times X_UP.
+__device__ __forceinline__ uint32_t raised(uint32_t pair) {
+  if constexpr (OF_FP16) return pair;
+  uint32_t r;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(pair), "r"(0x5F805F80u), "r"(0x80008000u));  // bf16 of 2^64, and of -0
+  return r;
 }
 
 // A warp's slice of x as operands, 16 columns a step: in registers, where it fits into some, or in scratch.
@@ -42,12 +50,18 @@ struct ElementOperands {
     from = slice + (TWO && lane >> 2 == 1 ? P::SLICE_BYTES : 0) + (lane & 3) * 8;
     if constexpr (KEPT) {
 #pragma unroll
-      for (int i = 0; i < STEPS; ++i) kept[i] = *reinterpret_cast<const uint2*>(from + i * 32);
+      for (int i = 0; i < STEPS; ++i) kept[i] = read(i);
     }
   }
   __device__ __forceinline__ uint2 at(int step) const {
     if constexpr (KEPT) return kept[step];
-    return *reinterpret_cast<const uint2*>(from + step * 32);
+    return read(step);
+  }
+
+ private:
+  __device__ __forceinline__ uint2 read(int step) const {
+    const uint2 x = *reinterpret_cast<const uint2*>(from + step * 32);
+    return make_uint2(raised(x.x), raised(x.y));
   }
 };
 
@@ -90,10 +104,10 @@ struct ElementSums {
 
  private:
   static __device__ __forceinline__ float scale_of(uint32_t bits) {
-    if constexpr (!W::FP16_SCALE) return as_float(bits << 16);
+    if constexpr (!W::FP16_SCALE) return as_float(bits << 16) * SCALE_UP;
     float f;
     asm("{\n.reg .b16 h, unused;\nmov.b32 {h, unused}, %1;\ncvt.f32.f16 %0, h;\n}" : "=f"(f) : "r"(bits));
-    return f;
+    return f * SCALE_UP;
   }
 };
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product as product_of
 from typing import Any
 
 import numpy as np
@@ -210,22 +211,42 @@ class Warp:
             self.high[lane] += float(scales[g, 1]) * (256 * s[2] + s[3] + int(zeros[g, 1]) * minus_x)
 
 
-def elements(words: np.ndarray, dtype: str) -> np.ndarray:
-    """`elements_of` of isa/device/matvec_fp8.cuh: the codes in the upper bytes of both halves of a word, [..., 2] as float64."""
-    shift, places, up = (1, 0x3F803F80, 2.0**8) if dtype == "fp16" else (4, 0x07F007F0, 2.0**120)
-    bits = (words & np.uint32(0x80008000)) | (words >> np.uint32(shift) & np.uint32(places))
-    halves = np.stack([bits & 0xFFFF, bits >> 16], axis=-1).astype(np.uint16)
-    small = halves.view(np.float16) if dtype == "fp16" else (halves.astype(np.uint32) << 16).view(np.float32)
-    return small.astype(np.float64) * up
+# What elements are short of, and what x makes up for of it: X_UP and SCALE_UP of isa/device/matvec_fp8.cuh.
+X_UP, SCALE_UP = {"bf16": 2.0**64, "fp16": 1.0}, {"bf16": 2.0**56, "fp16": 2.0**8}
+
+
+def elements(words: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """`first_elements` and `second_elements` of isa/device/matvec_fp8.cuh, [..., 2] as float64."""
+    w = words.astype(np.uint32)
+    if dtype == "fp16":
+        first = w & np.uint32(0x80008000) | w << 3 & np.uint32(0x3F803F80)
+        second = w << 4 & np.uint32(0x80008000) | w << 7 & np.uint32(0x07800780) | w >> 1 & np.uint32(0x38003800)
+    else:
+        first, second = w & np.uint32(0x87F087F0), w << 4 & np.uint32(0x80F080F0) | w >> 4 & np.uint32(0x07000700)
+    return values_of(first, dtype), values_of(second, dtype)
+
+
+def values_of(pairs: np.ndarray, dtype: str) -> np.ndarray:
+    halves = np.stack([pairs & 0xFFFF, pairs >> 16], axis=-1).astype(np.uint16)
+    floats = halves.view(np.float16) if dtype == "fp16" else (halves.astype(np.uint32) << 16).view(np.float32)
+    return floats.astype(np.float64)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_every_fp8_code_becomes_the_element_that_it_is(dtype: str) -> None:
-    codes = np.array([code for code in range(256) if code & 127 != 127], dtype=np.uint32)
-    expected = torch.from_numpy(codes.astype(np.uint8)).view(torch.float8_e4m3fn).double().numpy()
-    for other in (0x00, 0x7E, 0xFE, 0xFF):  # whatever else the word holds
-        words = codes << 24 | np.uint32(other) << 16 | codes << 8 | np.uint32(other)
-        np.testing.assert_array_equal(elements(words, dtype), np.stack([expected, expected], axis=-1))
+def test_every_fp8_code_becomes_the_element_that_it_is_wherever_it_stands(dtype: str) -> None:
+    """Short of a power of two, beside whatever other codes."""
+    numbers = np.array([code for code in range(256) if code & 127 != 127], dtype=np.uint8)
+    codes = np.stack([np.random.default_rng(column).permutation(numbers) for column in range(4)], axis=1)  # [254, 4]
+    codes = np.concatenate([codes, np.stack([numbers, 254 - numbers, numbers ^ 128, numbers ^ 1], axis=1) % 127])
+    row = torch.from_numpy(np.pad(codes, ((0, 512 - len(codes)), (0, 0)))).reshape(16, -1)  # 32 words a row
+    plan = ChunkPlan(row.shape[1], 1, 4, 4, 0, 4, 1, quantised_piece(FP8))
+    packed = pack_quantised(QuantisedMatrix(FP8, row, torch.ones(16, 1, dtype=torch.bfloat16), torch.zeros(16, 1, dtype=torch.uint8)), plan)
+    words = packed[0, : 4 * FRAGMENT_BYTES].numpy().view("<u4").reshape(4, 32, 2, 2)  # fragment, lane, word pair, row half
+    first, second = (part * X_UP[dtype] * SCALE_UP[dtype] for part in elements(words, dtype))
+    expected = row.view(torch.float8_e4m3fn).double().numpy()
+    for fragment, (lane, (g, t)), pair, half in product_of(range(4), list(enumerate(LANES)), (0, 1), (0, 1)):
+        columns = expected[g + 8 * half, 32 * fragment + 16 * pair + 4 * t :][:4]
+        np.testing.assert_array_equal([*first[fragment, lane, pair, half], *second[fragment, lane, pair, half]], columns)
     np.testing.assert_array_equal(round_to(expected, dtype), expected)
 
 
@@ -254,7 +275,7 @@ class NumbersWarp:
     def operand(self, step: int) -> np.ndarray:
         """[32, 2, 2]: four columns of the part of the lane's column; columns that nobody looks at have the first."""
         at = [(self.parts[1 if g == 1 and not self.narrow else 0], 16 * step + 4 * t) for g, t in LANES]
-        return np.array([part[c : c + 4].reshape(2, 2) for part, c in at])
+        return np.array([part[c : c + 4].reshape(2, 2) for part, c in at]) * X_UP[self.dtype]
 
     def chunk(self, chunk: bytes, first: int, pieces: int, at: int) -> None:
         piece = self.plan.piece
@@ -263,8 +284,8 @@ class NumbersWarp:
             codes = own[: piece.columns * TILE_ROWS]
             fragments = np.frombuffer(codes, dtype="<u4").reshape(-1, 32, 4)
             for i in range(2 * len(fragments)):
-                low, high = (fragments[i // 2][:, 2 * (i % 2) + half] for half in (0, 1))
-                a = np.stack([elements(w, self.dtype) for w in (low, high, low << np.uint32(8), high << np.uint32(8))], axis=1)
+                low, high = (elements(fragments[i // 2][:, 2 * (i % 2) + half], self.dtype) for half in (0, 1))
+                a = np.stack([low[0], high[0], low[1], high[1]], axis=1)
                 self.sums += element_product(a, self.operand(2 * len(fragments) * (first + number) + i))
             if not piece.tail:
                 self._scale(own[len(codes) :])
@@ -275,7 +296,7 @@ class NumbersWarp:
         return np.concatenate([self.low, self.high])
 
     def _scale(self, beside: bytes) -> None:
-        scales = (np.frombuffer(beside, dtype="<u2").reshape(8, 2).astype(np.uint32) << 16).view(np.float32)
+        scales = (np.frombuffer(beside, dtype="<u2").reshape(8, 2).astype(np.uint32) << 16).view(np.float32) * SCALE_UP[self.dtype]
         columns = [0] if self.narrow else [0, 1]
         low, high = (self.sums[0::4][:, [2 * half + c for c in columns]].sum(axis=1) for half in (0, 1))
         self.low, self.high = self.low + low * scales[:, 0], self.high + high * scales[:, 1]
