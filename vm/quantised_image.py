@@ -29,8 +29,8 @@ def pack_quantised(matrix: QuantisedMatrix, plan: ChunkPlan) -> torch.Tensor:
     are its columns in order. Of 16 rows by 64 columns (int4) they hold row g, columns 8t to 8t + 7; row g + 8, the same; both again 32
     columns on. The lower nibbles of a word are the first four of its columns, the upper ones the last four; a zero is an upper nibble.
     Of 16 rows by 32 columns (fp8) they hold row g, columns 4t to 4t + 3; row g + 8, the same; both again 16 columns on. A half of a word
-    has the bits of two codes, the lower one of its columns 1 and 3, the upper one of 2 and 4, as `_woven` puts them. Rows and columns beyond
-    the matrix have codes and scales of zero.
+    has the bits of two codes, the lower one of its columns 1 and 3, the upper one of 2 and 4, as `_woven` puts them. Rows and columns
+    beyond the matrix have codes and scales of zero.
     """
     import torch
 

@@ -13,7 +13,8 @@ constexpr int plane_bytes(int columns) { return columns * ELEMENT_BYTES; }  // o
 // one: 2^(127 - 7) as bf16, 2^(15 - 7) as fp16. The scales of rows make up for it. In bf16, where products would leave the range of fp32, x makes up
 // for a part of it.
 constexpr bool OF_FP16 = ELEMENT == ELEMENT_FP16;
-constexpr float X_UP = OF_FP16 ? 1.f : 0x1p64f, SCALE_UP = OF_FP16 ? 0x1p8f : 0x1p56f;
+constexpr uint32_t X_UP = 0x5F805F80u;  // of bf16: 2^64, twice
+constexpr float SCALE_UP = OF_FP16 ? 0x1p8f : 0x1p56f;
 
 // The two codes of each half of a word, as elements: the first two, and the second two.
 __device__ __forceinline__ uint32_t first_elements(uint32_t codes) {
@@ -33,7 +34,7 @@ __device__ __forceinline__ uint4 elements_of(const uint4& fragment, int step) {
 __device__ __forceinline__ uint32_t raised(uint32_t pair) {
   if constexpr (OF_FP16) return pair;
   uint32_t r;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(pair), "r"(0x5F805F80u), "r"(0x80008000u));  // bf16 of 2^64, and of -0
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(pair), "r"(X_UP), "r"(0x80008000u));  // plus -0
   return r;
 }
 
