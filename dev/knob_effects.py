@@ -65,7 +65,7 @@ SOME_OF: dict[str, tuple[Any, ...]] = {
     "kernel_knobs.stage_bytes": (8192, 24576, 32768),
     "kernel_knobs.release_early": (0, 4, 8),
     "kernel_knobs.high_watermark": (2, 4, 8),
-    "kernel_knobs.reduction_slots": (1, 2, 8),  # of one token, auto is 4
+    "kernel_knobs.reduction_slots": (1, 4, 8),  # 0 is one of the first two
     "kernel_knobs.kv_splits": (1, 4, 8),
     "kernel_knobs.weight_feed": ("cp_async", "plain"),  # auto is bulk where there is that
 }

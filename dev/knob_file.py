@@ -213,8 +213,8 @@ def _require_present(parts: Mapping[str, Mapping[str, Any]]) -> None:
             subject = subject_of(row)
             made = partial(made_of, subject, row["knob"], card, contexts[subject])
             present = made(row["value"])
-            stated = made(row["same_program_as"]) if "same_program_as" in row else row.get("code_sha256")
-            if not present or stated != present:
+            stated = made(row["same_program_as"]) if "same_program_as" in row else row.get("code_sha256", "")  # none: it was refused
+            if stated != present or not (present or row["latency_us"] is None):
                 either = "must be the same in every part, or every line's program and kernel those of the code at hand"
                 raise Unlike(f"commit: {either}, but {row['knob']}={row['value']} of {subject} in {name} has others")
 

@@ -90,7 +90,7 @@ STEPS: Mapping[str, Step] = {
     "compile-1b": _bench(ONE_B, f"{ONE_B}-beside-torch-compile", 400, "--positions", "128", "--baselines", "torch-compile"),
     "compile-smollm2": _bench(SMOL, f"{SMOL}-beside-torch-compile", 400, "--positions", "128", "--baselines", "torch-compile"),
     "quality": Step("quality", (), "quality.json", 400),
-    "knobs": Step("knob_effects", (), "knob-effects-{card}.json", 1500),
+    "knobs": Step("knob_effects", (), "knob-effects-{card}.json", 2400),
     "sanitizer": Step("sanitize", (), "sanitizer-{card}.json", 560),
 }
 

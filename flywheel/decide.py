@@ -36,6 +36,11 @@ def keeps(candidate: Mapping[str, Any], incumbent: Mapping[str, Any] | None) -> 
     return _latency(old) - _latency(new) >= max(LEAST_GAIN * _latency(old), noise_us(new) + noise_us(old))
 
 
+def is_gain(latency_us: float, than_us: float) -> bool:
+    """Whether a time is at least 1 % less than another."""
+    return than_us - latency_us >= LEAST_GAIN * than_us
+
+
 def noise_us(verdict: Verdict) -> float:
     """Half of the distance from p10 to p90 of the samples; 0 for a prediction. Two of them added: the ranges do not overlap."""
     samples = verdict.latency_samples

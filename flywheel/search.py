@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from amk.eval.candidate import Candidate, prepare
 from amk.eval.card import Place
-from amk.flywheel.decide import keeps
+from amk.flywheel.decide import is_gain, keeps
 from amk.flywheel.journal import Journal, trial_of
 from amk.flywheel.proposer import Proposer
 from amk.schedule.config import config_dict
@@ -37,38 +38,44 @@ class LastPrepared:
 
 
 class Incumbent:
-    """The best config so far (the default while none is), its candidate and verdict, and the verdict that must be beaten."""
+    """The best config so far (the default while none is), its candidate and verdict, and its lowest time in measurements after the first.
+
+    Times that were measured minutes apart, in other places in memory, differ by more than their noise. So whoever would win must also be
+    faster than the incumbent is right after it.
+    """
 
     def __init__(self, evaluate: Evaluate) -> None:
         self._evaluate = evaluate
         self.config = Config()
         self.candidate: Candidate | None = None
         self.verdict: Json | None = None
-        self._to_beat: Json | None = None
+        self._again_us: float | None = None
 
-    def challenged(self, config: Config, candidate: Candidate) -> tuple[Json, bool]:
-        """The challenger's verdict, and whether it is the incumbent now.
-
-        Times that were measured minutes apart, in other places in memory, differ by more than their noise. So whoever would win has to beat
-        the incumbent's time right after its own as well; a note says what that was.
-        """
-        verdict = self._evaluate(candidate)
-        if self.candidate and keeps(verdict, self._to_beat) and verdict["latency_kind"] == "measured-gpu":
-            verdict = self._measured_again(self.candidate, verdict)
-        kept = keeps(verdict, self._to_beat)
+    def challenged(self, config: Config, candidate: Candidate, verdict: Json) -> tuple[Json, bool]:
+        """The challenger's verdict, with a note where the incumbent was measured again, and whether the challenger is the incumbent now."""
+        kept = keeps(verdict, self.verdict)
+        if kept and self.candidate and verdict["latency_kind"] == "measured-gpu":
+            notes: list[str] = []
+            if self._is_faster(verdict):
+                notes += self._measured_again(self.candidate)
+            kept = self._is_faster(verdict)
+            if not kept and not notes:
+                notes.append(f"the incumbent took {self._again_us:.1f} us when it was measured again earlier")
+            verdict = verdict | {"notes": [*verdict["notes"], *notes]}
         if kept:
-            self.config, self.candidate, self.verdict, self._to_beat = config, candidate, verdict, verdict
+            self.config, self.candidate, self.verdict, self._again_us = config, candidate, verdict, None
         return verdict, kept
 
-    def _measured_again(self, incumbent: Candidate, verdict: Json) -> Json:
-        """The challenger's verdict with a note on the incumbent's time, which is to be beaten from now on if it is the lower one."""
+    def _is_faster(self, verdict: Json) -> bool:
+        """Than the incumbent was, whenever it was measured again."""
+        return self._again_us is None or is_gain(verdict["latency_us"], self._again_us)
+
+    def _measured_again(self, incumbent: Candidate) -> list[str]:
         again = self._evaluate(incumbent)
-        latency_us = again["latency_us"]
-        if latency_us is None:
-            return verdict
-        if self._to_beat is None or latency_us < self._to_beat["latency_us"]:
-            self._to_beat = again
-        return verdict | {"notes": [*verdict["notes"], f"the incumbent took {latency_us:.1f} us when it was measured again after this"]}
+        if again["correct"] is not True or again["latency_us"] is None:
+            return [f"the incumbent was measured again after this, but was {again['status']} then"]
+        self._again_us = min(again["latency_us"], self._again_us or again["latency_us"])
+        return [f"the incumbent took {again['latency_us']:.1f} us when it was measured again after this"]
 
 
 def run_loop(
@@ -90,8 +97,14 @@ def run_loop(
     rows: list[Json] = []
     while len(rows) < budget and (proposal := proposer.propose(incumbent.config)) is not None:
         candidate = prepared.candidate(proposal.config)
-        verdict, kept = incumbent.challenged(proposal.config, candidate)
-        trial = trial_of(candidate, verdict, kept=kept, loop=LOOP, source=proposal.source, experiment=experiment)
+        written = partial(trial_of, candidate, loop=LOOP, source=proposal.source, experiment=experiment)
+        verdict = evaluate(candidate)
+        try:
+            verdict, kept = incumbent.challenged(proposal.config, candidate, verdict)
+        except BaseException:
+            journal.write(written(verdict, kept=None))  # finished, though nothing was decided
+            raise
+        trial = written(verdict, kept=kept)
         journal.write(trial)
         rows.append(verdict | {"trial": len(rows), "source": proposal.source, "tag": trial.tag, "trial_id": trial.id})
         if on_trial:

@@ -25,6 +25,13 @@ def test_each_line_is_predicted_at_its_own_position_and_config(tmp_path: Path) -
     assert 0 < early <= late < apart
 
 
+def test_steps_of_batches_are_not_compared_with_predictions_of_a_token(tmp_path: Path) -> None:
+    row = {"model": "small", "config": "default", "effective": config_dict(Config()), "position": 16, "latency_us": 50.0}
+    file = tmp_path / "knob-effects-h200.json"
+    file.write_text(json.dumps({"plain_read_gbs": [4600.0], "rows": [row | {"batch": 8}, row | {"batch": 1}, row]}), encoding="utf-8")
+    assert [found.get("batch", 1) for found, _ in lines([file])] == [1, 1]
+
+
 def test_the_published_latencies_are_predicted_within_15_percent(tmp_path: Path) -> None:
     """The default configs only: a change of the constants that loses what was measured is noticed here."""
     pairs = []

@@ -276,6 +276,20 @@ def test_a_line_of_a_batch_is_held_to_the_program_of_the_batch() -> None:
             merged({"a.h200.json": of_eight(part(line)), "b.h200.json": other})
 
 
+def test_a_value_that_is_refused_is_held_to_be_refused_by_the_code_at_hand() -> None:
+    """Of two commits: a batch has no program without gate_up fused; one token has."""
+    refused = {"knob": "fusion_grouping", "value": '["norm", "qkv"]', "latency_us": None, "reason": "fusion_grouping: must be ..."}
+    of_one, of_batch = (part(refused | {"model": ONE_B, "batch": batch}, commit="fedcba") for batch in (1, 8))
+    tags = parse_config({"kernel_knobs": {"sync": "tags"}})
+    assert isinstance(tags, Config)
+    digest = config_digest(ONE_B, tags, "h200", effects()["defaults"][0]["context"])
+    other = part(effect(SYNC, '"tags"', 630.0) | {"code_sha256": digest})
+    of_batch["defaults"] = of_eight(of_batch)["defaults"]
+    assert len(merged({"a.h200.json": of_batch, "b.h200.json": other})["rows"]) == 2
+    with pytest.raises(Unlike, match="fusion_grouping="):
+        merged({"a.h200.json": of_one, "b.h200.json": other})
+
+
 def test_no_parts_are_refused() -> None:
     with pytest.raises(Unlike, match="at least one"):
         merged({})

@@ -115,6 +115,11 @@ def signed_bytes(words: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(words.astype(np.uint32)).view(np.int8).reshape(*words.shape, 4).astype(np.int64)
 
 
+def accumulators(d: np.ndarray) -> np.ndarray:
+    """[32, 4]: what each lane has of a product of 16 rows by 8 columns."""
+    return np.array([[d[g, 2 * t], d[g, 2 * t + 1], d[g + 8, 2 * t], d[g + 8, 2 * t + 1]] for g, t in LANES])
+
+
 def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """mma.m16n8k32 of signed bytes by its definition: registers [32, 4] and [32, 2] of A and B, accumulators [32, 4]."""
     a_bytes, b_bytes = signed_bytes(a), signed_bytes(b)
@@ -126,7 +131,7 @@ def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         for register in range(2):
             columns[4 * t + 16 * register : 4 * t + 16 * register + 4, g] = b_bytes[lane, register]
     d = rows @ columns
-    return np.array([[d[g, 2 * t], d[g, 2 * t + 1], d[g + 8, 2 * t], d[g + 8, 2 * t + 1]] for g, t in LANES])
+    return accumulators(d)
 
 
 def quarter(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -260,7 +265,7 @@ def element_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         for register in range(2):
             columns[2 * t + 8 * register : 2 * t + 8 * register + 2, g] = b[lane, register]
     d = rows @ columns
-    return np.array([[d[g, 2 * t], d[g, 2 * t + 1], d[g + 8, 2 * t], d[g + 8, 2 * t + 1]] for g, t in LANES])
+    return accumulators(d)
 
 
 class NumbersWarp:
