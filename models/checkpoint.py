@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -229,7 +230,15 @@ class CheckpointWeights:
         if file not in self._open_files:
             self._open_files[file] = _open(file)
         tensor: torch.Tensor = self._open_files[file].get_tensor(stored_name)
+        if tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel():
+            self._require_numbers(stored_name, tensor)
         return tensor
+
+    def _require_numbers(self, stored_name: str, tensor: torch.Tensor) -> None:
+        least, most = (float(bound) for bound in tensor.aminmax())
+        if not (math.isfinite(least) and math.isfinite(most)):
+            what = f"tensor {stored_name}: every element must be a number, but some are NaN or infinite"
+            raise DamagedCheckpoint(f"model {self._checkpoint.spec.name}: {what}")
 
     def _require_equal_heads(self) -> None:
         """A tied model that stores its head anyway must store the embedding there: transformers would use both."""

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from amk.isa.weight_format import FP8, WeightFormat
+from amk.isa.weight_format import FP8, FP8_GROUPS, WeightFormat
+from amk.models.fp8_blocks import BLOCK, BlockFloats
 from amk.models.packed_codes import unpacked
 from amk.models.stored_matrix import SCALES, Part, Scheme, config_problems, group_of, number_codes, require_whole_groups, same_zeros
 from amk.schedule.model import QuantisedMatrix
@@ -36,7 +37,8 @@ _WEIGHTS: dict[str, tuple[Any, ...] | None] = {
 # The same where the format is FLOATS.
 _GROUP_OF_FLOATS = _GROUP | {"input_activations": None, "format": (None, FLOATS)}
 _FLOATS = _WEIGHTS | {
-    "num_bits": (8,), "type": ("float",), "symmetric": (True,), "strategy": ("channel", "tensor"), "group_size": (None,),
+    "num_bits": (8,), "type": ("float",), "symmetric": (True,), "strategy": ("channel", "tensor", "block"), "group_size": (None,),
+    "block_structure": (None, [BLOCK, BLOCK]),
 }  # fmt: skip
 
 
@@ -128,13 +130,18 @@ def compressed_tensors_scheme(config: Mapping[str, Any]) -> Scheme | list[str]:
     problems += config_problems(weights, _FLOATS if floats else _WEIGHTS, f"{at}.{name}.weights")
     if floats:
         problems += _rounding_problems(group.get("input_activations"), f"{at}.{name}.input_activations")
-        return problems or FloatTensors(FP8, one_scale=weights.get("strategy") == "tensor")
+        return problems or _floats(weights.get("strategy", "tensor"))
     stated = weights.get("group_size") if weights.get("strategy") == "group" else -1
     try:
         form = WeightFormat(int(weights.get("num_bits", 8)), group_of(stated), asymmetric=weights.get("symmetric", True) is False)
     except (ValueError, TypeError):
         return [*problems, f"config field {at}.{name}.weights.group_size: must be 32, 64 or 128, but got {stated!r}"]
     return problems or CompressedTensors(form, packed=config.get("format") == PACKED)
+
+
+def _floats(strategy: str) -> Scheme:
+    """How FP8 weights are stored: with a scale a row, a matrix or a block."""
+    return BlockFloats(FP8_GROUPS, scales="weight_scale") if strategy == "block" else FloatTensors(FP8, one_scale=strategy == "tensor")
 
 
 def _rounding_problems(activations: Any, at: str) -> list[str]:

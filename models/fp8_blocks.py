@@ -1,4 +1,4 @@
-"""Checkpoints of transformers' fine-grained FP8 (quant_method fp8), as Qwen3's: E4M3 weights with a scale for each block of 128 by 128.
+"""E4M3 weights with a scale for each block of 128 by 128: transformers' fine-grained FP8 (quant_method fp8), as Qwen3's.
 
 Activations, which such a checkpoint would have rounded to 8 bits as they come, are in 16 bits here: that only leaves an error out.
 """
@@ -19,26 +19,25 @@ if TYPE_CHECKING:
 BLOCK = 128
 _KNOWN: dict[str, tuple[Any, ...] | None] = {
     "quant_method": ("fp8",), "fmt": ("e4m3",), "activation_scheme": ("dynamic",), "weight_block_size": ([BLOCK, BLOCK],),
-    "modules_to_not_convert": None, "ignored_layers": None, "dequantize": (False,),
+    "modules_to_not_convert": None, "ignored_layers": None, "modules_to_convert": (None,), "dequantize": (False,),
+    "scale_fmt": ("float",), "expert_dtype": None,
 }  # fmt: skip
 _MUST = ("weight_block_size",)  # without it a scale would serve the whole matrix
 
 
 @dataclass(frozen=True)
 class BlockFloats(Scheme):
-    """weight F8_E4M3 [rows, columns] and weight_scale_inv [rows / 128, columns / 128], rounded up; weight = number * scale of its block."""
+    """weight F8_E4M3 [rows, columns] and `scales` [rows / 128, columns / 128], rounded up; weight = number * scale of its block."""
 
-    @property
-    def scales(self) -> str:
-        return "weight_scale_inv"
+    scales: str = "weight_scale_inv"
 
     def parts(self, rows: int, columns: int) -> tuple[Part, ...]:
         blocks = (-(-rows // BLOCK), -(-columns // BLOCK))
-        return Part("weight", ("F8_E4M3",), (rows, columns)), Part("weight_scale_inv", SCALES, blocks)
+        return Part("weight", ("F8_E4M3",), (rows, columns)), Part(self.scales, SCALES, blocks)
 
     def read(self, name: str, parts: Mapping[str, torch.Tensor], weights: WeightFormat) -> QuantisedMatrix:
         codes = number_codes(name, parts["weight"])
-        scales = parts["weight_scale_inv"].repeat_interleave(BLOCK, 0)[: len(codes)].contiguous()
+        scales = parts[self.scales].repeat_interleave(BLOCK, 0)[: len(codes)].contiguous()
         return QuantisedMatrix(weights, codes, scales, same_zeros(scales, weights))
 
 

@@ -11,7 +11,7 @@ constexpr int plane_bytes(int columns) { return columns * ELEMENT_BYTES; }  // o
 
 // A code's bits in the places of an element's sign, exponent and fraction make a number that is too small by a power of two, also where it is no normal
 // one: 2^(127 - 7) as bf16, 2^(15 - 7) as fp16. The scales of rows make up for it. In bf16, where products would leave the range of fp32, x makes up
-// for a part of it.
+// for a part of it, and must be below 2^63.
 constexpr bool OF_FP16 = ELEMENT == ELEMENT_FP16;
 constexpr uint32_t X_UP = 0x5F805F80u;  // of bf16: 2^64, twice
 constexpr float SCALE_UP = OF_FP16 ? 0x1p8f : 0x1p56f;

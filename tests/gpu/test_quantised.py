@@ -86,7 +86,7 @@ def test_scales_in_the_other_dtype_are_correct(form: str, record_property: Any) 
     ],
     ids=["guide", "128-threads", "wide-stages", "narrow-stages", "norm-only"],
 )
-@pytest.mark.parametrize("form", ["int8", "int4-g128", "int4-g32-asym", "fp8"])
+@pytest.mark.parametrize("form", ["int8", "int4-g128", "int4-g32-asym", "fp8", "fp8-g128"])
 def test_configs_do_not_change_what_is_computed(form: str, config: dict[str, Any], record_property: Any) -> None:
     accept(judged(named(f"small@{form}"), config), record_property)
 
@@ -142,7 +142,7 @@ def test_a_head_in_16_bits_beside_quantised_layers_is_correct(form: str, record_
     accept(judged(Model(spec, QuantisedWeights(plain.weights, spec), plain.config, None)), record_property)
 
 
-@pytest.mark.parametrize("form", ["int8", "int8-g128", "int4-g128", "int4-g32-asym", "fp8"])
+@pytest.mark.parametrize("form", ["int8", "int8-g128", "int4-g128", "int4-g32-asym", "fp8", "fp8-g128"])
 def test_one_billion_quantised_parameters_are_correct_at_early_and_late_positions(form: str, record_property: Any) -> None:
     plan = Plan(prompt=8, steps=24, late=(127, 1023, 8000), late_steps=4)
     accept(judged(named(f"llama-3.2-1b-shape@{form}"), plan=plan, context=8192), record_property)

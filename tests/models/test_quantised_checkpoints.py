@@ -223,9 +223,12 @@ def test_every_layout_is_read_as_it_was_written(name: str, tiny_copy: Folder) ->
 
 
 @pytest.mark.parametrize("activations", [None, BY_TOKEN], ids=["16 bits", "rounded by token"])
-@pytest.mark.parametrize("strategy", ["channel", "tensor"])
-def test_fp8_weights_are_read_as_they_were_written(strategy: str, activations: Any, tiny_copy: Folder) -> None:
-    folder, meaning = float_folder(tiny_copy("llama3.1"), float_compressed(strategy, activations), one_scale=strategy == "tensor")
+@pytest.mark.parametrize("strategy", ["channel", "tensor", None])
+def test_fp8_weights_are_read_as_they_were_written(strategy: str | None, activations: Any, tiny_copy: Folder) -> None:
+    config = float_compressed(strategy or "tensor", activations)
+    if strategy is None:  # what compressed-tensors takes it for then
+        del config["config_groups"]["group_0"]["weights"]["strategy"]
+    folder, meaning = float_folder(tiny_copy("llama3.1"), config, one_scale=strategy != "channel")
     model = resolve(str(folder))
     assert model.spec.layer_weights == replace(FP8, scale="fp16") and model.spec.head_weights is None
     check(model, meaning)
@@ -237,7 +240,7 @@ BLOCKS = {
 }  # fmt: skip
 
 
-def block_folder(folder: Path, config: dict[str, Any] = BLOCKS) -> tuple[Path, dict[str, np.ndarray]]:
+def block_folder(folder: Path, config: dict[str, Any], name: str = "weight_scale_inv") -> tuple[Path, dict[str, np.ndarray]]:
     """The checkpoint with its matrices replaced by FP8 ones whose blocks of 128 by 128, whole or not, have scales of their own."""
     folder, meaning = float_folder(folder, config, one_scale=True)
     tensors, rng = load_file(folder / "model.safetensors"), np.random.default_rng(8)
@@ -246,7 +249,7 @@ def block_folder(folder: Path, config: dict[str, Any] = BLOCKS) -> tuple[Path, d
         numbers = tensors[f"{module}.weight"]
         rows, columns = numbers.shape
         scales = (rng.uniform(0.16, 0.8, (-(-rows // 128), -(-columns // 128))) / 448).astype(np.float16)
-        tensors[f"{module}.weight_scale_inv"] = torch.from_numpy(scales)
+        tensors[f"{module}.{name}"] = torch.from_numpy(scales)
         spread = np.repeat(np.repeat(scales.astype(np.float64), 128, 0), 128, 1)[:rows, :columns]
         meaning[module] = numbers.double().numpy() * spread
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -254,11 +257,33 @@ def block_folder(folder: Path, config: dict[str, Any] = BLOCKS) -> tuple[Path, d
 
 
 @pytest.mark.parametrize("name", ["llama3.1", "qwen3"])
-def test_fp8_in_blocks_is_read_as_it_was_written(name: str, tiny_copy: Folder) -> None:
-    folder, meaning = block_folder(tiny_copy(name))
+@pytest.mark.parametrize(
+    ("config", "scales"),
+    [
+        (BLOCKS, "weight_scale_inv"),
+        (BLOCKS | {"modules_to_convert": None, "scale_fmt": "float", "expert_dtype": "fp8", "dequantize": False}, "weight_scale_inv"),
+        (float_compressed("block", BY_TOKEN, block_structure=[128, 128]), "weight_scale"),
+    ],
+    ids=["transformers", "with every default", "compressed-tensors"],
+)
+def test_fp8_in_blocks_is_read_as_it_was_written(config: dict[str, Any], scales: str, name: str, tiny_copy: Folder) -> None:
+    folder, meaning = block_folder(tiny_copy(name), config, scales)
     model = resolve(str(folder))
     assert model.spec.layer_weights == replace(FP8_GROUPS, scale="fp16") and model.spec.head_weights is None
     check(model, meaning)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["mlp.up_proj.weight_scale", "input_layernorm.weight", "self_attn.k_proj.weight_scale"])
+def test_elements_that_are_no_numbers_are_damage(part: str, value: float, tiny_copy: Folder) -> None:
+    folder, _ = quantised_folder(tiny_copy("llama2"), CASES["int8"])
+
+    def spoil(tensor: torch.Tensor) -> torch.Tensor:
+        tensor.view(-1)[1] = value
+        return tensor
+
+    change_tensor(folder, f"model.layers.1.{part}", spoil)
+    refused(folder, DamagedCheckpoint, f"model.layers.1.{part}", "NaN or infinite")
 
 
 def test_every_block_has_the_scale_of_its_place() -> None:
@@ -278,6 +303,7 @@ def test_every_block_has_the_scale_of_its_place() -> None:
         ({"weight_block_size": None}, "weight_block_size"),
         ({"activation_scheme": "static"}, "activation_scheme"),
         ({"fmt": "e5m2"}, "fmt"),
+        ({"scale_fmt": "ue8m0"}, "scale_fmt"),
         ({"colour": "red"}, "colour"),
     ],
 )
@@ -297,7 +323,8 @@ def test_fp8_without_blocks_is_refused_by_name(tiny_copy: Folder) -> None:
         (float_compressed("channel", BY_TOKEN | {"dynamic": False, "strategy": "tensor"}), "input_activations"),
         (float_compressed("channel", BY_TOKEN | {"num_bits": 4}), "input_activations"),
         (float_compressed("channel", "some"), "input_activations"),
-        (float_compressed("block", None, block_structure=[128, 128]), "strategy"),
+        (float_compressed("block", None, block_structure=[64, 128]), "block_structure"),
+        (float_compressed("tensor_group", None), "strategy"),
         (float_compressed("group", None, group_size=128), "group_size"),
         (float_compressed("channel", None, num_bits=4), "num_bits"),
         (float_compressed("channel", None, type="int"), "type"),
