@@ -13,6 +13,7 @@ from amk.isa.weight_format import FORMATS
 from amk.models.quantised_weights import QuantisedWeights, with_weights
 from amk.vm.reference import ReferenceVM
 from amk.vm.scheduler import ORDERS, Order, adversarial
+from amk.vm.source import kernel_source
 
 BF16_ERROR = 0.025  # as in test_reference: activations are rounded, weights are not
 TOKENS = random.Random(1).choices(range(101), k=40)
@@ -35,6 +36,14 @@ def test_logits_are_the_plain_decoders_of_the_dequantised_weights(
     assert error(found, plain(spec, source, TOKENS).logits) < limit
     # int4 moves the logits much further than that: the machine does not fall back on the weights as they were.
     assert FORMATS[name].bits == 8 or error(found, plain(spec, unquantised, TOKENS).logits) > 2 * BF16_ERROR
+
+
+@pytest.mark.parametrize(
+    ("name", "has", "lacks"), [("int8", "multiply_bytes", "elements_of"), ("fp8-g128", "elements_of", "multiply_bytes")]
+)
+def test_a_kernel_has_the_code_of_its_own_kind_of_weights(name: str, has: str, lacks: str, make_spec: Any, make_program: Any) -> None:
+    source = kernel_source(make_program(with_weights(make_spec("bf16"), FORMATS[name])))
+    assert f"{has}(" in source and f"{lacks}(" not in source
 
 
 def test_a_head_in_16_bits_beside_quantised_layers(make_spec: Any, make_proven: Any, make_source: Any, plain: Any) -> None:
