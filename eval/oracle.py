@@ -314,14 +314,19 @@ def _typical(steps: Sequence[Step]) -> float:
 
     An error below FP32_ERROR counts as that.
     """
-    ratios = [max(s.rel_err, FP32_ERROR) / s.expected for s in steps]
+    ratios = [_over(max(s.rel_err, FP32_ERROR), s.expected) for s in steps]
     return math.inf if math.inf in ratios else math.exp(2 * sum(map(math.log, ratios)) / len(ratios))
 
 
 def _single(steps: Sequence[Step]) -> list[tuple[int, float]]:
     """Position and error energy over the larger of its own and the group's mean expected energy."""
     mean = _rms([s.expected for s in steps]) if steps else 0.0
-    return [(s.position, (s.rel_err / max(s.expected, mean)) ** 2) for s in steps]
+    return [(s.position, _over(s.rel_err, max(s.expected, mean)) ** 2) for s in steps]
+
+
+def _over(error: float, expected: float) -> float:
+    """Their ratio; infinite where rounding alone leaves the range of numbers, so that nothing can be said of the error."""
+    return error / expected if math.isfinite(expected) else math.inf
 
 
 def _token_failures(steps: Sequence[Step], excused: int) -> list[str]:

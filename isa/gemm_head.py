@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from amk.isa.gemv_head import comparable
 from amk.isa.instruction import Access, Memory, Publishes
 from amk.isa.machine import TILE_ROWS, Machine
 from amk.isa.matmul import MatMul
@@ -29,6 +30,7 @@ class GemmHead(MatMul):
         first = self.tile0 * TILE_ROWS
         for seat in range(self.batch):
             memory.write_logits(first, y[:, seat], seat)
+        y = comparable(y)
         best = y.argmax(axis=0)
         bits = y.max(axis=0).astype(np.float32).view(np.uint32).astype(np.int64)
         empty = np.zeros(0, dtype=np.int64)

@@ -12,6 +12,11 @@ from amk.isa.machine import TILE_ROWS, Machine
 from amk.isa.matvec import MatVec
 
 
+def comparable(y: F32) -> F32:
+    """Values as the device compares them: what is no number is less than all others, and the first row is a token where none is one."""
+    return np.where(np.isnan(y), np.float32(-np.inf), y)
+
+
 @dataclass(frozen=True, kw_only=True)
 class GemvHead(MatVec):
     """Publishes packets [out_start, out_start + 2) of `out_buf` with its last tile: the largest logit and its row, lowest row on ties.
@@ -32,6 +37,7 @@ class GemvHead(MatVec):
 
     def best_of(self, memory: Memory, position: int, y: F32) -> Publishes:
         """The publishes, given the values of the task's rows."""
+        y = comparable(y)
         best = int(np.argmax(y))
         bits = int(np.float32(y[best]).view(np.uint32))
         empty = np.zeros(0, dtype=np.int64)

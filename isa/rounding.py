@@ -16,7 +16,8 @@ def round_to(values: npt.NDArray[Any], dtype: str) -> F32:
     if dtype == "fp32":
         return x
     if dtype == "fp16":
-        return x.astype(np.float16).astype(np.float32)
+        with np.errstate(over="ignore"):
+            return x.astype(np.float16).astype(np.float32)
     bits = x.view(np.uint32)
     rounded = (bits + (0x7FFF + ((bits >> 16) & 1))) & np.uint32(0xFFFF0000)
     return np.where(np.isfinite(x), rounded.view(np.float32), x)
@@ -26,7 +27,8 @@ def two_part(values: npt.NDArray[Any], dtype: str) -> F32:
     """`values` as the sum of two elements of `dtype`: the rounded value and its rounding error, rounded again."""
     x = np.ascontiguousarray(values, dtype=np.float32)
     rounded = round_to(x, dtype)
-    return rounded if dtype == "fp32" else rounded + round_to(x - rounded, dtype)
+    with np.errstate(invalid="ignore"):  # infinite where x is beyond the range of `dtype`
+        return rounded if dtype == "fp32" else rounded + round_to(x - rounded, dtype)
 
 
 def fixed_point(values: npt.NDArray[Any]) -> F32:

@@ -195,6 +195,19 @@ def test_a_model_that_rounding_alone_upsets_is_not_judged() -> None:
     assert not find([step], [], {}, "bf16").correct
 
 
+@pytest.mark.parametrize("error", [0.0, 0.3, math.inf])
+@pytest.mark.parametrize("expected", [math.inf, math.nan])
+def test_a_model_that_rounding_takes_out_of_the_range_of_numbers_is_not_judged(expected: float, error: float) -> None:
+    """As fp16 weights whose activations pass 65504."""
+    steps = [
+        Step(i, rel_err=error, expected=expected if i else 0.01, max_abs_err=1.0, agrees=True, near_tie=True, consistent=True)
+        for i in range(3)
+    ]
+    finding = find(steps[:2], steps[2:], {}, "fp16")
+    assert not finding.correct and any("rounding to fp16 alone" in text for text in finding.failures)
+    assert finding.tolerance_used == math.inf
+
+
 def test_a_shorter_answer_than_asked_for_is_refused() -> None:
     class Short(Echo):
         def decode(self, tokens: Sequence[int], position: int, *, steps: int | None = None, logits: bool = False) -> Decoded:

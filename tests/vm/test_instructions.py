@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from amk.isa.embed import Embed
-from amk.isa.gemv_head import GemvHead
+from amk.isa.gemv_head import GemvHead, comparable
 from amk.isa.rounding import round_to
 from amk.isa.sample import Sample
 from amk.vm.packets import decode_packets, encode_packets
@@ -77,6 +77,23 @@ def test_a_head_task_names_the_lowest_row_of_equal_logits(vm: UnprovenVM) -> Non
     publishes = head.run(Memory(vm, np.zeros(head.cols, dtype=np.float32)), 0)
     assert [len(values) for _, values in publishes] == [0] * (head.tiles - 1) + [2]
     assert publishes[-1][1].tolist() == [0, 16 * head.tile0]
+
+
+@pytest.mark.parametrize("head", ["gemv", "gemm"])
+def test_logits_that_are_no_numbers_are_less_than_all_others_and_the_first_row_is_a_token_still(head: str) -> None:
+    """As on the device, which never finds them greater: the next step looks the token up."""
+    y = np.full((64, 2), np.nan, dtype=np.float32)
+    y[40, 1] = -7.0
+    best = [int(comparable(y[:, seat]).argmax()) for seat in (0, 1)] if head == "gemv" else comparable(y).argmax(axis=0).tolist()
+    assert best == [0, 40]
+
+
+def test_a_token_is_chosen_where_every_logit_is_no_number(vm: UnprovenVM) -> None:
+    head = next(task for queue in vm.program.queues for task in queue if isinstance(task, GemvHead))
+    publishes = head.run(Memory(vm, np.full(head.cols, np.nan, dtype=np.float32)), 0)
+    memory = Memory(vm, publishes[-1][1])
+    ((_, token),) = Sample(in_buf=0, in_tag=1, out_buf=1, out_tag=2, count=1).run(memory, 0)
+    assert memory.sampled == token == 16 * head.tile0
 
 
 @pytest.mark.parametrize(("forced", "sampled", "taken"), [(5, 9, 5), (None, 9, 9)])
