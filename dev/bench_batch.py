@@ -20,11 +20,11 @@ from amk.dev.on_card import on_card, require_card
 from amk.dev.prebuild import Build, ahead
 from amk.dev.provenance import write_results
 from amk.dev.version import code_digest
-from amk.eval.batch_oracle import judge_batch
-from amk.eval.bench import interleaved, launch_start, quantiles, read_bandwidth_gbs, refuse_company
+from amk.eval.batch_oracle import judge_any
+from amk.eval.bench import interleaved, launch_start, launch_us, quantiles, read_bandwidth_gbs, refuse_company
 from amk.eval.candidate import require_program
 from amk.eval.card import Place, choose
-from amk.eval.oracle import default_plan, judge, make_reference, rounding_points
+from amk.eval.oracle import default_plan, make_reference, rounding_points
 from amk.models.model import Model
 from amk.models.registry import resolve
 from amk.schedule.settings import BATCHES
@@ -50,18 +50,10 @@ def tolerance_used(model: Model, machine: CudaVM) -> float:
     """What the oracle found; NotCorrect if the machine is wrong."""
     points, plan = rounding_points(machine.program), default_plan(model.spec, CONTEXT, "cuda")
     reference = make_reference(model.spec, model.eager("fp32", "cuda"), plan, points)
-    finding = judge(machine, reference) if machine.batch == 1 else judge_batch(machine, reference)
+    finding = judge_any(machine, reference)
     if not finding.correct:
         raise NotCorrect(f"batch {machine.batch}: {'; '.join(finding.failures)}")
     return finding.tolerance_used
-
-
-def step_us(machine: CudaVM, start: int, steps: int) -> float:
-    """Microseconds a step of one launch with every row at work."""
-    rows = machine.batch
-    elapsed = machine.decode_batch([[1]] * rows, [start] * rows, steps=steps).elapsed_us
-    assert elapsed is not None
-    return elapsed / steps
 
 
 def measure(name: str, batches: list[int], position: int, judging: bool) -> dict[str, Any]:
@@ -72,7 +64,7 @@ def measure(name: str, batches: list[int], position: int, judging: bool) -> dict
     used = [tolerance_used(model, machine) if judging else None for machine in found]
     span = launch_start(position, CONTEXT)
     refuse_company()
-    samples = interleaved([partial(step_us, machine, *span) for machine in found])
+    samples = interleaved([partial(launch_us, machine, *span) for machine in found])
     refuse_company()
     one = quantiles(samples[0]).p50
     rows = [

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from amk.dev.version import code_digest
-from amk.eval.batch_oracle import judge_batch
+from amk.eval.batch_oracle import judge_any
 from amk.eval.candidate import Candidate
-from amk.eval.oracle import judge
 from amk.eval.session import Session
 from amk.vm.cuda import UnprovenCudaVM
 
@@ -71,7 +70,7 @@ def judgement(session: Session, machine: UnprovenCudaVM) -> dict[str, Any]:
     """What the oracle finds of a machine that is correct; NotCorrect otherwise."""
     reference = session.reference(machine.program)
     session.progress("judging against the source model")
-    finding = judge(machine, reference) if machine.batch == 1 else judge_batch(machine, reference)
+    finding = judge_any(machine, reference)
     if not finding.correct:
         raise NotCorrect("; ".join(finding.failures))
     return {"correct": finding.correct, "tolerance_used": finding.tolerance_used, "judged_positions": len(finding.positions)}

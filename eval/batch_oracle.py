@@ -9,10 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from amk.eval.kv_rows import relative_errors, typical_ratios
-from amk.eval.oracle import Finding, Reference, Segment, Step, compare, find
+from amk.eval.oracle import Finding, Reference, Segment, Step, compare, find, judge
+from amk.vm.cuda import UnprovenCudaVM
 from amk.vm.interface import BatchMachine, DecodedBatch
+from amk.vm.reference import ReferenceVM
 
 APART = 4  # rows of one late position begin up to this many tokens apart
+
+
+def judge_any(machine: UnprovenCudaVM | ReferenceVM, reference: Reference) -> Finding:
+    """The finding on a machine of one sequence or of a batch. LaunchFailed if a launch does not finish."""
+    return judge(machine, reference) if machine.batch == 1 else judge_batch(machine, reference)
 
 
 def judge_batch(machine: BatchMachine, reference: Reference) -> Finding:

@@ -11,14 +11,14 @@ from typing import Any, TypeAlias
 
 from amk.eval.artefacts import write_artefacts
 from amk.eval.baselines import Contest, Entrant, Rival
-from amk.eval.batch_oracle import judge_batch
+from amk.eval.batch_oracle import judge_any
 from amk.eval.bench import Timing, launch_start, measured, read_bandwidth_gbs, take
 from amk.eval.candidate import Candidate, prepare
 from amk.eval.card import Place
 from amk.eval.card_lock import live_card_lock
 from amk.eval.errors import EnvironmentProblem, UsageError
 from amk.eval.latency_table import table_row
-from amk.eval.oracle import PROMPT_TEXT, Finding, Reference, default_plan, judge, make_reference, rounding_points
+from amk.eval.oracle import PROMPT_TEXT, Finding, Reference, default_plan, make_reference, rounding_points
 from amk.eval.verdict import Facts, Judgement, Latency, Verdict, failed, judged, rejected
 from amk.models.model import Model
 from amk.models.registry import resolve
@@ -78,7 +78,7 @@ class Session:
         try:
             self.progress("judging against the source model")
             reference = self.reference(candidate.program.program)
-            finding = judge(machine, reference) if facts.batch == 1 else judge_batch(machine, reference)
+            finding = judge_any(machine, reference)
             judgement = _judgement(facts, finding)
             latency = self.latency(candidate, facts, machine, LATENCY_POSITION)[0] if finding.correct else None
         except LaunchFailed as failure:

@@ -33,7 +33,7 @@ def keeps(candidate: Mapping[str, Any], incumbent: Mapping[str, Any] | None) -> 
         return new.latency_kind == "measured-gpu"
     if (new.program_digest, new.binary_digest) == (old.program_digest, old.binary_digest):
         return False
-    return _latency(old) - _latency(new) >= max(LEAST_GAIN * _latency(old), noise_us(new) + noise_us(old))
+    return is_gain(_latency(new), _latency(old)) and _latency(old) - _latency(new) >= noise_us(new) + noise_us(old)
 
 
 def is_gain(latency_us: float, than_us: float) -> bool:

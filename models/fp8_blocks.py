@@ -22,7 +22,6 @@ _KNOWN: dict[str, tuple[Any, ...] | None] = {
     "modules_to_not_convert": None, "ignored_layers": None, "modules_to_convert": (None,), "dequantize": (False,),
     "scale_fmt": ("float",), "expert_dtype": None,
 }  # fmt: skip
-_MUST = ("weight_block_size",)  # without it a scale would serve the whole matrix
 
 
 @dataclass(frozen=True)
@@ -44,5 +43,7 @@ class BlockFloats(Scheme):
 def fp8_blocks_scheme(config: Mapping[str, Any]) -> BlockFloats | list[str]:
     """The scheme of a config's quantization_config, or what is not understood about it."""
     at = "quantization_config"
-    missing = [f"config field {at}.{field}: must be {[BLOCK, BLOCK]}, but is missing" for field in _MUST if field not in config]
-    return [*config_problems(config, _KNOWN, at), *missing] or BlockFloats(FP8_GROUPS)
+    problems = config_problems(config, _KNOWN, at)
+    if "weight_block_size" not in config:  # a scale would serve the whole matrix
+        problems.append(f"config field {at}.weight_block_size: must be {[BLOCK, BLOCK]}, but is missing")
+    return problems or BlockFloats(FP8_GROUPS)

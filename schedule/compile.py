@@ -230,8 +230,8 @@ def effective_config(config: Config, program: Program) -> dict[str, Any]:
     result["smem_bytes_per_block"] = m.stages * m.slot_bytes
     stage_bytes = max(size for size in STAGE_CHOICES if size <= m.stage_bytes)
     throttle = {"throttled_depth": m.throttled or m.inflight, "high_watermark": m.watermark}
-    result["kernel_knobs"] |= {"weight_feed": program.device.weight_feed, "stage_bytes": stage_bytes, "kv_splits": splits} | throttle
-    result["kernel_knobs"]["reduction_slots"] = m.reduction_slots
+    sizes = {"stage_bytes": stage_bytes, "reduction_slots": m.reduction_slots, "kv_splits": splits}
+    result["kernel_knobs"] |= {"weight_feed": program.device.weight_feed} | sizes | throttle
     return result
 
 

@@ -2,6 +2,7 @@
 #pragma once
 #include "isa/device/block.cuh"
 
+// Codes with the bits of both W_INT8 and W_INT4 are floating-point numbers of 8 bits: matvec_fp8.cuh.
 constexpr int W_INT8 = 4, W_INT4 = 8, W_ASYMMETRIC = 16, W_FP16_SCALE = 32, W_GROUP_SHIFT = 6;
 
 template <int FLAGS>

@@ -115,23 +115,24 @@ def signed_bytes(words: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(words.astype(np.uint32)).view(np.int8).reshape(*words.shape, 4).astype(np.int64)
 
 
-def accumulators(d: np.ndarray) -> np.ndarray:
-    """[32, 4]: what each lane has of a product of 16 rows by 8 columns."""
+def accumulators(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """[32, 4] of 16 rows by 8 columns, by the definition of mma.m16n8kK: registers [32, 4, K / 8] of A and [32, 2, K / 8] of B."""
+    n = a.shape[2]
+    rows, columns = np.zeros((16, 8 * n), dtype=a.dtype), np.zeros((8 * n, 8), dtype=b.dtype)
+    for lane, (g, t) in enumerate(LANES):
+        for register in range(4):
+            k = n * t + 4 * n * (register >> 1)
+            rows[g + 8 * (register & 1), k : k + n] = a[lane, register]
+        for register in range(2):
+            k = n * t + 4 * n * register
+            columns[k : k + n, g] = b[lane, register]
+    d = rows @ columns
     return np.array([[d[g, 2 * t], d[g, 2 * t + 1], d[g + 8, 2 * t], d[g + 8, 2 * t + 1]] for g, t in LANES])
 
 
 def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """mma.m16n8k32 of signed bytes by its definition: registers [32, 4] and [32, 2] of A and B, accumulators [32, 4]."""
-    a_bytes, b_bytes = signed_bytes(a), signed_bytes(b)
-    rows, columns = np.zeros((16, 32), dtype=np.int64), np.zeros((32, 8), dtype=np.int64)
-    for lane, (g, t) in enumerate(LANES):
-        for register in range(4):
-            k = 4 * t + 16 * (register >> 1)
-            rows[g + 8 * (register & 1), k : k + 4] = a_bytes[lane, register]
-        for register in range(2):
-            columns[4 * t + 16 * register : 4 * t + 16 * register + 4, g] = b_bytes[lane, register]
-    d = rows @ columns
-    return accumulators(d)
+    """mma.m16n8k32 of signed bytes: registers [32, 4] and [32, 2] of A and B, accumulators [32, 4]."""
+    return accumulators(signed_bytes(a), signed_bytes(b))
 
 
 def quarter(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -255,19 +256,6 @@ def test_every_fp8_code_becomes_the_element_that_it_is_wherever_it_stands(dtype:
     np.testing.assert_array_equal(round_to(expected, dtype), expected)
 
 
-def element_product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """mma.m16n8k16 of elements by its definition: registers [32, 4, 2] and [32, 2, 2] of A and B, accumulators [32, 4]."""
-    rows, columns = np.zeros((16, 16)), np.zeros((16, 8))
-    for lane, (g, t) in enumerate(LANES):
-        for register in range(4):
-            k = 2 * t + 8 * (register >> 1)
-            rows[g + 8 * (register & 1), k : k + 2] = a[lane, register]
-        for register in range(2):
-            columns[2 * t + 8 * register : 2 * t + 8 * register + 2, g] = b[lane, register]
-    d = rows @ columns
-    return accumulators(d)
-
-
 class NumbersWarp:
     """The same for weights in fp8: what isa/device/matvec_fp8.cuh computes."""
 
@@ -291,7 +279,7 @@ class NumbersWarp:
             for i in range(2 * len(fragments)):
                 low, high = (elements(fragments[i // 2][:, 2 * (i % 2) + half], self.dtype) for half in (0, 1))
                 a = np.stack([low[0], high[0], low[1], high[1]], axis=1)
-                self.sums += element_product(a, self.operand(2 * len(fragments) * (first + number) + i))
+                self.sums += accumulators(a, self.operand(2 * len(fragments) * (first + number) + i))
             if not piece.tail:
                 self._scale(own[len(codes) :])
 
