@@ -11,7 +11,7 @@ import numpy as np
 from amk.isa.abi import I32, NONE, U16
 from amk.isa.instruction import F32, Access, Instruction, Memory
 from amk.isa.machine import TILE_ROWS, ChunkPlan, Machine, chunk_plan
-from amk.isa.rounding import fixed_point, two_part
+from amk.isa.rounding import fixed_point, scaled_halves, two_part
 from amk.isa.weight_format import format_of
 
 X_NARROW = 1  # x comes as narrow packets, not fp32 packets
@@ -102,7 +102,12 @@ class MatVec(Instruction):
             squares = float((x * x).sum())
             x = x * memory.constant(self.gain, self.cols)[columns]
         w = memory.matrix(self.weight)[first : min(self.rows, first + self.tiles * TILE_ROWS), columns]
-        return w @ (fixed_point(x) if self.in_integers else two_part(x, memory.machine.dtype)), squares
+        return w @ self._as_multiplied(x, memory.machine.dtype), squares
+
+    def _as_multiplied(self, x: F32, dtype: str) -> F32:
+        if self.in_integers:
+            return fixed_point(x)
+        return two_part(x, dtype) if format_of(self.flags) is None else scaled_halves(x)
 
     def product(self, memory: Memory) -> F32:
         """fp32 rows of the task (padding rows left out): W x, scaled and biased."""

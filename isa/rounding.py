@@ -31,6 +31,17 @@ def two_part(values: npt.NDArray[Any], dtype: str) -> F32:
         return rounded if dtype == "fp32" else rounded + round_to(x - rounded, dtype)
 
 
+def scaled_halves(values: npt.NDArray[Any]) -> F32:
+    """`values` as products with weights in fp8 take them: two fp16 of each times the power of two that takes the largest magnitude, which
+    counts as 2^-63 at least, to 2^14 or above."""
+    x = np.ascontiguousarray(values, dtype=np.float32)
+    largest = np.abs(x).max(initial=0)
+    if not np.isfinite(largest):
+        return np.full_like(x, np.nan)
+    up = np.float32(np.exp2(14 - max(np.frexp(largest)[1] - 1, -63)))
+    return two_part(x * up, "fp16") / up
+
+
 def fixed_point(values: npt.NDArray[Any]) -> F32:
     """`values` as products in integers take them: multiples of 2^-21 of the power of two below the largest magnitude (at least 2^-63)."""
     x = np.ascontiguousarray(values, dtype=np.float32)

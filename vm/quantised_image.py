@@ -28,8 +28,7 @@ def pack_quantised(matrix: QuantisedMatrix, plan: ChunkPlan) -> torch.Tensor:
     (int8), row g, columns 8t to 8t + 3; row g + 8, the same; row g, columns 8t + 4 to 8t + 7; row g + 8, the same. The bytes of a word
     are its columns in order. Of 16 rows by 64 columns (int4) they hold row g, columns 8t to 8t + 7; row g + 8, the same; both again 32
     columns on. The lower nibbles of a word are the first four of its columns, the upper ones the last four; a zero is an upper nibble.
-    Of 16 rows by 32 columns (fp8) they hold row g, columns 4t to 4t + 3; row g + 8, the same; both again 16 columns on. A half of a word
-    has the bits of two codes, the lower one of its columns 1 and 3, the upper one of 2 and 4, as `_woven` puts them. Rows and columns
+    Of 16 rows by 32 columns (fp8) they hold row g, columns 4t to 4t + 3; row g + 8, the same; both again 16 columns on. Rows and columns
     beyond the matrix have codes and scales of zero.
     """
     import torch
@@ -102,34 +101,12 @@ def _int4_codes(fragments: torch.Tensor, tiles: int) -> torch.Tensor:
 
 
 def _fp8_fragments(codes: torch.Tensor, tiles: int) -> torch.Tensor:
-    """Axes [tile, row half, g, fragment, word pair, t, column] to [tile, fragment, g, t, word pair, row half, byte]."""
-    import torch
-
-    columns = codes.view(tiles, 2, 8, -1, 2, 4, 4).permute(0, 3, 2, 5, 4, 1, 6)
-    halves = [_woven(columns[..., half], columns[..., half + 2]) for half in (0, 1)]
-    return torch.stack([byte for half in halves for byte in half], dim=-1)
+    """Axes [tile, row half, g, fragment, word pair, t, byte] to [tile, fragment, g, t, word pair, row half, byte]."""
+    return codes.view(tiles, 2, 8, -1, 2, 4, 4).permute(0, 3, 2, 5, 4, 1, 6)
 
 
 def _fp8_codes(fragments: torch.Tensor, tiles: int) -> torch.Tensor:
-    import torch
-
-    low0, high0, low1, high1 = fragments.reshape(tiles, -1, 8, 4, 2, 2, 4).unbind(-1)
-    (first, third), (second, fourth) = _unwoven(low0, high0), _unwoven(low1, high1)
-    return torch.stack([first, second, third, fourth], dim=-1).permute(0, 5, 2, 1, 4, 3, 6).reshape(tiles * TILE_ROWS, -1)
-
-
-def _woven(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The lower and the upper byte of 16 bits with two codes.
-
-    From the top: the first's sign, the upper three bits of the second's magnitude, the second's sign, the first's magnitude, the lower four
-    bits of the second's. So the first is a bf16 that is too small, once the bits of the second are cleared.
-    """
-    upper = first & 0x80 | second & 0x70 | (second & 0x80) >> 4 | (first & 0x70) >> 4
-    return (first & 0x0F) << 4 | second & 0x0F, upper
-
-
-def _unwoven(lower: torch.Tensor, upper: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return upper & 0x80 | (upper & 0x07) << 4 | lower >> 4, (upper & 0x08) << 4 | upper & 0x70 | lower & 0x0F
+    return fragments.reshape(tiles, -1, 8, 4, 2, 2, 4).permute(0, 5, 2, 1, 4, 3, 6).reshape(tiles * TILE_ROWS, -1)
 
 
 def _orders(weights: WeightFormat) -> tuple[Order, Order]:

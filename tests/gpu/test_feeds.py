@@ -141,7 +141,7 @@ def test_a_build_without_memory_traffic_ends(feed: str) -> None:
 
 
 @pytest.mark.parametrize("feed", FEEDS)
-@pytest.mark.parametrize("kind", ["small", "fp16", "fp32", "quantised int4-g32-asym"])
+@pytest.mark.parametrize("kind", ["small", "fp16", "fp32", "quantised int4-g32-asym", "quantised fp8"])
 def test_products_of_eight_columns_are_correct(kind: str, feed: str, record_property: Any) -> None:
     """Turing's products and conversions; only with plain loads and without bf16 is this what a T4 runs."""
     accept(judged(model(kind), by(feed), macros=TURING), record_property)

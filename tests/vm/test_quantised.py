@@ -39,7 +39,7 @@ def test_logits_are_the_plain_decoders_of_the_dequantised_weights(
 
 
 @pytest.mark.parametrize(
-    ("name", "has", "lacks"), [("int8", "multiply_bytes", "elements_of"), ("fp8-g128", "elements_of", "multiply_bytes")]
+    ("name", "has", "lacks"), [("int8", "multiply_bytes", "multiply_codes"), ("fp8-g128", "multiply_codes", "multiply_bytes")]
 )
 def test_a_kernel_has_the_code_of_its_own_kind_of_weights(name: str, has: str, lacks: str, make_spec: Any, make_program: Any) -> None:
     source = kernel_source(make_program(with_weights(make_spec("bf16"), FORMATS[name])))

@@ -13,7 +13,7 @@ import torch
 
 from amk.isa.machine import FRAGMENT_BYTES, TILE_ROWS, ChunkPlan, Machine, chunk_plan, quantised_piece
 from amk.isa.matvec import MatVec
-from amk.isa.rounding import fixed_point, round_to, two_part
+from amk.isa.rounding import fixed_point, round_to, scaled_halves, two_part
 from amk.isa.weight_format import FORMATS, FP8, FP8_GROUPS, WeightFormat
 from amk.models.quantise import dequantise, quantise
 from amk.models.quantised_weights import QuantisedWeights, with_weights
@@ -217,30 +217,22 @@ class Warp:
             self.high[lane] += float(scales[g, 1]) * (256 * s[2] + s[3] + int(zeros[g, 1]) * minus_x)
 
 
-# What elements are short of, and what x makes up for of it: X_UP and SCALE_UP of isa/device/matvec_fp8.cuh.
-X_UP, SCALE_UP = {"bf16": 2.0**64, "fp16": 1.0}, {"bf16": 2.0**56, "fp16": 2.0**8}
+def halves_by_bits(codes: np.ndarray, first: int) -> np.ndarray:
+    """The function of isa/device/matvec_fp8.cuh, [..., 2] as float64."""
+    apart = permuted(codes, np.zeros_like(codes), 0x3424 if first else 0x1404)
+    small = apart & np.uint32(0x80008000) | apart >> 1 & np.uint32(0x3F803F80)
+    halves = np.stack([small & 0xFFFF, small >> 16], axis=-1).astype(np.uint16).view(np.float16)
+    return (halves * np.float16(256)).astype(np.float64)
 
 
-def elements(words: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """`first_elements` and `second_elements` of isa/device/matvec_fp8.cuh, [..., 2] as float64."""
-    w = words.astype(np.uint32)
-    if dtype == "fp16":
-        first = w & np.uint32(0x80008000) | w << 3 & np.uint32(0x3F803F80)
-        second = w << 4 & np.uint32(0x80008000) | w << 7 & np.uint32(0x07800780) | w >> 1 & np.uint32(0x38003800)
-    else:
-        first, second = w & np.uint32(0x87F087F0), w << 4 & np.uint32(0x80F080F0) | w >> 4 & np.uint32(0x07000700)
-    return values_of(first, dtype), values_of(second, dtype)
+def halves_of(codes: np.ndarray) -> np.ndarray:
+    """The same for all four codes of words, [..., 4]: what the conversion that newer cards have makes of them."""
+    numbers = torch.from_numpy(np.ascontiguousarray(codes).view(np.uint8).copy()).view(torch.float8_e4m3fn)
+    return numbers.double().numpy().reshape(*codes.shape, 4)
 
 
-def values_of(pairs: np.ndarray, dtype: str) -> np.ndarray:
-    halves = np.stack([pairs & 0xFFFF, pairs >> 16], axis=-1).astype(np.uint16)
-    floats = halves.view(np.float16) if dtype == "fp16" else (halves.astype(np.uint32) << 16).view(np.float32)
-    return floats.astype(np.float64)
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_every_fp8_code_becomes_the_element_that_it_is_wherever_it_stands(dtype: str) -> None:
-    """Short of a power of two, beside whatever other codes."""
+def test_every_fp8_code_becomes_the_fp16_that_it_is_wherever_it_stands() -> None:
+    """By bits as by the conversion, beside whatever other codes."""
     numbers = np.array([code for code in range(256) if code & 127 != 127], dtype=np.uint8)
     codes = np.stack([np.random.default_rng(column).permutation(numbers) for column in range(4)], axis=1)  # [254, 4]
     codes = np.concatenate([codes, np.stack([numbers, 254 - numbers, numbers ^ 128, numbers ^ 1], axis=1) % 127])
@@ -248,37 +240,70 @@ def test_every_fp8_code_becomes_the_element_that_it_is_wherever_it_stands(dtype:
     plan = ChunkPlan(row.shape[1], 1, 4, 4, 0, 4, 1, quantised_piece(FP8))
     packed = pack_quantised(QuantisedMatrix(FP8, row, torch.ones(16, 1, dtype=torch.bfloat16), torch.zeros(16, 1, dtype=torch.uint8)), plan)
     words = packed[0, : 4 * FRAGMENT_BYTES].numpy().view("<u4").reshape(4, 32, 2, 2)  # fragment, lane, word pair, row half
-    first, second = (part * X_UP[dtype] * SCALE_UP[dtype] for part in elements(words, dtype))
+    by_bits = np.concatenate([halves_by_bits(words, 0), halves_by_bits(words, 2)], axis=-1)
+    np.testing.assert_array_equal(by_bits, halves_of(words))
+    np.testing.assert_array_equal(np.signbit(by_bits), np.signbit(halves_of(words)))
     expected = row.view(torch.float8_e4m3fn).double().numpy()
     for fragment, (lane, (g, t)), pair, half in product_of(range(4), list(enumerate(LANES)), (0, 1), (0, 1)):
         columns = expected[g + 8 * half, 32 * fragment + 16 * pair + 4 * t :][:4]
-        np.testing.assert_array_equal([*first[fragment, lane, pair, half], *second[fragment, lane, pair, half]], columns)
-    np.testing.assert_array_equal(round_to(expected, dtype), expected)
+        np.testing.assert_array_equal(by_bits[fragment, lane, pair, half], columns)
+
+
+def half_scale(x: np.ndarray) -> tuple[np.float32, np.float32]:
+    """HalfScale of isa/device/matvec_fp8.cuh, in its arithmetic: `up` and `down`."""
+    exponent = max(int(np.abs(x).max(initial=0).astype(np.float32).view(np.uint32)) >> 23, 64)
+    up, down = (np.uint32(e << 23).view(np.float32) for e in (268 - exponent, exponent - 14))
+    return up, down
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1e-30, 2.0**-63, 1e-3, 1.0, 65520.0, 3e38])
+def test_two_fp16_hold_x_to_2_22_of_it_and_2_39_of_the_largest(magnitude: float) -> None:
+    rng = np.random.default_rng(3)
+    x = (rng.standard_normal(4096) * rng.choice([1, 1e-3, 1e-8], 4096)).clip(-1, 1).astype(np.float32)
+    x[:4] = 1, -1, np.nextafter(np.float32(2), np.float32(0)) / 2, 0
+    x *= np.float32(magnitude)
+    up, down = half_scale(x)
+    assert up * down == 1
+    taken = two_part(x * up, "fp16") * down
+    np.testing.assert_array_equal(taken, scaled_halves(x))
+    assert (np.abs(taken.astype(np.float64) - x) <= np.maximum(np.abs(x) * 2.0**-22, max(np.abs(x).max() * 2.0**-39, 2.0**-101))).all()
+    if 0 < magnitude < 2**-63:
+        return
+    assert not magnitude or 2**14 <= np.abs(x * up).max() < 2**15
+    narrow = round_to(x, "bf16")
+    near = np.abs(narrow) >= np.abs(narrow).max() * 2**-29
+    np.testing.assert_array_equal((round_to(narrow * up, "fp16") * down)[near], narrow[near])
+
+
+@pytest.mark.parametrize("x", [np.inf, -np.inf, np.nan])
+def test_an_x_that_is_no_number_is_nothing_else_in_halves(x: float) -> None:
+    assert np.isnan(scaled_halves(np.array([1.0, x], dtype=np.float32))).all()
 
 
 class NumbersWarp:
     """The same for weights in fp8: what isa/device/matvec_fp8.cuh computes."""
 
-    def __init__(self, plan: ChunkPlan, x: np.ndarray, narrow: bool, dtype: str) -> None:
-        self.plan, self.dtype, self.narrow = plan, dtype, narrow
-        rounded = round_to(x, dtype)
-        self.parts = [rounded] if narrow else [rounded, round_to(x - rounded, dtype)]
+    def __init__(self, plan: ChunkPlan, x: np.ndarray, narrow: bool) -> None:
+        self.plan, self.narrow = plan, narrow
+        up, self.down = half_scale(x)
+        rounded = round_to(x * up, "fp16")
+        self.parts = [rounded] if narrow else [rounded, round_to(x * up - rounded, "fp16")]
         self.sums, self.low, self.high = np.zeros((32, 4)), np.zeros(8), np.zeros(8)
 
     def operand(self, step: int) -> np.ndarray:
         """[32, 2, 2]: four columns of the part of the lane's column; columns that nobody looks at have the first."""
         at = [(self.parts[1 if g == 1 and not self.narrow else 0], 16 * step + 4 * t) for g, t in LANES]
-        return np.array([part[c : c + 4].reshape(2, 2) for part, c in at]) * X_UP[self.dtype]
+        return np.array([part[c : c + 4].reshape(2, 2) for part, c in at])
 
     def chunk(self, chunk: bytes, first: int, pieces: int, at: int) -> None:
         piece = self.plan.piece
         for number in range(pieces):
             own = chunk[at + number * piece.bytes : at + (number + 1) * piece.bytes]
             codes = own[: piece.columns * TILE_ROWS]
-            fragments = np.frombuffer(codes, dtype="<u4").reshape(-1, 32, 4)
+            fragments = halves_of(np.frombuffer(codes, dtype="<u4").reshape(-1, 32, 4))
             for i in range(2 * len(fragments)):
-                low, high = (elements(fragments[i // 2][:, 2 * (i % 2) + half], self.dtype) for half in (0, 1))
-                a = np.stack([low[0], high[0], low[1], high[1]], axis=1)
+                low, high = (fragments[i // 2][:, 2 * (i % 2) + half] for half in (0, 1))
+                a = np.stack([low[:, :2], high[:, :2], low[:, 2:], high[:, 2:]], axis=1)
                 self.sums += accumulators(a, self.operand(2 * len(fragments) * (first + number) + i))
             if not piece.tail:
                 self._scale(own[len(codes) :])
@@ -286,10 +311,10 @@ class NumbersWarp:
     def end(self, last_chunk: bytes) -> np.ndarray:
         if tail := self.plan.piece.tail:
             self._scale(last_chunk[-tail:])
-        return np.concatenate([self.low, self.high])
+        return np.concatenate([self.low, self.high]) * self.down
 
     def _scale(self, beside: bytes) -> None:
-        scales = (np.frombuffer(beside, dtype="<u2").reshape(8, 2).astype(np.uint32) << 16).view(np.float32) * SCALE_UP[self.dtype]
+        scales = (np.frombuffer(beside, dtype="<u2").reshape(8, 2).astype(np.uint32) << 16).view(np.float32)
         columns = [0] if self.narrow else [0, 1]
         low, high = (self.sums[0::4][:, [2 * half + c for c in columns]].sum(axis=1) for half in (0, 1))
         self.low, self.high = self.low + low * scales[:, 0], self.high + high * scales[:, 1]
@@ -305,9 +330,11 @@ def test_warps_that_read_numbers_as_the_device_does_find_the_product(
     machine = some_machine(make_program, make_spec, consumer_warps=warps, stage_bytes=2432 * warps)
     plan, matrix = chunk_plan(machine, columns, form), random_matrix(form, 16, columns)
     x = np.random.default_rng(columns).standard_normal(columns).astype(np.float32)
+    x = round_to(x, dtype) if narrow else x
     padded = np.concatenate([x, np.zeros(plan.tile_pieces * plan.piece.columns - columns, dtype=np.float32)])
-    found = found_by(plan, matrix, [NumbersWarp(plan, padded[own], narrow, dtype) for own in slices_of(plan)])
-    taken = round_to(x, dtype) if narrow else two_part(x, dtype)
+    own = slices_of(plan)
+    found = found_by(plan, matrix, [NumbersWarp(plan, padded[s], narrow) for s in own])
+    taken = x if narrow else np.concatenate([scaled_halves(padded[s]) for s in own])[:columns]
     weights = dequantise(matrix).double().numpy()
     np.testing.assert_allclose(found, weights @ taken, rtol=1e-9, atol=1e-9 * np.abs(weights @ x).max())
 
