@@ -5,9 +5,10 @@
 A model's name with x8 or x16 behind it is a batch of as many sequences, and its times are of a step of all of them.
 
 Kernels are built ahead, in a process a core. Every program is judged by the oracle before it is timed. One knob's values are timed in one
-round: four copies of the default in different places in memory, each value, and again. How far apart the copies are, or what the samples
-of default and value scatter, whichever is more, is the noise that an effect must exceed. The file is written anew after each
-knob; a file of the same commit and card is gone on with: what it has is not measured again, but with --again.
+round: four copies of the default, two of them with weights of their own, each value, and again, each time with the arenas in another place.
+How far apart the copies are, or what the samples of default and value scatter, whichever is more, is the noise that an effect must exceed.
+The file is written anew after each knob; a file of the same commit and card is gone on with: what it has is not measured again, but with
+--again.
 
 On N cards at once, a process each measures the knobs of `--share K/N` into a file of its own (--out); dev/knob_file.py puts them together.
 """
@@ -32,9 +33,10 @@ from amk.dev.judged import JudgedMachine, NotCorrect, judged
 from amk.dev.knob_file import Keeper
 from amk.dev.noise import noise_us, usual_us
 from amk.dev.on_card import on_card, require_card
+from amk.dev.places import Places
 from amk.dev.prebuild import Build, ahead
 from amk.dev.subject import Subject, subject_of
-from amk.eval.bench import interleaved, launch_start, launch_us, refuse_company
+from amk.eval.bench import interleaved, launch_start, refuse_company
 from amk.eval.candidate import Candidate
 from amk.eval.card import choose
 from amk.eval.session import Session
@@ -94,9 +96,10 @@ def positions(knob: Knob) -> tuple[int, ...]:
 
 def timed_rows(held: Sequence[tuple[Row, JudgedMachine]], defaults: Sequence[JudgedMachine], position: int, gbs: float) -> list[Row]:
     """The machines at one position in turns with the defaults: a row each. What is under the floor has no latency."""
-    span = launch_start(position, CONTEXT)
+    span, machines = launch_start(position, CONTEXT), [entry.machine for entry in (*defaults, *(entry for _, entry in held))]
     refuse_company()
-    samplers = [partial(launch_us, entry.machine, *span) for entry in (*defaults, *(entry for _, entry in held))]
+    places = Places(max(machine.arena.nbytes for machine in machines))
+    samplers = [places.sampler(machine, span) for machine in machines]
     taken = interleaved(samplers, SAMPLES)
     refuse_company()
     copies, others = taken[: len(defaults)], taken[len(defaults) :]
@@ -119,7 +122,7 @@ def timed_rows(held: Sequence[tuple[Row, JudgedMachine]], defaults: Sequence[Jud
 
 @dataclass
 class Bench:
-    """One subject on the card: copies of its default, in different places in memory."""
+    """One subject on the card, with copies of its default."""
 
     subject: Subject
     session: Session

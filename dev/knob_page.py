@@ -19,8 +19,9 @@ HEAD = """# What each knob does
 Rendered by `dev/knob_page.py` from the results of `dev/knob_effects.py`. Each value of a knob is timed in turns with the default,
 everything else being the default's. A cell has the time of a token in us, its ratio to the default of the same run ± the noise of that
 round, and the default's time; above 1 is slower. A ratio is **bold** where it is beyond the noise: what the samples scatter, or how far
-apart copies of the default in different places in memory are, whichever is more. The position is 128 where none is named; x8 and x16 are
-batches of as many sequences, and the time is that of a step of all of them. The choices themselves are in [knobs.md](knobs.md)."""
+apart copies of the default are, whichever is more. Copies, and of x8 and x16 samples too, lie in different places in memory. The position
+is 128 where none is named; x8 and x16 are batches of as many sequences, and the time is that of a step of all of them. The choices
+themselves are in [knobs.md](knobs.md)."""
 NOTHING = "*Nothing is measured yet: there is no `results/knob-effects-CARD.json`.*"
 Row = dict[str, Any]
 

@@ -248,6 +248,14 @@ class UnprovenCudaVM:
         for name, value in {"spin_limit": spin_limit, "kv_writers": writers, "by_smid": int(by_smid)}.items():
             self.params[0][name] = value
 
+    def move_arena(self, to: Any) -> None:
+        """The arena lies in `to` from now on, a tensor like it on the device; it and the counters start afresh."""
+        if to.dtype != self.arena.dtype or to.shape != self.arena.shape:
+            raise ValueError(f"arena: must be {list(self.arena.shape)} of {self.arena.dtype}, but got {list(to.shape)} of {to.dtype}")
+        self.arena = to
+        self.params[0]["arena"] = to.data_ptr()
+        self._reset()
+
     def seed_kv(self, layer: int, keys: Any, values: Any, row: int = 0) -> None:
         """Sets KV rows 0..n-1 of a layer: tensors [kv_heads, n, head_dim], K after norm and RoPE. `row` of a batch."""
         at = plane(self.program, layer, row)

@@ -107,6 +107,17 @@ def test_stale_memory_is_never_read() -> None:
     assert torch.equal(outputs(vm), expected)
 
 
+def test_an_arena_may_lie_elsewhere() -> None:
+    """In memory that held another's packets, too."""
+    vm = machine(model())
+    expected, elsewhere = outputs(vm), vm.arena.clone()
+    assert torch.equal(outputs(vm), expected)  # so that the tags in its first place are of later epochs
+    vm.move_arena(elsewhere)
+    assert torch.equal(outputs(vm), expected)
+    with pytest.raises(ValueError, match=r"arena: must be \[\d+\] of torch.int64"):
+        vm.move_arena(elsewhere[1:])
+
+
 def test_many_tokens_of_one_launch_equal_single_launches() -> None:
     vm = machine(model())
     together = vm.decode(TOKENS, 0, steps=64)
