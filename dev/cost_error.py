@@ -34,8 +34,10 @@ def _program(model: str, effective: str, gpu: str, context: int) -> Program:
     return lower(describe(model), config, TARGETS[gpu], context=context)
 
 
-def predicted(row: Row, gpu: str, bandwidth_gbs: float) -> float:
-    """Microseconds a token that the cost model predicts for a line of a bench file, at the plain read of the same run."""
+def predicted(row: Row, gpu: str) -> float:
+    """Microseconds a token that the cost model predicts for a line of a results file, at the bandwidth that its own floor is of: a file of
+    parts has that of several cards."""
+    bandwidth_gbs = row["streamed_bytes"] / row["floor_us"] * 1e-3
     context = max(4096, row["position"] + 1024)
     program = _program(row["model"], json.dumps(row["effective"], sort_keys=True), gpu, context)
     return latency_us(program, TARGETS[gpu], row["position"], bandwidth_gbs)
@@ -48,7 +50,7 @@ def lines(files: Sequence[Path]) -> Iterator[tuple[Row, float]]:
         gpu = next(part for part in file.stem.split("-") if part in TARGETS)
         for row in [*found.get("latency", ()), *found.get("knobs", ()), *found.get("rows", ())]:
             if row["latency_us"] is not None and "earlier" not in row and row.get("batch", 1) == 1:
-                yield row, predicted(row, gpu, max(found["plain_read_gbs"]))
+                yield row, predicted(row, gpu)
 
 
 def default_files() -> list[Path]:

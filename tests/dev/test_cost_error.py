@@ -12,11 +12,23 @@ from amk.schedule.config import config_dict
 from amk.schedule.cost import error_report
 from amk.schedule.knobs import Config
 
+FLOOR = {"streamed_bytes": 46 * 10**6, "floor_us": 10.0}  # 4,600 GB/s
+
+
+def test_each_line_is_predicted_at_the_bandwidth_of_its_own_floor(tmp_path: Path) -> None:
+    """A file of parts has lines of cards that do not read equally fast."""
+    row = {"model": "llama-3.2-1b-shape", "config": "default", "effective": config_dict(Config()), "position": 16, "latency_us": 50.0}
+    slow = row | FLOOR | {"floor_us": 11.0}
+    file = tmp_path / "knob-effects-h200.json"
+    file.write_text(json.dumps({"plain_read_gbs": [4600.0, 4182.0], "rows": [row | FLOOR, slow]}), encoding="utf-8")
+    (_, at_4600), (_, at_4182) = lines([file])
+    assert at_4182 == pytest.approx(1.1 * at_4600, rel=0.02)
+
 
 def test_each_line_is_predicted_at_its_own_position_and_config(tmp_path: Path) -> None:
     few = config_dict(Config()) | {"fusion_grouping": []}
     rows = [
-        {"model": "small", "config": name, "effective": config, "position": position, "latency_us": 50.0}
+        {"model": "small", "config": name, "effective": config, "position": position, "latency_us": 50.0, **FLOOR}
         for name, config, position in [("default", config_dict(Config()), 16), ("default", config_dict(Config()), 500), ("apart", few, 16)]
     ]
     file = tmp_path / "bench-h200.json"
@@ -26,7 +38,7 @@ def test_each_line_is_predicted_at_its_own_position_and_config(tmp_path: Path) -
 
 
 def test_steps_of_batches_are_not_compared_with_predictions_of_a_token(tmp_path: Path) -> None:
-    row = {"model": "small", "config": "default", "effective": config_dict(Config()), "position": 16, "latency_us": 50.0}
+    row = {"model": "small", "config": "default", "effective": config_dict(Config()), "position": 16, "latency_us": 50.0, **FLOOR}
     file = tmp_path / "knob-effects-h200.json"
     file.write_text(json.dumps({"plain_read_gbs": [4600.0], "rows": [row | {"batch": 8}, row | {"batch": 1}, row]}), encoding="utf-8")
     assert [found.get("batch", 1) for found, _ in lines([file])] == [1, 1]
