@@ -52,10 +52,10 @@ struct SeatSlice {
 #pragma unroll
     for (int i = 0; i < N; ++i) operands[i] = operand<whole(N)>(&v[i * PAIRS], from, i, lane, count_squares);
   }
+  // N operands at a time never reach beyond any warp's slice, which ends with a chunk.
+  static constexpr bool whole(int n) { return P::HIGH_WARPS == 0 && P::LAST_HIGH == P::PER_CHUNK && P::HIGH * SEAT_BLOCKS % n == 0; }
 
  private:
-  // N operands at a time never reach beyond any warp's slice.
-  static constexpr bool whole(int n) { return P::HIGH_WARPS == 0 && P::HIGH * SEAT_BLOCKS % n == 0; }
   template <bool WHOLE>
   __device__ __forceinline__ int fragment(int from, int number) const {
     const int at = from + number / SEAT_BLOCKS;
@@ -206,6 +206,7 @@ __device__ __forceinline__ void multiply_passing(Consumer& c, S& slice, int tile
   constexpr int MOST = max_of(1, S::AT_ONCE / SEAT_BLOCKS), GROUP = MOST / P::PER_CHUNK >= 2 && P::CHUNKS % 2 == 0 ? 2 : 1;
   constexpr int PARTS = MOST >= P::PER_CHUNK ? 1 : smallest_divisor_from(P::PER_CHUNK, ceil_div(P::PER_CHUNK, MOST));
   constexpr int STEP = GROUP * P::PER_CHUNK / PARTS, N = STEP * SEAT_BLOCKS;
+  static_assert(!S::whole(N) || P::CHUNKS * P::PER_CHUNK == P::HIGH, "what lies behind a slice in its last chunk must not be taken for a part of it");
   Fetched<P, GROUP> chunks(c.warp);
   static_assert(chunks.DEPTH == GROUP);
 #pragma unroll

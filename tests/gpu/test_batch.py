@@ -62,6 +62,12 @@ def test_odd_sizes_biases_head_norms_and_windows_are_correct(batch: int, record_
     accept(llama("window", architecture="MistralForCausalLM", head_dim=64, sliding_window=100), batch, record_property)
 
 
+@pytest.mark.parametrize(("hidden", "config"), [(1280, {"threads_per_block": 128}), (2816, {})], ids=["1280", "2816"])
+def test_slices_that_end_within_a_chunk_are_correct(hidden: int, config: dict[str, Any], record_property: Any) -> None:
+    model = llama("within", hidden_size=hidden, num_attention_heads=16, num_key_value_heads=2, head_dim=64)
+    accept(model, 16, record_property, config=config)
+
+
 @pytest.mark.parametrize(
     "knobs",
     [

@@ -12,17 +12,21 @@ import torch
 
 from amk.isa.attention import Attention
 from amk.isa.batch import deinterleave, interleave
+from amk.isa.machine import chunk_plan
 from amk.isa.matmul import X_KEPT, MatMul
+from amk.isa.matvec import X_NORM
 from amk.schedule.compile import ConfigRejected, lower
 from amk.schedule.knobs import Config
 from amk.schedule.program import Program
 from amk.schedule.stream import stream_digest
-from amk.schedule.targets import small_target
+from amk.schedule.targets import TARGETS, small_target
 from amk.schedule.validate import ValidProgram, validate
 from amk.tests.vm.test_reference import BF16_ERROR, SHAPES, error
+from amk.vm.build import compile_kernel
 from amk.vm.image import pack_matrix, pack_program, unpack_program
 from amk.vm.reference import ReferenceVM
 from amk.vm.scheduler import adversarial
+from amk.vm.source import kernel_source
 
 STEPS = 10
 
@@ -215,6 +219,17 @@ def test_fragments_times_operands_are_the_product(make_spec: Any) -> None:
             for i in range(4):
                 slot[t * 2 + i % 2, g + i // 2 * 8] += d[g + i // 2 * 8, 2 * t + i % 2]
     np.testing.assert_array_equal(slot[:, :16].T, w.numpy() @ x)
+
+
+@pytest.mark.parametrize(("hidden", "warps"), [(1280, 4), (2816, 8)])
+def test_kernels_of_slices_that_end_within_a_chunk_are_built(hidden: int, warps: int, make_spec: Any) -> None:
+    """Device code that would take what lies behind such a slice for a part of it, in squares and gains, does not compile."""
+    spec = make_spec("bf16", hidden=hidden, heads=16, kv_heads=2, head_dim=64, layers=1)
+    program = lower(spec, Config(threads_per_block=32 * warps), TARGETS["h200"], context=64, batch=16)
+    plan = chunk_plan(program.machine, hidden)
+    assert plan.high * warps == plan.tile_pieces and plan.chunks * plan.per_chunk > plan.high
+    assert any(t.cols == hidden and t.flags & X_NORM and not t.flags & X_KEPT for q in program.queues for t in q if isinstance(t, MatMul))
+    assert compile_kernel(kernel_source(program), "sm_90a").spill_store_bytes == 0
 
 
 def test_products_of_several_tiles_keep_their_input_and_others_do_not(make_spec: Any) -> None:
