@@ -163,6 +163,8 @@ def _matrix(program: Program, task: MatVec) -> Iterator[Unsafe]:
         yield Unsafe("kind", f"{task.stem}: compiled shape {program.shapes[task.shape].label}")
     if task.gain >= 0 and task.gain + task.cols > program.constant_elements:
         yield Unsafe("bounds", f"{task.stem}: gain outside the constants")
+    if task.gain >= 0 and task.gain % (4 if isinstance(task, MatMul) else 2):
+        yield Unsafe("bounds", f"{task.stem}: gain at {task.gain}, which is taken in vectors")
     if task.bias >= 0 and task.bias + task.rows > program.constant_elements:
         yield Unsafe("bounds", f"{task.stem}: bias outside the constants")
     known = X_NARROW | X_NORM | (BATCH_FLAGS if isinstance(task, MatMul) else 0)

@@ -77,6 +77,12 @@ def inside_constant(checker: Checker, words: Words, name: str, count: Ints, need
     checker.need(words, ~needed | inside, "bounds", said, at=at, stop=at + count)
 
 
+def in_vectors(checker: Checker, words: Words, name: str, vector: int) -> None:
+    """Constants that are loaded `vector` elements at a time begin at a multiple of as many; a word below 0 names none."""
+    at, said = words.column[name], f"loads its {name} in vectors, so it must be at a multiple of {{vector}}, but is at {{at}}"
+    checker.need(words, (at < 0) | (at % vector == 0), "bounds", said, vector=vector, at=at)
+
+
 def head_gains(checker: Checker, words: Words) -> None:
     """The gains of head norms lie within the constants: the device takes one for each head where the machine norms them."""
     machine = checker.subject.program.machine

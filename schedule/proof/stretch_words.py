@@ -13,7 +13,7 @@ from amk.isa.stretch import BY_HEAD, BY_SEAT, GROUP_TILES, MOST_SHARES, X_ORDERS
 from amk.isa.stretch_attention import StretchAttention
 from amk.isa.stretch_glu import StretchGlu
 from amk.isa.stretch_matmul import StretchMatMul
-from amk.schedule.proof.checker import Checker, agreed_matrix, compiled_shape, head_gains, inside_constant
+from amk.schedule.proof.checker import Checker, agreed_matrix, compiled_shape, head_gains, in_vectors, inside_constant
 from amk.schedule.proof.subject import Flags, Words
 
 MOST_RUNS = 0xFFFF
@@ -114,20 +114,14 @@ def _shared(checker: Checker, words: Words, needed: Flags) -> None:
     checker.must(words, ~needed | (shares >= 1) & (shares <= MOST_SHARES), "bounds", said, shares=shares, most=MOST_SHARES)
 
 
-def _in_vectors(checker: Checker, words: Words, name: str) -> None:
-    """What is loaded four elements at a time begins at a multiple of four."""
-    at, said = words.column[name], f"loads its {name} in vectors, so it must be at a multiple of {{vector}}, but is at {{at}}"
-    checker.need(words, (at < 0) | (at % VECTOR == 0), "bounds", said, vector=VECTOR, at=at)
-
-
 def _seat_norm(checker: Checker, words: Words) -> None:
     hidden = np.full(len(words.ids), checker.subject.program.machine.hidden, dtype=np.int64)
     _seated(checker, words, "seat", 1)
     _shared(checker, words, words.column["res_buf"] != NONE)
     inside_constant(checker, words, "gain", hidden, needed=np.ones(len(hidden), dtype=bool))
     inside_constant(checker, words, "bias", hidden, needed=words.column["bias"] >= 0)
-    _in_vectors(checker, words, "gain")
-    _in_vectors(checker, words, "bias")
+    in_vectors(checker, words, "gain", VECTOR)
+    in_vectors(checker, words, "bias", VECTOR)
 
 
 def _seat_qkv(checker: Checker, words: Words) -> None:
@@ -137,7 +131,7 @@ def _seat_qkv(checker: Checker, words: Words) -> None:
     _shared(checker, words, np.ones(len(words.ids), dtype=bool))
     rows = np.full(len(words.ids), machine.head_dim * (machine.heads + 2 * machine.kv_heads), dtype=np.int64)
     inside_constant(checker, words, "bias", rows, needed=column["bias"] >= 0)
-    _in_vectors(checker, words, "bias")
+    in_vectors(checker, words, "bias", VECTOR)
     head_gains(checker, words)
 
 

@@ -1,4 +1,6 @@
-"""Where the device takes packets two at a time they lie at an even one: an access of 16 bytes at an odd packet would be misaligned."""
+"""Where the device takes packets two at a time they lie at an even one: an access of 16 bytes at an odd packet would be misaligned. So do
+gains that it takes two or four at a time.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,14 @@ import pytest
 
 from amk.eval.soundness.static_rules import static_problem
 from amk.isa.attention import Attention
+from amk.isa.matvec import X_NORM, MatVec
 from amk.schedule.compile import lower
 from amk.schedule.knobs import Config
 from amk.schedule.program import Buffer, Program
 from amk.schedule.proven import ValidProgram
 from amk.schedule.targets import small_target
 from amk.schedule.validate import validate
+from amk.tests.schedule.builder import changed_all, find
 from amk.tests.schedule.specs import SMALL
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -87,3 +91,14 @@ def test_partial_results_that_no_position_has_may_lie_anywhere() -> None:
     short = replace(shifted, machine=replace(shifted.machine, context=32), kv=replace(shifted.kv, rows=32))
     assert isinstance(validate(short), ValidProgram), validate(short)
     assert static_problem(short) is None
+
+
+@pytest.mark.parametrize(("batch", "by"), [(1, 1), (1, 3), (8, 1), (8, 2)])
+def test_gains_at_elements_from_which_no_vector_is_loaded_are_rejected(batch: int, by: int) -> None:
+    """All constants further on by a few elements: every task finds its own, but not where two can be loaded at a time, of a batch four."""
+    whole = lower(replace(SMALL[0], dtype="bf16", layers=1, windows=()), Config(), small_target(4), batch=batch, context=64)
+    normed = {at: {"gain": whole.task(at).gain + by} for at in find(whole, MatVec) if whole.task(at).flags & X_NORM}  # type: ignore[attr-defined]
+    shifted = replace(changed_all(whole, normed), constants=tuple(replace(c, start=c.start + by) for c in whole.constants))
+    verdict, found = validate(shifted), static_problem(shifted)
+    assert isinstance(verdict, tuple) and {reason.kind for reason in verdict} == {"bounds"} and "gain in vectors" in str(verdict[0])
+    assert found is not None and found.kind == "bounds" and "vectors" in found.text
