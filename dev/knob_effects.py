@@ -98,7 +98,7 @@ def timed_rows(held: Sequence[tuple[Row, JudgedMachine]], defaults: Sequence[Jud
     """The machines at one position in turns with the defaults: a row each. What is under the floor has no latency."""
     span, machines = launch_start(position, CONTEXT), [entry.machine for entry in (*defaults, *(entry for _, entry in held))]
     refuse_company()
-    places = Places(max(machine.arena.nbytes for machine in machines))
+    places = Places(machines)
     samplers = [places.sampler(machine, span) for machine in machines]
     taken = interleaved(samplers, SAMPLES)
     refuse_company()

@@ -31,22 +31,22 @@ def two_part(values: npt.NDArray[Any], dtype: str) -> F32:
         return rounded if dtype == "fp32" else rounded + round_to(x - rounded, dtype)
 
 
+def _exponent_of_largest(x: F32) -> float:
+    """Of the power of two below the largest magnitude, -63 at least; NaN where that is no number or infinite."""
+    largest = np.abs(x).max(initial=0)
+    return float(max(np.frexp(largest)[1] - 1, -63)) if np.isfinite(largest) else float("nan")
+
+
 def scaled_halves(values: npt.NDArray[Any]) -> F32:
     """`values` as products with weights in fp8 take them: two fp16 of each times the power of two that takes the largest magnitude, which
     counts as 2^-63 at least, to 2^14 or above."""
     x = np.ascontiguousarray(values, dtype=np.float32)
-    largest = np.abs(x).max(initial=0)
-    if not np.isfinite(largest):
-        return np.full_like(x, np.nan)
-    up = np.float32(np.exp2(14 - max(np.frexp(largest)[1] - 1, -63)))
+    up = np.float32(np.exp2(14 - _exponent_of_largest(x)))
     return two_part(x * up, "fp16") / up
 
 
 def fixed_point(values: npt.NDArray[Any]) -> F32:
     """`values` as products in integers take them: multiples of 2^-21 of the power of two below the largest magnitude (at least 2^-63)."""
     x = np.ascontiguousarray(values, dtype=np.float32)
-    largest = np.abs(x).max(initial=0)
-    if not np.isfinite(largest):
-        return np.full_like(x, np.nan)
-    unit = np.exp2(max(np.frexp(largest)[1] - 1, -63) - 21.0)
+    unit = np.exp2(_exponent_of_largest(x) - 21)
     return np.asarray(np.rint(x / unit) * unit, dtype=np.float32)

@@ -9,6 +9,8 @@ import numpy as np
 from amk.schedule.proof.report import Kind, Report
 from amk.schedule.proof.subject import Flags, Ints, Subject, Words
 
+VECTOR = 4  # elements of 16 bytes of fp32
+
 
 @dataclass
 class Checker:

@@ -13,11 +13,10 @@ from amk.isa.stretch import BY_HEAD, BY_SEAT, GROUP_TILES, MOST_SHARES, X_ORDERS
 from amk.isa.stretch_attention import StretchAttention
 from amk.isa.stretch_glu import StretchGlu
 from amk.isa.stretch_matmul import StretchMatMul
-from amk.schedule.proof.checker import Checker, agreed_matrix, compiled_shape, head_gains, in_vectors, inside_constant
+from amk.schedule.proof.checker import VECTOR, Checker, agreed_matrix, compiled_shape, head_gains, in_vectors, inside_constant
 from amk.schedule.proof.subject import Flags, Words
 
 MOST_RUNS = 0xFFFF
-VECTOR = 4  # elements of 16 bytes of fp32
 
 
 def check_stretch_words(checker: Checker, words: Words) -> None:

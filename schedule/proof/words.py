@@ -25,7 +25,7 @@ from amk.isa.sample import Sample
 from amk.isa.sample_batch import SampleBatch
 from amk.isa.swiglu import SwiGlu
 from amk.isa.weight_format import FORMAT_FLAGS
-from amk.schedule.proof.checker import Checker, agreed_matrix, compiled_shape, head_gains, in_vectors, inside_constant, looked_up
+from amk.schedule.proof.checker import VECTOR, Checker, agreed_matrix, compiled_shape, head_gains, in_vectors, inside_constant, looked_up
 from amk.schedule.proof.report import Report
 from amk.schedule.proof.stretch_words import check_stretch_words
 from amk.schedule.proof.subject import Flags, Ints, Subject, Words
@@ -110,7 +110,7 @@ def _matvec(checker: Checker, words: Words) -> None:
     _weights(checker, words, known, at)
     compiled_shape(checker, words, column["flags"])
     inside_constant(checker, words, "gain", cols, needed=(column["flags"] & X_NORM) > 0)
-    in_vectors(checker, words, "gain", 4 if words.cls.batched else 2)
+    in_vectors(checker, words, "gain", VECTOR if words.cls.batched else VECTOR // 2)
     inside_constant(checker, words, "bias", rows, needed=column["bias"] >= 0)
     if words.cls.by_rows:
         _rows(checker, words)
