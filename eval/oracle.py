@@ -74,6 +74,7 @@ def rounding_points(program: Program) -> RoundingPoints:
     return RoundingPoints(
         dtype=_dtype(program.machine.dtype),
         norms=any(isinstance(task, RmsNorm | MatMul | SeatNorm) for task in tasks),  # products of a batch round what they have normalised
+        residuals=any(isinstance(task, MatMul) for task in tasks),
         attention_operands=any(
             isinstance(task, StretchAttention) or isinstance(task, Attention) and task.nq > TWO_PART_GROUP for task in tasks
         ),

@@ -1,4 +1,4 @@
-// embed_batch: columns of the embedding rows of every seat's input token become the residual stream, interleaved.
+// embed_batch: columns of the embedding rows of every seat's input token become the residual stream, narrow and interleaved.
 #pragma once
 #include "isa/device/batch.cuh"
 
@@ -24,11 +24,7 @@ __device__ __forceinline__ void consume_embed_batch(Consumer& c, const EmbedBatc
     for (int block = 0; block < SEAT_BLOCKS; ++block) {
       const uint16_t* row = reinterpret_cast<const uint16_t*>(b.p.embedding) + (uint64_t)rows[block] * HIDDEN;
       const uint2 v = __ldg(reinterpret_cast<const uint2*>(row + run * 16 + t * 4));
-      uint64_t* to = out + wide_packet(run, block, 0, c.lane);
-      publish(to, as_bits(unpack_low(v.x)), tag);
-      publish(to + 1, as_bits(unpack_high(v.x)), tag);
-      publish(to + 64, as_bits(unpack_low(v.y)), tag);
-      publish(to + 65, as_bits(unpack_high(v.y)), tag);
+      publish_pair(out + narrow_packet(2 * run + (t >> 1), block, g, t & 1), v.x, v.y, tag);
     }
   c.arrive_done(task.done_counter);
 }

@@ -1,4 +1,4 @@
-"""embed_batch: gathers columns of the embedding rows of a batch's input tokens into the residual stream, interleaved."""
+"""embed_batch: gathers columns of the embedding rows of a batch's input tokens into the residual stream, narrow and interleaved."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class EmbedBatch(Instruction):
         return [Access(self.token_buf, 0, self.batch, self.token_tag, "u32", carried=True)]
 
     def writes(self, machine: Machine, position: int) -> list[Access]:
-        first, stop = self.col0 * self.batch, (self.col0 + self.cols) * self.batch
-        return [Access(self.out_buf, first, stop, self.out_tag, "f32", interleaved=True)]
+        first, stop = (column * self.batch // machine.narrow for column in (self.col0, self.col0 + self.cols))
+        return [Access(self.out_buf, first, stop, self.out_tag, "narrow", interleaved=True, paired=True)]
 
     def run(self, memory: Memory, position: int) -> Publishes:
         sampled = memory.read(self.reads(memory.machine, position)[0])
         forced = [memory.forced_token(seat) for seat in range(self.batch)]
         tokens = [int(own) if token is None else token for token, own in zip(forced, sampled, strict=True)]
         rows = np.stack([memory.embedding(token)[self.col0 : self.col0 + self.cols] for token in tokens], axis=1)
-        return [(self.writes(memory.machine, position)[0], interleave(rows, narrow=False))]
+        return [(self.writes(memory.machine, position)[0], interleave(rows))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from amk.isa.batch import NARROW_RUN, interleave
+from amk.isa.batch import RUN, interleave
 from amk.isa.gemv_glu import HALF, silu
 from amk.isa.instruction import Access, Memory, Publishes
 from amk.isa.machine import Machine
@@ -20,7 +20,7 @@ class GemmGlu(MatMul):
     stem: ClassVar[str] = "gemm_glu"
 
     def writes(self, machine: Machine, position: int) -> list[Access]:
-        packets = NARROW_RUN // machine.narrow * self.batch
+        packets = RUN // machine.narrow * self.batch
         first = self.out_start + self.tile0 * packets
         starts = range(first, first + self.tiles * packets, packets)
         return [
@@ -31,4 +31,4 @@ class GemmGlu(MatMul):
     def run(self, memory: Memory, position: int) -> Publishes:
         pairs = self.product(memory).reshape(self.tiles, 2, HALF, self.batch)
         y = round_to(silu(pairs[:, 0]) * pairs[:, 1], memory.machine.dtype)
-        return list(zip(self.writes(memory.machine, position), (interleave(tile, narrow=True) for tile in y), strict=True))
+        return list(zip(self.writes(memory.machine, position), map(interleave, y), strict=True))

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from amk.isa.abi import U16
-from amk.isa.batch import NARROW_RUN, SEAT_BLOCK, WIDE_RUN, deinterleave
-from amk.isa.instruction import F32, Access, Kind, Memory
-from amk.isa.machine import Machine
-from amk.isa.matvec import X_NARROW, X_NORM, MatVec
+from amk.isa.batch import RUN, SEAT_BLOCK, deinterleave
+from amk.isa.instruction import F32, Access, Memory
+from amk.isa.machine import TILE_ROWS, Machine
+from amk.isa.matvec import X_NORM, MatVec
 from amk.isa.rounding import round_to
 
 # Flags beside those of isa.matvec and isa.weight_format.
@@ -25,7 +25,9 @@ KEPT_SEAT_WORDS = 32  # registers a lane may spend on its slice of x; a larger o
 
 @dataclass(frozen=True, kw_only=True)
 class MatMul(MatVec):
-    """MatVec with `batch` vectors x, elements of x rounded to the machine's dtype: there are no idle columns for their rounding errors."""
+    """MatVec with `batch` vectors x, always of narrow packets: there are no idle columns for rounding errors, and as every SM reads all of
+    x, a step takes the L2 cache longer than the weights take memory.
+    """
 
     batch: U16 = SEAT_BLOCK
 
@@ -33,17 +35,15 @@ class MatMul(MatVec):
 
     def x_reads(self, machine: Machine, columns: slice) -> list[Access]:
         """The packets that hold `columns` of every seat's x; `columns` begins at a whole run."""
-        narrow, by_seat = bool(self.flags & X_NARROW), bool(self.flags & X_BY_SEAT)
-        per, run = (machine.narrow, NARROW_RUN) if narrow else (1, WIDE_RUN)
+        by_seat, per = bool(self.flags & X_BY_SEAT), machine.narrow
         start, stop = columns.start // per, -(-columns.stop // per)
         if by_seat:
             stride = -(-self.cols // per)
             spans = [(seat * stride + start, seat * stride + stop) for seat in range(self.batch)]
         else:
-            spans = [(start * self.batch, (columns.stop + -columns.stop % run) // per * self.batch)]
-        kind: Kind = "narrow" if narrow else "f32"
+            spans = [(start * self.batch, (columns.stop + -columns.stop % RUN) // per * self.batch)]
         at = self.x_start
-        return [Access(self.x_buf, at + a, at + b, self.x_tag, kind, interleaved=not by_seat, paired=True) for a, b in spans]
+        return [Access(self.x_buf, at + a, at + b, self.x_tag, "narrow", interleaved=not by_seat, paired=True) for a, b in spans]
 
     def reads(self, machine: Machine, position: int) -> list[Access]:
         return self.x_reads(machine, slice(0, self.cols))
@@ -58,7 +58,7 @@ class MatMul(MatVec):
             return np.zeros((0, self.batch), dtype=np.float32)
         if self.flags & X_BY_SEAT:
             return np.stack([part[:width] for part in loaded], axis=1)
-        return deinterleave(loaded[0], self.batch, bool(self.flags & X_NARROW))[:width]
+        return deinterleave(loaded[0], self.batch)[:width]
 
     def shared_bytes(self, machine: Machine) -> int:
         """x as elements where it is kept and registers do not hold it, each consumer warp its own K slice."""
@@ -68,11 +68,11 @@ class MatMul(MatVec):
         return kept if self.flags & X_KEPT and lane_words > KEPT_SEAT_WORDS else 0
 
     def slice_sums(self, memory: Memory, x: F32, columns: slice) -> tuple[F32, Any]:
-        first, squares = self.tile0 * WIDE_RUN, np.zeros(self.batch, dtype=np.float32)
+        first, squares = self.tile0 * TILE_ROWS, np.zeros(self.batch, dtype=np.float32)
         if self.flags & X_NORM:
             squares = (x * x).sum(axis=0)
             x = x * memory.constant(self.gain, self.cols)[columns][:, None]
-        w = memory.matrix(self.weight)[first : min(self.rows, first + self.tiles * WIDE_RUN), columns]
+        w = memory.matrix(self.weight)[first : min(self.rows, first + self.tiles * TILE_ROWS), columns]
         return w @ round_to(x, memory.machine.dtype), squares
 
     def bias_rows(self, memory: Memory, rows: int) -> F32:

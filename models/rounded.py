@@ -21,11 +21,13 @@ _ATTENTION = "amk_rounded"
 class RoundingPoints:
     """Where a program rounds activations to `dtype`: K and V rows, the attention's output and the input of the down projection always.
 
-    `norms`: also what norms publish, where they are tasks of their own. `attention_operands`: also scaled queries and attention weights.
+    `norms`: also what norms publish, where they are tasks of their own. `residuals`: also the residual stream, after each sum.
+    `attention_operands`: also scaled queries and attention weights.
     """
 
     dtype: DType
     norms: bool
+    residuals: bool
     attention_operands: bool
 
 
@@ -34,28 +36,34 @@ def rounded(eager: Any, points: RoundingPoints) -> Iterator[None]:
     """While open, `eager` (the source model in fp32) rounds its activations at `points`."""
     _register(points)
     before = eager.config._attn_implementation
-    handles = [_hook(name, module, points) for name, module in eager.named_modules()]
+    handles = [hook for name, module in eager.named_modules() for hook in _hooks(name, module, points)]
     eager.config._attn_implementation = _ATTENTION
     try:
         yield
     finally:
         eager.config._attn_implementation = before
-        for handle in filter(None, handles):
+        for handle in handles:
             handle.remove()
 
 
-def _hook(name: str, module: Any, points: RoundingPoints) -> Any:
+def _hooks(name: str, module: Any, points: RoundingPoints) -> Iterator[Any]:
     leaf = name.rpartition(".")[2]
     kind = torch_dtype(points.dtype)
     if leaf == "down_proj":
-        return module.register_forward_pre_hook(lambda _, inputs: (_round(inputs[0], kind),))
-    if points.norms and (leaf in ("input_layernorm", "post_attention_layernorm") or name == "model.norm"):
-        return module.register_forward_hook(lambda _, inputs, output: _round(output, kind))
-    return None
+        yield module.register_forward_pre_hook(lambda _, inputs: (_round(inputs[0], kind),))
+    if leaf in ("input_layernorm", "post_attention_layernorm") or name == "model.norm":
+        if points.residuals:  # in place: a layer adds to what its norms have read
+            yield module.register_forward_pre_hook(lambda _, inputs: _round_in_place(inputs[0], kind))
+        if points.norms:
+            yield module.register_forward_hook(lambda _, inputs, output: _round(output, kind))
 
 
 def _round(values: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
     return values.to(kind).float()
+
+
+def _round_in_place(values: torch.Tensor, kind: torch.dtype) -> None:
+    values.copy_(_round(values, kind))
 
 
 def _register(points: RoundingPoints) -> None:

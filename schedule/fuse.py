@@ -46,12 +46,17 @@ class _Builder(GraphBuilder):
         self.values.append(Value(name, kind, packets * self.batch, padded, self.batch if by_seat else 1))
         return name
 
+    @property
+    def residual(self) -> Kind:
+        """How the residual stream lies: of a batch in elements, as every SM reads it for every seat."""
+        return "f32" if self.batch == 1 else "narrow"
+
     def normed(self, name: str, x: str) -> Activation:
         """x after the RMS norm `name`: folded into its readers, or by tasks of its own."""
         hidden = self.spec.hidden
         gain = self.constant(name, (name,), hidden)
         if "norm" in self.fusion:
-            return Activation(x, X_NORM, gain)
+            return Activation(x, X_NORM if self.residual == "f32" else X_NORM | X_NARROW, gain)
         out = self.value(name, "narrow", hidden)
         self.ops.append(NormOp(name=name, stem="rmsnorm", reads=(Read(x, "whole"),), writes=(out,), cols=hidden, gain=gain))
         return Activation(out, X_NARROW)
@@ -100,7 +105,7 @@ def fuse(spec: ModelSpec, settings: Settings) -> Graph:
     """The ops of one token in order, from the embedding of its input to the sample of its output. Those of a stretch: fuse_stretch.py."""
     b = _Builder(spec, settings.batch, fusion=settings.config.fusion)
     b.value(TOKEN, "u32", 1)
-    x = b.value("embed", "f32", spec.hidden)
+    x = b.value("embed", b.residual, spec.hidden)
     reads = (Read(TOKEN, "whole", carried=True),)
     b.ops.append(EmbedOp(name="embed", stem=b.stem("embed"), reads=reads, writes=(x,), cols=spec.hidden, batch=b.batch))
     for layer in range(spec.layers):
@@ -135,7 +140,7 @@ def _attended(b: _Builder, layer: int, x: str, splits: int) -> str:
 
 def _output_half(b: _Builder, layer: int, x: str, attended: str) -> str:
     spec, at = b.spec, f"L{layer}"
-    out = b.value(f"{at}.o", "f32", spec.hidden)
+    out = b.value(f"{at}.o", b.residual, spec.hidden)
     attended_flags = X_NARROW if b.batch == 1 else X_NARROW | X_BY_SEAT
     return b.matvec(out, Activation(attended, attended_flags), out, (out,), spec.hidden, spec.q_rows, bias=spec.o_bias, residual=x)
 
@@ -175,7 +180,7 @@ def _mlp_half(b: _Builder, layer: int, x: str) -> str:
     spec, at = b.spec, f"L{layer}"
     normed = b.normed(f"{at}.post_norm", x)
     act = _gated(b, at, normed) if "gate_up" in b.fusion else _gate_then_up(b, at, normed)
-    out = b.value(f"{at}.down", "f32", spec.hidden)
+    out = b.value(f"{at}.down", b.residual, spec.hidden)
     return b.matvec(out, Activation(act, X_NARROW), out, (out,), spec.hidden, spec.intermediate, bias=spec.mlp_bias, residual=x)
 
 

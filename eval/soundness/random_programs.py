@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 from amk.eval.soundness.random_stretches import random_stretch
 from amk.isa.abi import NONE
 from amk.isa.attention import Attention
-from amk.isa.batch import SEAT_BLOCK, WIDE_RUN
+from amk.isa.batch import SEAT_BLOCK
 from amk.isa.draw import Draw
 from amk.isa.draw_head import DrawHead
 from amk.isa.embed import Embed
@@ -137,6 +137,11 @@ class Builder:
         self.packets += self.packets % 2  # what the device takes in pairs begins at an even packet
         return len(self.buffers) - 1
 
+    def stream(self, count: int) -> tuple[int, bool]:
+        """A buffer for what a residual is added to, and whether it is narrow: of a batch."""
+        narrow = self.machine.batch > 1
+        return (self.buffer("narrow", count // self.machine.narrow) if narrow else self.buffer("f32", count)), narrow
+
     def seats(self, buffer: int) -> tuple[int, ...]:
         """The buffers of each seat's part of one that lies by seat: of one token the buffer itself."""
         if self.machine.batch == 1:
@@ -183,9 +188,10 @@ class Builder:
         return words | {"gain": 0} if flags & X_NORM else words
 
     def read_x(self, x: Value) -> dict[str, int]:
-        flags = X_NARROW if x.narrow else self.random.choice((0, X_NORM))
+        normed = self.random.choice((0, X_NORM))
+        flags = X_NARROW if x.narrow else normed
         if self.machine.batch > 1:
-            flags |= self.random.choice((0, X_KEPT)) | (X_BY_SEAT if x.seats else 0)
+            flags |= self.random.choice((0, X_KEPT)) | (X_BY_SEAT if x.seats else normed if x.count % TILE_ROWS == 0 else 0)
         return {"x_buf": x.buffer, "x_tag": x.tag, "flags": flags}
 
     def pieces(self, units: int, wanted: int) -> list[tuple[int, int]]:
@@ -293,13 +299,13 @@ def _wait_for_token(build: Builder, token: Value) -> None:
 
 def _embed(build: Builder, token: int, token_tag: int, part: int) -> Value:
     hidden = build.machine.hidden
-    out = build.buffer("f32", hidden)
+    out, narrow = build.stream(hidden)
     tag = build.tag(out)
     tasks: list[Instruction] = [
         build.family.embed(token_buf=token, token_tag=token_tag, out_buf=out, out_tag=tag, col0=16 * first, cols=16 * count)
         for first, count in build.pieces(hidden // 16, part)
     ]
-    return build.value(out, tag, False, hidden, tasks)
+    return build.value(out, tag, narrow, hidden, tasks)
 
 
 def _norm(build: Builder, values: list[Value], part: int) -> Value:
@@ -316,7 +322,7 @@ def _norm(build: Builder, values: list[Value], part: int) -> Value:
 def _gemv(build: Builder, values: list[Value], part: int) -> Value:
     """A product of which the next reader may need a part only."""
     whole = _product(build, values[-1], build.random.choice((16, 32, 48)), part)
-    left = whole.count - (8 if build.machine.batch == 1 else WIDE_RUN)
+    left = whole.count - 8
     return replace(whole, count=left) if left > 0 and build.random.random() < 0.2 else whole
 
 
@@ -328,7 +334,7 @@ def _qkv(build: Builder, values: list[Value], part: int) -> Value:
 
 
 def _product(build: Builder, x: Value, rows: int, part: int, order: int = 0) -> Value:
-    out = build.buffer("f32", rows)
+    out, narrow = (build.buffer("f32", rows), False) if order else build.stream(rows)
     tag = build.tag(out)
     read = build.read_x(x)
     read["flags"] |= order
@@ -337,13 +343,13 @@ def _product(build: Builder, x: Value, rows: int, part: int, order: int = 0) -> 
         build.family.product(out_buf=out, out_tag=tag, tile0=a, tiles=n, **words, **build.wait(x))
         for a, n in build.pieces(rows // TILE_ROWS, part)
     ]
-    return build.value(out, tag, False, rows, tasks)
+    return build.value(out, tag, narrow, rows, tasks)
 
 
 def _residual(build: Builder, values: list[Value], part: int) -> Value:
     """A product added to the embedding, into the same packets or into new ones."""
     x, res = values[-1], values[0]
-    out = res.buffer if build.random.random() < 0.6 else build.buffer("f32", res.count)
+    out = res.buffer if build.random.random() < 0.6 else build.stream(res.count)[0]
     tag = build.tag(out)
     read = build.read_x(x)
     words = build.matrix(res.count, x.count, read["flags"]) | read | {"res_buf": res.buffer, "res_tag": res.tag}
@@ -351,7 +357,7 @@ def _residual(build: Builder, values: list[Value], part: int) -> Value:
         build.family.product(out_buf=out, out_tag=tag, tile0=a, tiles=n, **words, **build.wait(x))
         for a, n in build.pieces(res.count // TILE_ROWS, part)
     ]
-    return build.value(out, tag, False, res.count, tasks)
+    return build.value(out, tag, res.narrow, res.count, tasks)
 
 
 def _glu(build: Builder, values: list[Value], part: int) -> Value:

@@ -10,7 +10,7 @@ from amk.eval.soundness.footprint import turning_positions
 from amk.eval.soundness.static_stretch import stretch_problems
 from amk.isa.abi import NONE
 from amk.isa.attention import MAX_GROUP, Attention
-from amk.isa.batch import NARROW_RUN, SEAT_BLOCK, WIDE_RUN
+from amk.isa.batch import RUN, SEAT_BLOCK
 from amk.isa.draw import Draw
 from amk.isa.draw_head import DrawHead
 from amk.isa.embed import Embed
@@ -109,16 +109,16 @@ def _seats(program: Program, task: Instruction) -> Iterator[Unsafe]:
     batch = program.machine.batch
     if not isinstance(task, Attention) and getattr(task, "batch", 1) != batch:
         yield Unsafe("kind", f"{task.stem}: computes {getattr(task, 'batch', 1)} tokens side by side on a machine of {batch}")
-    if isinstance(task, EmbedBatch) and (task.col0 % WIDE_RUN or task.cols % WIDE_RUN):
+    if isinstance(task, EmbedBatch) and (task.col0 % TILE_ROWS or task.cols % TILE_ROWS):
         yield Unsafe("kind", f"{task.stem}: columns that are no whole runs")
     if not isinstance(task, MatMul):
         return
-    narrow, apart = bool(task.flags & X_NARROW), bool(task.flags & X_BY_SEAT)
-    if (apart and not narrow) or task.cols % (NARROW_RUN if apart else 1 if narrow else WIDE_RUN):
+    least = TILE_ROWS if task.flags & X_NORM else RUN if task.flags & X_BY_SEAT else 1
+    if not task.flags & X_NARROW or task.cols % least:
         yield Unsafe("kind", f"{task.stem}: x of {task.cols} columns in an order that the device does not read")
     if task.flags & OUT_BY_SEAT and (not isinstance(task, Gemm) or task.res_buf != NONE):
         yield Unsafe("kind", f"{task.stem}: writes by seat, but must not")
-    if isinstance(task, Gemm) and not task.flags & OUT_BY_SEAT and task.rows % WIDE_RUN:
+    if isinstance(task, Gemm) and not task.flags & OUT_BY_SEAT and task.rows % TILE_ROWS:
         yield Unsafe("kind", f"gemm: {task.rows} interleaved rows")
 
 

@@ -12,12 +12,7 @@ __device__ __forceinline__ Token seat_token(const Params& p, uint32_t plane, Tok
   return token;
 }
 
-// An interleaved value of fp32 packets is runs of 16 elements of 8 seats: 128 packets. Lane (g, t) has elements 4t to 4t + 3 of seat g of the
-// block, in two pairs of packets: those of half `half` begin at this packet.
-__device__ __forceinline__ int wide_packet(int run, int block, int half, int lane) {
-  return ((run * SEAT_BLOCKS + block) * 2 + half) * 64 + lane * 2;
-}
-// Of narrow packets, runs of 8 elements of 8 seats: 32 packets. Elements 4 `quarter` to 4 `quarter` + 3 of seat g are two packets from this one.
+// An interleaved value is runs of 8 elements of 8 seats: 32 packets. Elements 4 `quarter` to 4 `quarter` + 3 of seat g are two packets from this one.
 __device__ __forceinline__ int narrow_packet(int run, int block, int g, int quarter) {
   return (run * SEAT_BLOCKS + block) * 32 + g * 4 + quarter * 2;
 }

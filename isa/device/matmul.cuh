@@ -10,18 +10,17 @@ constexpr int X_BY_SEAT = 256, OUT_BY_SEAT = 512, X_KEPT = 1024;
 constexpr int OPERAND_BYTES = 32 * 8;  // of a fragment and seat block, all lanes
 // The smallest divisor of n that is at least `least`.
 constexpr int smallest_divisor_from(int n, int least) { return n % least ? smallest_divisor_from(n, least + 1) : least; }
-constexpr int PAIRS_AT_ONCE = 8;  // pairs of packets that a lane asks for at a time; with 16 registers run out
+constexpr int AT_ONCE = 8;  // pairs of packets, so operands, that a lane asks for at a time; with 16 registers run out
 
 // x of a warp's slice as operands.
 template <int COLUMNS, int FLAGS>
 struct SeatSlice {
   using P = Plan<COLUMNS, FLAGS>;
   static_assert(!P::W::QUANTISED, "products of a batch take weights of the machine's elements");
-  static constexpr bool NARROW_X = FLAGS & X_NARROW, NORMALISED = FLAGS & X_NORM;
-  static_assert(NARROW_X || COLUMNS % 16 == 0, "fp32 packets come in runs of 16 elements");
-  static constexpr int PAIRS = NARROW_X ? 1 : 2;            // pairs of packets of one operand
-  static constexpr int RUNS = ceil_div(COLUMNS, 8);         // of narrow packets
-  static constexpr int AT_ONCE = PAIRS_AT_ONCE / PAIRS;     // operands
+  static constexpr bool NORMALISED = FLAGS & X_NORM;
+  static_assert(FLAGS & X_NARROW, "products of a batch take narrow packets, a pair for an operand");
+  static_assert(!NORMALISED || COLUMNS % 16 == 0, "gains are read by operand");
+  static constexpr int RUNS = ceil_div(COLUMNS, 8);
 
   const uint64_t* x;
   const float* gain;
@@ -41,16 +40,16 @@ struct SeatSlice {
   // Operands of fragments [from, from + N / SEAT_BLOCKS) of the slice, N in all: of each fragment one a seat block. What lies beyond the slice
   // is read from its last fragment and must not be used. The packets are asked for first, and taken when they are needed.
   template <int N>
-  __device__ __forceinline__ void ask(uint4 (&v)[N * PAIRS], int from, int lane) const {
+  __device__ __forceinline__ void ask(uint4 (&v)[N], int from, int lane) const {
 #pragma unroll
-    for (int i = 0; i < N * PAIRS; ++i) load_into(v[i], x + packet<whole(N)>(from, i / PAIRS, i % PAIRS, lane));
+    for (int i = 0; i < N; ++i) load_into(v[i], x + packet<whole(N)>(from, i, lane));
   }
   // `count_squares`: what is read is added to `squares`.
   template <int N>
-  __device__ __forceinline__ void take(const Abort& abort, uint4 (&v)[N * PAIRS], uint2 (&operands)[N], int from, int lane, bool count_squares) {
-    wait_together(abort, v, want, [&](int i) { return x + packet<whole(N)>(from, i / PAIRS, i % PAIRS, lane); });
+  __device__ __forceinline__ void take(const Abort& abort, uint4 (&v)[N], uint2 (&operands)[N], int from, int lane, bool count_squares) {
+    wait_together(abort, v, want, [&](int i) { return x + packet<whole(N)>(from, i, lane); });
 #pragma unroll
-    for (int i = 0; i < N; ++i) operands[i] = operand<whole(N)>(&v[i * PAIRS], from, i, lane, count_squares);
+    for (int i = 0; i < N; ++i) operands[i] = operand<whole(N)>(v[i], from, i, lane, count_squares);
   }
   // N operands at a time never reach beyond any warp's slice, which ends with a chunk.
   static constexpr bool whole(int n) { return P::HIGH_WARPS == 0 && P::LAST_HIGH == P::PER_CHUNK && P::HIGH * SEAT_BLOCKS % n == 0; }
@@ -61,29 +60,24 @@ struct SeatSlice {
     const int at = from + number / SEAT_BLOCKS;
     return first + (WHOLE ? at : min_of(at, count - 1));
   }
-  // The first packet of half `half` of operand `number`.
+  // The first packet of operand `number`.
   template <bool WHOLE>
-  __device__ __forceinline__ int packet(int from, int number, int half, int lane) const {
+  __device__ __forceinline__ int packet(int from, int number, int lane) const {
     const int f = fragment<WHOLE>(from, number), block = number % SEAT_BLOCKS, g = lane >> 2, t = lane & 3;
-    if constexpr (!NARROW_X) return wide_packet(f, block, half, lane);
-    else if constexpr (FLAGS & X_BY_SEAT) return (block * 8 + g) * (COLUMNS / 2) + min_of(f * 16 + t * 4, COLUMNS - 4) / 2;
+    if constexpr (FLAGS & X_BY_SEAT) return (block * 8 + g) * (COLUMNS / 2) + min_of(f * 16 + t * 4, COLUMNS - 4) / 2;
     else return narrow_packet(min_of(2 * f + (t >> 1), RUNS - 1), block, g, t & 1);
   }
   template <bool WHOLE>
-  __device__ __forceinline__ uint2 operand(const uint4* v, int from, int number, int lane, bool count_squares) {
+  __device__ __forceinline__ uint2 operand(const uint4& v, int from, int number, int lane, bool count_squares) {
     const int f = fragment<WHOLE>(from, number), at = f * 16 + (lane & 3) * 4;
-    if constexpr (NARROW_X) {
-      const bool beyond = COLUMNS % 16 != 0 && at >= RUNS * 8;  // the weights there are zero, but what is read need not be a number
-      return beyond ? make_uint2(0, 0) : make_uint2(v[0].x, v[0].z);
-    } else {
-      float a = as_float(v[0].x), b = as_float(v[0].z), c = as_float(v[1].x), d = as_float(v[1].z);
-      if constexpr (NORMALISED) {
-        if (count_squares && (WHOLE || from + number / SEAT_BLOCKS < count)) squares[number % SEAT_BLOCKS] += (a * a + b * b) + (c * c + d * d);
-        const float4 gains = __ldg(reinterpret_cast<const float4*>(gain + at));
-        a *= gains.x, b *= gains.y, c *= gains.z, d *= gains.w;
-      }
-      return make_uint2(pack2(a, b), pack2(c, d));
+    if constexpr (NORMALISED) {
+      const float a = unpack_low(v.x), b = unpack_high(v.x), c = unpack_low(v.z), d = unpack_high(v.z);
+      if (count_squares && (WHOLE || from + number / SEAT_BLOCKS < count)) squares[number % SEAT_BLOCKS] += (a * a + b * b) + (c * c + d * d);
+      const float4 gains = __ldg(reinterpret_cast<const float4*>(gain + at));
+      return make_uint2(pack2(a * gains.x, b * gains.y), pack2(c * gains.z, d * gains.w));
     }
+    const bool beyond = COLUMNS % 16 != 0 && at >= RUNS * 8;  // the weights there are zero, but what is read need not be a number
+    return beyond ? make_uint2(0, 0) : make_uint2(v.x, v.z);
   }
 };
 
@@ -173,7 +167,7 @@ struct SeatOperands {
 template <class P, class S>
 __device__ __forceinline__ void multiply_kept(Consumer& c, S& slice, uint8_t* own, int tiles) {
   using O = SeatOperands<P>;
-  constexpr int STEP = max_of(1, S::AT_ONCE / SEAT_BLOCKS), N = STEP * SEAT_BLOCKS;  // fragments, and operands, at a time
+  constexpr int STEP = max_of(1, AT_ONCE / SEAT_BLOCKS), N = STEP * SEAT_BLOCKS;  // fragments, and operands, at a time
   O x{own};
   Fetched<P, (O::KEPT ? 1 : 4)> chunks(c.warp);
 #pragma unroll
@@ -181,7 +175,7 @@ __device__ __forceinline__ void multiply_kept(Consumer& c, S& slice, uint8_t* ow
   c.wait_released();
 #pragma unroll(O::KEPT ? P::HIGH : 1)
   for (int from = 0; from < P::HIGH; from += STEP) {
-    uint4 v[N * S::PAIRS];
+    uint4 v[N];
     uint2 operands[N];
     slice.template ask<N>(v, from, c.lane);
     slice.template take<N>(c.abort, v, operands, from, c.lane, true);
@@ -203,7 +197,7 @@ __device__ __forceinline__ void multiply_kept(Consumer& c, S& slice, uint8_t* ow
 template <class P, class S>
 __device__ __forceinline__ void multiply_passing(Consumer& c, S& slice, int tiles) {
   // A step is some chunks, or an equal part of one: fragments whose operands are in registers at a time.
-  constexpr int MOST = max_of(1, S::AT_ONCE / SEAT_BLOCKS), GROUP = MOST / P::PER_CHUNK >= 2 && P::CHUNKS % 2 == 0 ? 2 : 1;
+  constexpr int MOST = max_of(1, AT_ONCE / SEAT_BLOCKS), GROUP = MOST / P::PER_CHUNK >= 2 && P::CHUNKS % 2 == 0 ? 2 : 1;
   constexpr int PARTS = MOST >= P::PER_CHUNK ? 1 : smallest_divisor_from(P::PER_CHUNK, ceil_div(P::PER_CHUNK, MOST));
   constexpr int STEP = GROUP * P::PER_CHUNK / PARTS, N = STEP * SEAT_BLOCKS;
   static_assert(!S::whole(N) || P::CHUNKS * P::PER_CHUNK == P::HIGH, "what lies behind a slice in its last chunk must not be taken for a part of it");
@@ -212,7 +206,7 @@ __device__ __forceinline__ void multiply_passing(Consumer& c, S& slice, int tile
 #pragma unroll
   for (int d = 0; d < GROUP; ++d) chunks.fetch(c, d, d + 1 == P::CHUNKS);
   c.wait_released();
-  uint4 v[N * S::PAIRS];
+  uint4 v[N];
   slice.template ask<N>(v, 0, c.lane);
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {

@@ -6,7 +6,7 @@ import numpy as np
 
 from amk.isa.abi import NONE
 from amk.isa.attention import MAX_GROUP, Attention
-from amk.isa.batch import NARROW_RUN, WIDE_RUN
+from amk.isa.batch import RUN
 from amk.isa.embed import Embed
 from amk.isa.embed_batch import EmbedBatch
 from amk.isa.filter_draw import FilterDraw
@@ -82,20 +82,20 @@ def _gated(checker: Checker, words: Words) -> None:
 
 
 def _matmul(checker: Checker, words: Words) -> None:
-    """Interleaved values are whole runs, and what a product writes by seat has no residual."""
+    """x is narrow, interleaved values are whole runs, and what a product writes by seat has no residual."""
     flags, cols = words.column["flags"], words.column["cols"]
-    narrow, by_seat = (flags & X_NARROW) > 0, (flags & X_BY_SEAT) > 0
-    checker.must(words, narrow | ~by_seat, "kind", "reads fp32 packets by seat, but they must be interleaved")
-    whole = narrow | (cols % WIDE_RUN == 0)
-    checker.must(words, whole, "kind", "reads {cols} interleaved columns, but they must be a multiple of {run}", cols=cols, run=WIDE_RUN)
-    even = ~by_seat | (cols % NARROW_RUN == 0)
-    checker.must(words, even, "kind", "reads {cols} columns by seat, but they must be a multiple of {run}", cols=cols, run=NARROW_RUN)
+    by_seat, normalised = (flags & X_BY_SEAT) > 0, (flags & X_NORM) > 0
+    checker.must(words, (flags & X_NARROW) > 0, "kind", "reads fp32 packets, but products of a batch read narrow ones")
+    whole = ~normalised | (cols % TILE_ROWS == 0)
+    checker.must(words, whole, "kind", "normalises {cols} columns, but they must be a multiple of {run}", cols=cols, run=TILE_ROWS)
+    even = ~by_seat | (cols % RUN == 0)
+    checker.must(words, even, "kind", "reads {cols} columns by seat, but they must be a multiple of {run}", cols=cols, run=RUN)
     checker.need(words, (flags & FORMAT_FLAGS) == 0, "kind", "decodes quantised weights, but products of a batch take elements")
     if words.cls is Gemm:
         apart, residual, rows = (flags & OUT_BY_SEAT) > 0, words.column["res_buf"] != NONE, words.column["rows"]
         checker.need(words, ~(apart & residual), "kind", "writes by seat, but has a residual, which is interleaved")
         said = "writes {rows} interleaved rows, but they must be a multiple of {run}"
-        checker.must(words, apart | (rows % WIDE_RUN == 0), "kind", said, rows=rows, run=WIDE_RUN)
+        checker.must(words, apart | (rows % TILE_ROWS == 0), "kind", said, rows=rows, run=TILE_ROWS)
     else:
         checker.need(words, (flags & OUT_BY_SEAT) == 0, "kind", "writes by seat, but must not")
 
@@ -186,9 +186,9 @@ def _embed(checker: Checker, words: Words) -> None:
     said = "gathers columns {start}:{stop}, but an embedding row has {hidden}"
     checker.must(words, inside, "bounds", said, start=start, stop=start + cols, hidden=hidden)
     if words.cls is EmbedBatch:
-        whole = (start % WIDE_RUN == 0) & (cols % WIDE_RUN == 0)
+        whole = (start % TILE_ROWS == 0) & (cols % TILE_ROWS == 0)
         said = "must begin and end at multiples of {run} columns, but takes {cols} from {start}"
-        checker.must(words, whole, "kind", said, start=start, cols=cols, run=WIDE_RUN)
+        checker.must(words, whole, "kind", said, start=start, cols=cols, run=TILE_ROWS)
 
 
 def _rmsnorm(checker: Checker, words: Words) -> None:

@@ -1,4 +1,4 @@
-"""A value of a batch is read in the order in which it was written: interleaved or by seat. The other one takes the very same packets."""
+"""A value of a batch is read in the order in which it was written: interleaved or by seat. The other one has the very same elements."""
 
 from __future__ import annotations
 
@@ -42,4 +42,6 @@ def test_a_value_in_the_other_order_is_of_another_kind(flag: int) -> None:
     wrong = otherwise(program, flag)
     found, verdict = check_traces(wrong, Random(0), orders=2), validate(wrong)
     assert found is not None and found.kind == "kind"
-    assert isinstance(verdict, tuple) and {reason.kind for reason in verdict} == {"kind"} and "interleaved" in str(verdict[0])
+    assert isinstance(verdict, tuple) and verdict[0].kind == "kind" and "interleaved" in str(verdict[0])
+    # What is written interleaved is narrow, so it has half of the packets: those that are missing are seen too.
+    assert {reason.kind for reason in verdict} == ({"kind"} if flag == X_BY_SEAT else {"kind", "coverage", "race"})

@@ -166,10 +166,6 @@ def test_unreasonable_launches_are_refused_in_one_sentence(make_spec: Any, make_
 # ---- the device's index arithmetic, written out again from isa/device/batch.cuh and matmul.cuh
 
 
-def wide_packet(blocks: int, run: int, block: int, half: int, lane: int) -> int:
-    return ((run * blocks + block) * 2 + half) * 64 + lane * 2
-
-
 def narrow_packet(blocks: int, run: int, block: int, g: int, quarter: int) -> int:
     return (run * blocks + block) * 32 + g * 4 + quarter * 2
 
@@ -179,16 +175,13 @@ def test_lanes_find_their_operands_in_interleaved_packets(batch: int) -> None:
     """A lane (g, t) of fragment f must get x[16 f + 4 t ... + 3] of seat g of each block, as the packing of the weights has it."""
     elements, blocks = 64, batch // 8
     x = np.arange(elements * batch, dtype=np.float32).reshape(elements, batch)
-    wide, narrow = interleave(x, narrow=False), interleave(x, narrow=True)
-    np.testing.assert_array_equal(deinterleave(wide, batch, narrow=False), x)
-    np.testing.assert_array_equal(deinterleave(narrow, batch, narrow=True), x)
+    narrow = interleave(x)
+    np.testing.assert_array_equal(deinterleave(narrow, batch), x)
     for f in range(elements // 16):
         for block in range(blocks):
             for lane in range(32):
                 g, t = lane >> 2, lane & 3
                 expected = x[16 * f + 4 * t : 16 * f + 4 * t + 4, 8 * block + g]
-                halves = [wide_packet(blocks, f, block, half, lane) for half in (0, 1)]
-                np.testing.assert_array_equal([wide[at + e] for at in halves for e in (0, 1)], expected)
                 packet = narrow_packet(blocks, 2 * f + (t >> 1), block, g, t & 1)
                 np.testing.assert_array_equal(narrow[2 * packet : 2 * packet + 4], expected)
 
@@ -202,7 +195,7 @@ def test_fragments_times_operands_are_the_product(make_spec: Any) -> None:
     w = torch.tensor(rng.integers(-8, 8, (16, 208)), dtype=torch.float32)
     x = rng.integers(-8, 8, (208, 8)).astype(np.float32)
     packed = pack_matrix(w, plan, machine).view(torch.bfloat16).float().numpy().reshape(-1, 32, 4, 2)  # fragment, lane, register, half
-    narrow = interleave(x, narrow=True)
+    narrow = interleave(x)
     slot = np.zeros((8, 20))  # seats by rows
     for place, piece in enumerate(plan.stream_order()):
         a, b = np.zeros((16, 16)), np.zeros((16, 8))
