@@ -65,6 +65,7 @@ SOME_OF: dict[str, tuple[Any, ...]] = {
     "pipelining_depth": (2, 4, 8),
     "smem_bytes_per_block": (32768, 65536, 131072),
     "kernel_knobs.stage_bytes": (8192, 24576, 32768),
+    "kernel_knobs.poll_sleep_ns": (1, 50, 100),  # 0 is one of the first two
     "kernel_knobs.release_early": (0, 4, 8),
     "kernel_knobs.high_watermark": (2, 4, 8),
     "kernel_knobs.reduction_slots": (1, 4, 8),  # 0 is one of the first two

@@ -14,7 +14,7 @@ from amk.schedule.emit import Queues, buffers_of, emit
 from amk.schedule.fuse import fuse
 from amk.schedule.fuse_stretch import fuse_stretch
 from amk.schedule.graph import Graph, MatVecOp, StretchMatMulOp
-from amk.schedule.knobs import STAGE_CHOICES, Config
+from amk.schedule.knobs import NO_PAUSE, STAGE_CHOICES, Config
 from amk.schedule.memory import Arena, allocate
 from amk.schedule.model import ModelSpec
 from amk.schedule.names import matvec_shapes, resolve_names
@@ -109,7 +109,7 @@ def _assemble(spec: ModelSpec, settings: Settings, graph: Graph, arena: Arena, s
     config = settings.config
     return Program(
         machine=machine,
-        device=DeviceKnobs(config.cache_hint, config.sync, config.poll_sleep_ns, config.release_early, settings.feed),
+        device=DeviceKnobs(config.cache_hint, config.sync, settings.poll_sleep_ns, config.release_early, settings.feed),
         buffers=buffers_of(graph, arena),
         arena_packets=arena.packets,
         matrices=graph.matrices,
@@ -231,7 +231,8 @@ def effective_config(config: Config, program: Program) -> dict[str, Any]:
     stage_bytes = max(size for size in STAGE_CHOICES if size <= m.stage_bytes)
     throttle = {"throttled_depth": m.throttled or m.inflight, "high_watermark": m.watermark}
     sizes = {"stage_bytes": stage_bytes, "reduction_slots": m.reduction_slots, "kv_splits": splits}
-    result["kernel_knobs"] |= {"weight_feed": program.device.weight_feed} | sizes | throttle
+    device = {"weight_feed": program.device.weight_feed, "poll_sleep_ns": program.device.poll_sleep_ns or NO_PAUSE}
+    result["kernel_knobs"] |= device | sizes | throttle
     return result
 
 

@@ -84,6 +84,7 @@ def _knob(name: str, type: KnobType, default: Any, meaning: str, consumer: str, 
     return field(default=default, metadata={"knob": Knob(name, type, default, meaning, consumer, **rest)})
 
 
+NO_PAUSE = 1  # of poll_sleep_ns
 FUSIONS = ("norm", "qkv", "gate_up")
 
 
@@ -194,10 +195,10 @@ class Config:
         "kernel_knobs.poll_sleep_ns",
         "int",
         0,
-        "pause between two looks at a counter or tag",
-        "vm sync",
+        "pause between two looks at a counter; 1 is none, 0 is 50 for batches and for layers of a middling size, and none for others",
+        "pause, vm watcher",
         unit="ns",
-        choices=(0, 20, 50, 100),
+        choices=(0, NO_PAUSE, 20, 50, 100),
     )
     release_early: int = _knob(
         "kernel_knobs.release_early",

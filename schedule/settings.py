@@ -11,6 +11,7 @@ from amk.isa.attention import MAX_GROUP
 from amk.isa.machine import ELEMENT_BYTES, FRAGMENT_BYTES, KV_BLOCK_ROWS, TILE_ROWS, Piece, kv_span, quantised_piece
 from amk.schedule.knobs import SPLIT_CHOICES, STAGE_CHOICES, Config
 from amk.schedule.model import ModelSpec, matrices_bytes
+from amk.schedule.pause import pause_ns
 from amk.schedule.rejection import Rejection, reject
 from amk.schedule.targets import Target
 from amk.schedule.throttle import Throttle, throttle_of
@@ -29,8 +30,8 @@ Chooser: TypeAlias = Literal["greedy", "draw", "filter"]
 class Settings:
     """Realised choices: `splits[l]` attention tasks of a KV head in layer l; `stage_sizes` to try, in bytes with scales, best first.
 
-    `feed` is how they are filled, `throttle` when more slowly; `batch` tokens are computed side by side: each with KV rows of its own, or,
-    for `prefill`, consecutive positions of one sequence.
+    `feed` is how they are filled, `throttle` when more slowly; `poll_sleep_ns` is how long watchers pause, 0 for not at all. `batch` tokens
+    are computed side by side: each with KV rows of its own, or, for `prefill`, consecutive positions of one sequence.
     """
 
     config: Config
@@ -41,6 +42,7 @@ class Settings:
     stage_sizes: tuple[int, ...]
     feed: str
     throttle: Throttle
+    poll_sleep_ns: int
     batch: int = 1
     chooser: Chooser = "greedy"
     prefill: bool = False
@@ -99,7 +101,8 @@ def resolve(
     feed = target.feeds[0] if config.weight_feed == "auto" else config.weight_feed
     splits, stage_sizes = splits_of(spec, config, target, rows, batch), _stage_sizes(spec, config, target, warps)
     throttle = throttle_of(spec, config, target, feed)
-    return Settings(config, target, rows, warps, splits, stage_sizes, feed, throttle, batch, chooser, prefill)
+    pause = 0 if prefill else pause_ns(spec, config, target, batch)
+    return Settings(config, target, rows, warps, splits, stage_sizes, feed, throttle, pause, batch, chooser, prefill)
 
 
 def least_stage_bytes(spec: ModelSpec, consumer_warps: int) -> int:

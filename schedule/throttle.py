@@ -59,6 +59,11 @@ def never(config: Config, machine: Machine) -> str | None:
     return f"high_watermark: {asked} stages asked for, but never throttled: no more than {most} are copied at a time"
 
 
+def layer_us(spec: ModelSpec, target: Target) -> float:
+    """What a layer's matrices take at the rate of the card's data sheet."""
+    return layer_bytes(spec) / target.bandwidth_gbs * 1e-3
+
+
 def _measured(spec: ModelSpec, target: Target) -> Throttle:
-    layer_us = layer_bytes(spec) / target.bandwidth_gbs * 1e-3
-    return next((throttle for least, throttle in BY_LAYER_US if layer_us >= least), OFF)
+    takes = layer_us(spec, target)
+    return next((throttle for least, throttle in BY_LAYER_US if takes >= least), OFF)
