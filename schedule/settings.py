@@ -101,7 +101,7 @@ def resolve(
     feed = target.feeds[0] if config.weight_feed == "auto" else config.weight_feed
     splits, stage_sizes = splits_of(spec, config, target, rows, batch), _stage_sizes(spec, config, target, warps)
     throttle = throttle_of(spec, config, target, feed)
-    pause = 0 if prefill else pause_ns(spec, config, target, batch)
+    pause = 0 if prefill else pause_ns(spec, config, target, batch, feed)
     return Settings(config, target, rows, warps, splits, stage_sizes, feed, throttle, pause, batch, chooser, prefill)
 
 

@@ -141,6 +141,8 @@ def _taken_in_pairs(program: Program, task: Instruction) -> Iterator[tuple[int, 
             yield task.res_buf, task.out_start
     if isinstance(task, GemmGlu):
         yield task.out_buf, task.out_start
+    if isinstance(task, EmbedBatch):
+        yield task.out_buf, 0
     if isinstance(task, Sample | SampleBatch | FilterDraw):
         yield task.in_buf, 0
     positions = range(0, program.machine.context, KV_BLOCK_ROWS)

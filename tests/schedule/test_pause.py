@@ -31,6 +31,13 @@ def test_what_nobody_asked_for_is_what_was_measured_to_be_the_fastest(spec: Mode
     assert lowered(spec, NO_PAUSE, batch=batch).device.poll_sleep_ns == 0
 
 
+@pytest.mark.parametrize("other", [{"sync": "tags"}, {"weight_feed": "cp_async"}, {"weight_feed": "plain"}])
+def test_where_it_was_not_measured_nobody_pauses_unasked(other: dict[str, str]) -> None:
+    for spec, batch in ((INT8, 1), (LLAMA_1B, 8)):
+        program = lower(spec, Config(**other), TARGETS["h200"], context=1024, batch=batch)  # type: ignore[arg-type]
+        assert isinstance(program, Program) and program.device.poll_sleep_ns == 0
+
+
 @pytest.mark.parametrize("asked", [0, NO_PAUSE, 100])
 @pytest.mark.parametrize("spec", [LLAMA_1B, INT8])
 def test_the_effective_config_gives_the_same_program(spec: ModelSpec, asked: int) -> None:
