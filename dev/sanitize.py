@@ -1,7 +1,7 @@
 """Runs small programs on the card under compute-sanitizer. Writes results/sanitizer-CARD.json and a log a case beside it.
 
-    python amk_bootstrap.py amk.dev.sanitize [--tools memcheck,racecheck] [--cases bf16,unfused,cp_async,int8,int4,fp32,prefill] [--sms 4]
-                                             [--limit SECONDS] [--sanitizer FILE] [--out FILE]
+    python amk_bootstrap.py amk.dev.sanitize [--tools memcheck,racecheck] [--cases bf16,unfused,cp_async,int8,int4,fp8,fp32,batch,prefill]
+                                             [--sms 4] [--limit SECONDS] [--sanitizer FILE] [--out FILE]
 
 Exit code 1 if a program was wrong, a tool did not come to its end, or a tool reported anything that is not expected. Expected are a race
 between accesses of load_shared_acquire, store_shared_release and add_shared_release only, and driver calls by which a library asks what
@@ -36,9 +36,10 @@ from amk.dev.on_card import on_card, require_card
 from amk.dev.provenance import write_json, write_results
 from amk.dev.sanitizer_report import reports, summary
 from amk.dev.version import code_digest
+from amk.eval.batch_oracle import judge_any
 from amk.eval.card import choose
 from amk.eval.errors import EnvironmentProblem
-from amk.eval.oracle import Finding, Plan, judge, make_reference, rounding_points
+from amk.eval.oracle import Finding, Plan, make_reference, rounding_points
 from amk.eval.prefill_oracle import judge_prefill
 from amk.isa.weight_format import FORMATS
 from amk.models.model import Model, quantised_model, random_model
@@ -78,9 +79,11 @@ CASES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "int4": ("bfloat16", "int4-g32-asym", {"threads_per_block": 128}),
     "fp8": ("bfloat16", "fp8", {}),
     "fp32": ("float32", None, {}),
+    "batch": ("bfloat16", None, {}),
     "prefill": ("bfloat16", None, {}),
 }
 SHAPES = {"int4": {"hidden_size": 256}}  # where it is not TINY's: here warps share out the tiles of gate and up whole
+BATCH = {"batch": 8}  # sequences side by side
 STRETCH = {"prefill": 32}  # positions a launch, of the cases whose program makes KV rows for another that decodes
 CONTEXT = 64
 PLAN = Plan(prompt=4, steps=6, late=(40,), late_steps=2)
@@ -100,8 +103,8 @@ def program(case: str, target: Target) -> Program:
     """The case's program for `target`."""
     config = parse_config(CASES[case][2])
     assert isinstance(config, Config), config
-    stretch = STRETCH.get(case, 1)
-    return lower(model(case).spec, config, target, context=CONTEXT, batch=stretch, prefill=stretch > 1)
+    batch = STRETCH.get(case) or BATCH.get(case, 1)
+    return lower(model(case).spec, config, target, context=CONTEXT, batch=batch, prefill=case in STRETCH)
 
 
 def beside(case: str, target: Target) -> Program:
@@ -161,7 +164,7 @@ def judged(case: str, tool: str, target: Target) -> tuple[Finding, int]:
     reference = make_reference(made.spec, made.eager("fp32", "cpu"), plan(case), rounding_points(lowered))
     if not decoders:
         machine = CudaVM(proven(lowered), made.weights, binary=built, **options)
-        finding = judge(machine, reference)
+        finding = judge_any(machine, reference)
     else:
         decoder = CudaVM(proven(decoders[0][0]), made.weights, binary=decoders[0][1], **options)
         machine = CudaVM(proven(lowered), made.weights, binary=built, beside=decoder, **options)
