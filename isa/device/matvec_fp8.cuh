@@ -4,7 +4,7 @@
 //
 // A fragment is 16 rows by 32 columns, two products' operands; a piece is one, or those of a group. vm.quantised_image has the order of codes.
 #pragma once
-#include "isa/device/slice_words.cuh"
+#include "isa/device/weight_format.cuh"
 
 // An x in 16 bits has one part, one in fp32 a rounded part and its error.
 constexpr int DIGITS = 1;
@@ -60,6 +60,16 @@ __device__ __forceinline__ uint32_t halves(float low, float high) {
   return r;
 }
 
+__device__ __forceinline__ uint32_t warp_largest(uint32_t v) {
+#if TURING || __CUDA_ARCH__ < 800
+#pragma unroll
+  for (int d = 16; d; d >>= 1) v = max(v, __shfl_xor_sync(~0u, v, d));
+  return v;
+#else
+  return __reduce_max_sync(~0u, v);
+#endif
+}
+
 // The power of two that takes the largest magnitude of a slice to 2^14 or above, below 2^15, and its inverse.
 struct HalfScale {
   float up, down;
@@ -73,18 +83,50 @@ struct HalfScale {
 
 // The slice of a warp, from packets to fp16 in its scratch: what is less than 2^-29 of the largest loses bits below 2^-39 of it.
 template <class P, class Slice>
-struct HalfSlice : SliceWords<P, Slice> {
-  float down;  // what 1 in scratch is worth
+struct HalfSlice {
+  static constexpr bool PAIRS = Slice::PAIRS;
+  uint32_t words[Slice::LOADS][2];  // two pairs of elements, or two fp32
+  float squares = 0.f;              // this lane's sum of what it read
+  float down;                       // what 1 in scratch is worth
 
   __device__ __forceinline__ void load(Consumer& c, const Slice& slice, const uint64_t* x, Expected want, const float* gain, uint8_t* to) {
-    const HalfScale scale(this->read(c, slice, x, want, gain));
+    uint32_t largest = 0;  // magnitudes as integers, one bit to the left
+#pragma unroll
+    for (int base = 0; base < Slice::LOADS; base += Slice::BATCH) {
+      uint4 v[Slice::BATCH];
+      c.read_all(v, want, [&](int i) { return x + slice.source(min_of(base + i, Slice::LOADS - 1), c.lane); });
+#pragma unroll
+      for (int i = 0; i < Slice::BATCH; ++i)
+        if (base + i < Slice::LOADS) largest = max(largest, take(v[i], slice, gain, base + i, c.lane));
+    }
+    largest = warp_largest(largest) >> 1;
+    const HalfScale scale(PAIRS ? unpack_high(largest) : as_float(largest));
     down = scale.down;
-    this->each(slice, c.lane, [&](const uint32_t (&words)[2], int at) { write(scale.up, words, to + at * 2); });
+#pragma unroll
+    for (int i = 0; i < Slice::LOADS; ++i) {
+      const int at = slice.column(i, c.lane);
+      if (Slice::WHOLE || at < P::SLICE) write(scale.up, words[i], to + at * 2);
+    }
   }
 
  private:
+  __device__ __forceinline__ uint32_t take(const uint4& v, const Slice& slice, const float* gain, int load, int lane) {
+    const int at = slice.column(load, lane);
+    const bool mine = Slice::WHOLE || at < slice.count;
+    words[load][0] = mine ? v.x : 0;
+    words[load][1] = mine ? v.z : 0;
+    if constexpr (PAIRS) return max(max(words[load][0] << 1, words[load][0] << 17), max(words[load][1] << 1, words[load][1] << 17));
+    if constexpr (Slice::NORMALISED) {
+      float a = as_float(words[load][0]), b = as_float(words[load][1]);
+      squares += a * a + b * b;
+      const float2 gains = slice.gain_at(gain, load, at);
+      words[load][0] = as_bits(a * gains.x);
+      words[load][1] = as_bits(b * gains.y);
+    }
+    return max(words[load][0] << 1, words[load][1] << 1);
+  }
   static __device__ __forceinline__ void write(float up, const uint32_t (&w)[2], uint8_t* to) {
-    if constexpr (Slice::PAIRS) {
+    if constexpr (PAIRS) {
       const uint32_t first = halves(unpack_low(w[0]) * up, unpack_high(w[0]) * up);
       *reinterpret_cast<uint2*>(to) = make_uint2(first, halves(unpack_low(w[1]) * up, unpack_high(w[1]) * up));
     } else {
