@@ -8,8 +8,8 @@ from amk.schedule.targets import Target
 from amk.schedule.throttle import layer_us
 
 USUAL_NS = 50
-# Where it was measured to be faster on an H200, by 0.4 to 1.2 % (docs/performance-log.md, v18): batches, and layers whose matrices take
-# so many us at the rate of the card's data sheet. Those that take longer gain nothing, and shorter ones may lose.
+# Layers whose matrices take so many us at the rate of the card's data sheet: a pause was measured to be 0.4 % faster there on an H200, as
+# in batches, whose noise is larger than that (docs/performance-log.md, v18). Longer layers gain nothing, and shorter ones may lose.
 LAYERS_US = (10.0, 20.0)
 
 
