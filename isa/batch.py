@@ -16,6 +16,7 @@ import numpy.typing as npt
 from amk.isa.instruction import F32
 
 SEAT_BLOCK = 8  # seats of one product: the N of mma.m16n8k16
+MOST_SEATS = 4 * SEAT_BLOCK  # of a product, which has sums for as many blocks; a stretch's products have more
 RUN = 8  # elements of an interleaved run: what a tile of gate and up rows gives
 
 Ints = npt.NDArray[np.int64]

@@ -24,7 +24,8 @@ class Access:
 
     `kind` is what the packets must hold: f32 (one fp32), narrow (two 16-bit elements, or one fp32 on an fp32 machine) or u32.
     `carried` reads expect the value of the previous token; on the first token of a launch they read nothing. A read with tag 0
-    is not checked by the device. Reads by "storer" belong to one publish: `tile` says which (the publish of the same index).
+    is not checked by the device. Reads by "storer" belong to one publish: `tile` says which (the publish of the same index). Consumers read
+    before all publishes, but where `tile` is not 0: then what was read before is read again, up to that tile's publish.
     `interleaved` packets hold elements of a batch's seats side by side (isa/batch.py), others those of one vector. `paired` ones the device
     takes two at a time, so `start` must be an even packet of the arena.
     `gated` packets carry no tag on the device (isa/stretch.py): a read of them waits for nothing but its task's counter, whose arrivals

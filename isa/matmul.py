@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -46,7 +46,16 @@ class MatMul(MatVec):
         return [Access(self.x_buf, at + a, at + b, self.x_tag, "narrow", interleaved=not by_seat, paired=True) for a, b in spans]
 
     def reads(self, machine: Machine, position: int) -> list[Access]:
-        return self.x_reads(machine, slice(0, self.cols))
+        x = self.x_reads(machine, slice(0, self.cols))
+        return [*x, *(replace(access, tile=self.tiles - 1) for access in x if self.rereads(machine))]
+
+    def rereads(self, machine: Machine) -> bool:
+        return self.tiles > 1 and not self.flags & X_KEPT and self._lane_words(machine) > KEPT_SEAT_WORDS
+
+    def _lane_words(self, machine: Machine) -> int:
+        """Registers that a lane needs for its part of a slice of x."""
+        plan = self.plan(machine)
+        return plan.chunks * plan.per_chunk * 2 * self.batch // SEAT_BLOCK
 
     def slice_reads(self, machine: Machine, columns: slice) -> list[Access]:
         return self.x_reads(machine, columns) if columns.stop > columns.start else []
@@ -64,8 +73,7 @@ class MatMul(MatVec):
         """x as elements where it is kept and registers do not hold it, each consumer warp its own K slice."""
         plan = self.plan(machine)
         kept = plan.warps * plan.high * plan.piece.columns * machine.element_bytes * self.batch
-        lane_words = plan.chunks * plan.per_chunk * 2 * self.batch // SEAT_BLOCK
-        return kept if self.flags & X_KEPT and lane_words > KEPT_SEAT_WORDS else 0
+        return kept if self.flags & X_KEPT and self._lane_words(machine) > KEPT_SEAT_WORDS else 0
 
     def slice_sums(self, memory: Memory, x: F32, columns: slice) -> tuple[F32, Any]:
         first, squares = self.tile0 * TILE_ROWS, np.zeros(self.batch, dtype=np.float32)

@@ -70,6 +70,10 @@ class MatVec(Instruction):
     def reads(self, machine: Machine, position: int) -> list[Access]:
         return [self.x_read(machine)]
 
+    def rereads(self, machine: Machine) -> bool:
+        """Whether consumers read their slice of x again for every tile after the first."""
+        return False
+
     def slice_reads(self, machine: Machine, columns: slice) -> list[Access]:
         """What of x the consumer warp with these columns reads; `columns` begins at a whole packet."""
         x = self.x_read(machine)

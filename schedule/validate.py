@@ -62,14 +62,14 @@ def _prove(program: Program, limits: Limits, report: Report) -> None:
         return
     positions = fullest_positions(subject)
     silent = silent_tasks(subject, positions)
-    if check_chunks(subject, silent, report):
+    if fits := check_chunks(subject, silent, report):
         check_scratch(subject, report)
     check_streams(subject, silent, report)
     check_lag(subject, silent, report)
     check_splits(subject, positions, report)
     if program.machine.prefill:
         check_seats(subject, report)
-    footprint = take_footprint(subject, positions, report)
+    footprint = take_footprint(subject, positions, report) if fits else None  # how x is cut says how often a product reads it
     if footprint is not None:
         _prove_order(subject, footprint, limits, report)
 

@@ -311,6 +311,8 @@ class Sm:
         memory = TaskMemory(self, step, {}, [])
         y, squares = task.slice_sums(memory, task.slice_of([self.launch.arena.load(access) for access in reads], own), own)
         for tile, rows in enumerate(task.tile_slices()):
+            for access in reads if tile and task.rereads(self.machine) else ():
+                yield from self._expect(access, step)
             for chunk in range(plan.chunks):
                 yield Wait(self._landed, (self.taken[warp],), "chunk {0} of the launch to land".format)
                 self._take(warp, index, step, tile * plan.chunks + chunk)

@@ -126,7 +126,7 @@ class _Launch:
                 raise _Found("coverage", f"{step.name} publishes packets that another publishes with the same tag")
 
     def _needed(self, t: int, step: Step, touches: tuple[Touch, ...], tile: int) -> int:
-        """The publishes that a check of `touches` waits for; registers the reader (`tile` -1: a consumer)."""
+        """The publishes that a check of `touches` waits for; registers the reader (`tile` -1: a consumer, before any publish)."""
         ends = 0
         for later in range(max(tile, 0), len(step.publishes)):
             bit = self.bit_of.get((t, step.sm, step.index, later))
@@ -231,7 +231,7 @@ class _Launch:
             if not step.task.gated:
                 script.ops.append((VISIBLE, self._needed(t, step, step.warp_reads[warp], -1), 0))
             if step.task.stored:
-                self._reduce(sm, step, warp, script)
+                self._reduce(sm, t, step, warp, script)
                 return
             self._take(sm, step.chunks, warp, script)
             script.mark("met", sm.begun)
@@ -264,9 +264,11 @@ class _Launch:
             script.mark("taken", sm.taken[warp])
             sm.taken[warp] += 1
 
-    def _reduce(self, sm: _Sm, step: Step, warp: int, script: _Script) -> None:
+    def _reduce(self, sm: _Sm, t: int, step: Step, warp: int, script: _Script) -> None:
         tiles = len(step.publishes)
-        for _ in range(tiles):
+        for tile in range(tiles):
+            if tile and step.rereads:
+                script.ops.append((VISIBLE, self._needed(t, step, step.warp_reads[warp], tile), 0))
             self._take(sm, step.chunks // tiles, warp, script)
             number = sm.reduced[warp]
             if number >= self.machine.reduction_slots:

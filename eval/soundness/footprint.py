@@ -28,9 +28,9 @@ class Touch:
 class Step:
     """One task at one position.
 
-    `warp_reads[w]` are the consumer reads of warp w; `tile_reads[j]` the storer reads of publish j; `fed_reads` what the feeder copies of
-    the arena into the task's chunks. `publishes` are in order, of a stored task one a tile; one may touch several places, or none.
-    `chunks` counts the task's chunks, for every tile the same number.
+    `warp_reads[w]` are the consumer reads of warp w, of a task that `rereads` once for every tile; `tile_reads[j]` the storer reads of
+    publish j; `fed_reads` what the feeder copies of the arena into the task's chunks. `publishes` are in order, of a stored task one a
+    tile; one may touch several places, or none. `chunks` counts the task's chunks, for every tile the same number.
     """
 
     sm: int
@@ -42,6 +42,7 @@ class Step:
     publishes: tuple[tuple[Touch, ...], ...]
     chunks: int
     fed_reads: tuple[Touch, ...] = ()
+    rereads: bool = False
 
     @property
     def name(self) -> str:
@@ -70,7 +71,7 @@ def _seat(program: Program, task: Instruction) -> int:
 def _step(machine: Machine, offsets: list[int], sm: int, index: int, task: Instruction, position: int) -> Step:
     reads, writes = task.reads(machine, position), task.writes(machine, position)
     fed = tuple(_touch(offsets, access) for access in reads) if task.gated and task.streamed else ()
-    consumer = [access for access in reads if access.actor == "consumer" and not fed]
+    consumer = [access for access in reads if access.actor == "consumer" and access.tile == 0 and not fed]
     warps = tuple(
         tuple(touch for access in consumer if (touch := _share(machine, offsets, task, access, warp)).lo < touch.hi)
         for warp in range(machine.consumer_warps)
@@ -85,7 +86,8 @@ def _step(machine: Machine, offsets: list[int], sm: int, index: int, task: Instr
     )
     publishes = tuple(tuple(touch for a in group if (touch := _touch(offsets, a)).lo < touch.hi) for group in groups)
     chunks = len(task.chunk_bytes(machine, position)) if task.streamed else 0
-    return Step(sm, index, task, not reads and not writes, warps, tiles, publishes, chunks, fed)
+    rereads = isinstance(task, MatVec) and task.rereads(machine)
+    return Step(sm, index, task, not reads and not writes, warps, tiles, publishes, chunks, fed, rereads)
 
 
 def _touch(offsets: list[int], access: Access) -> Touch:

@@ -15,7 +15,7 @@ from typing import Literal, TypeAlias
 from amk.eval.soundness.random_stretches import random_stretch
 from amk.isa.abi import NONE
 from amk.isa.attention import Attention
-from amk.isa.batch import SEAT_BLOCK
+from amk.isa.batch import MOST_SEATS, SEAT_BLOCK
 from amk.isa.draw import Draw
 from amk.isa.draw_head import DrawHead
 from amk.isa.embed import Embed
@@ -80,21 +80,29 @@ class Family:
     sample: Maker = Sample
     seen: Literal["count", "tiles"] = "count"
     batch: int = 1
+    warps: tuple[int, ...] = (1, 2)
+    hidden: tuple[int, ...] = (16, 32, 64)  # at most as many as there are gains
+
+
+def _batches(share: int, seats: int) -> Family:
+    return Family(
+        share=share,
+        embed=partial(EmbedBatch, batch=seats),
+        product=partial(Gemm, batch=seats),
+        glu=partial(GemmGlu, batch=seats),
+        head=partial(GemmHead, batch=seats),
+        sample=partial(SampleBatch, batch=seats),
+        batch=seats,
+    )
 
 
 FAMILIES = (
-    Family(share=52),
+    Family(share=50),
     Family(share=16, head=DrawHead, sample=Draw),
     Family(share=16, head=FilterHead, sample=FilterDraw, seen="tiles"),
-    Family(
-        share=16,
-        embed=partial(EmbedBatch, batch=SEAT_BLOCK),
-        product=partial(Gemm, batch=SEAT_BLOCK),
-        glu=partial(GemmGlu, batch=SEAT_BLOCK),
-        head=partial(GemmHead, batch=SEAT_BLOCK),
-        sample=partial(SampleBatch, batch=SEAT_BLOCK),
-        batch=SEAT_BLOCK,
-    ),
+    _batches(14, SEAT_BLOCK),
+    # A consumer has no registers for so much of x, and reads it again for every tile.
+    replace(_batches(4, MOST_SEATS), warps=(1,), hidden=(80,)),
 )
 
 
@@ -225,11 +233,12 @@ def is_small(program: Program) -> bool:
 def _plan(random: Random, family: Family) -> Plan:
     if family.batch == 1:
         return random.choice(PLANS)
-    return ATTENDING_BATCH if random.random() < ATTENDING_SHARE else random.choice(BATCH_PLANS)
+    attends = family.batch == SEAT_BLOCK and random.random() < ATTENDING_SHARE
+    return ATTENDING_BATCH if attends else random.choice(BATCH_PLANS)
 
 
 def _machine(random: Random, family: Family, attends: bool) -> Machine:
-    warps, dtype = random.choice((1, 2)), random.choice(("bf16", "bf16", "fp32" if family.batch == 1 else "fp16"))
+    warps, dtype = random.choice(family.warps), random.choice(("bf16", "bf16", "fp32" if family.batch == 1 else "fp16"))
     stages = random.randint(1, 4)
     element = 4 if dtype == "fp32" else 2
     least = max(FRAGMENT_BYTES * warps, 2 * 16 * 16 * element if attends else 0)
@@ -242,7 +251,7 @@ def _machine(random: Random, family: Family, attends: bool) -> Machine:
         reduction_slots=random.choice((1, 2)),
         kv_lag=random.choice((1, 2, 16, 17)),
         dtype=dtype,
-        hidden=random.choice((16, 32, 64)),
+        hidden=random.choice(family.hidden),
         vocab=random.choice((16, 17, 32, 40)),
         heads=random.choice((1, 2)),
         kv_heads=1,
@@ -447,7 +456,7 @@ def _place(build: Builder, random: Random) -> Program:
         arena_packets=build.packets,
         matrices=tuple(build.matrices),
         shapes=tuple(build.shapes),
-        constants=(Constant("gain", ("g",), "stack", 0, 64),),
+        constants=(Constant("gain", ("g",), "stack", 0, 80),),
         kv=KvCache(sequences, machine.kv_heads, -(-machine.context // 16) * 16),
         counters=tuple(f"c{i}" for i in range(build.counters)),
         queues=tuple(map(tuple, queues)),

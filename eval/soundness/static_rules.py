@@ -74,6 +74,8 @@ def _machine(program: Program) -> Iterator[Unsafe]:
     if machine.stages * machine.slot_bytes + program.scratch_bytes > BLOCK_BYTES:
         yield Unsafe("resources", f"{machine.stages} slots of {machine.slot_bytes} bytes and the scratch do not fit a block")
 
+    if machine.batch > 32 and not machine.prefill:
+        yield Unsafe("kind", f"a batch of {machine.batch}, for which products have too few sums")
     if machine.batch > 1 and machine.batch % SEAT_BLOCK or machine.prefill and machine.batch == 1:
         yield Unsafe("kind", f"a batch of {machine.batch}: it must be whole blocks of {SEAT_BLOCK} seats, for prefill at least one")
 
@@ -167,6 +169,10 @@ def _matrix(program: Program, task: MatVec) -> Iterator[Unsafe]:
         yield Unsafe("bounds", f"{task.stem}: gain outside the constants")
     if task.gain >= 0 and task.gain % (4 if isinstance(task, MatMul) else 2):
         yield Unsafe("bounds", f"{task.stem}: gain at {task.gain}, which is taken in vectors")
+    if not isinstance(task, MatMul) and task.flags & X_NORM and task.flags & X_NARROW:
+        yield Unsafe("kind", f"{task.stem}: squares of narrow packets, which nobody adds up")
+    if not isinstance(task, MatMul) and task.cols % (4 if task.flags & X_NARROW and program.machine.dtype != "fp32" else 2):
+        yield Unsafe("kind", f"{task.stem}: {task.cols} columns, the last of which are half of a load")
     if task.bias >= 0 and task.bias + task.rows > program.constant_elements:
         yield Unsafe("bounds", f"{task.stem}: bias outside the constants")
     known = X_NARROW | X_NORM | (BATCH_FLAGS if isinstance(task, MatMul) else 0)

@@ -136,7 +136,7 @@ class Publish:
 class Reading:
     """What a task has read so far: values by reader, and the publishes that its own come after."""
 
-    values: dict[tuple[int, int], int] = field(default_factory=dict)
+    values: dict[tuple[int, str, int], int] = field(default_factory=dict)
     after: int = 0
 
 
@@ -165,7 +165,7 @@ class Run:
         self.readings: dict[TaskRun, Reading] = defaultdict(Reading)
         self.publishes: list[Publish] = []
         self.results: dict[tuple[TaskRun, int], int] = {}
-        self.reads: dict[tuple[int, int], set[tuple[TaskRun, int]]] = defaultdict(set)  # (publish, atom): tasks and tile (-1: consumer)
+        self.reads: dict[tuple[int, int], set[tuple[TaskRun, int]]] = defaultdict(set)  # (publish, atom): tasks and tile (-1: before all)
         self.writes: dict[int, list[int]] = defaultdict(list)  # atom: publishes in the order in which they became visible
         self.problem: Unsafe | None = None
         self.heap: list[tuple[float, int, int, Publish | None]] = []
@@ -246,9 +246,9 @@ class Run:
 
     # ---- packets
 
-    def _read(self, at: TaskRun, name: str, number: int) -> Actor:
-        """Waits until every packet of a group of reads carries its tag, and takes what it holds."""
-        reading, tile = self.readings[at], number if name == "tile" else -1
+    def _read(self, at: TaskRun, name: str, number: int, tile: int = -1) -> Actor:
+        """Waits until all packets of a group of reads carry their tag, and takes what they hold; publishes from `tile` on come after."""
+        reading = self.readings[at]
         task = self.plan.program.queues[at[1]][at[2]]
         opened = self._opened(task) if task.gated else None
         reading.after |= opened or 0
@@ -264,7 +264,7 @@ class Run:
                 self.reads[writer, atom].add((at, tile))
                 if writer >= 0:
                     reading.after |= self.publishes[writer].after | 1 << writer
-        reading.values[tile, number if name != "fed" else -1] = hash(tuple(seen))
+        reading.values[tile, name, number] = hash(tuple(seen))
 
     def _opened(self, task: Instruction) -> int:
         """The publishes that a task of a stretch comes after, having waited for all arrivals at its counter; a wait for fewer says none."""
@@ -279,7 +279,7 @@ class Run:
     def _publish(self, at: TaskRun, tile: int) -> None:
         words = self.plan.words[at, "write", tile]
         reading = self.readings[at]
-        sources = tuple(value for (kind, _), value in sorted(reading.values.items()) if kind in (-1, tile))
+        sources = tuple(value for (kind, _, _), value in sorted(reading.values.items()) if kind in (-1, tile))
         value = self.results[at, tile] = hash((at, tile, sources))
         if not words:
             return
@@ -403,6 +403,8 @@ class Run:
     def _reduce(self, at: TaskRun, step: Step, warp: int) -> Actor:
         shared, tiles = self.shared[step.sm], len(step.publishes)
         for tile in range(tiles):
+            if tile and step.rereads:
+                yield from self._read(at, "warp", warp, tile)
             for chunk in range(tile * step.chunks // tiles, (tile + 1) * step.chunks // tiles):
                 yield from self._take(at, warp, chunk)
             while shared.reduced[warp] - shared.freed >= self.machine.reduction_slots:
@@ -427,7 +429,7 @@ class Run:
         for t, token in enumerate(self.plan.tokens):
             for step in (step for step in token[sm] if step.task.stored and not step.skipped):
                 for tile in range(len(step.publishes)):
-                    yield from self._read((t, sm, step.index), "tile", tile)
+                    yield from self._read((t, sm, step.index), "tile", tile, tile)
                     while min(shared.reduced) <= shared.freed:
                         yield ("reduced", sm)
                     shared.freed += 1

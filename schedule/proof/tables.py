@@ -7,7 +7,7 @@ from itertools import pairwise
 from math import isfinite
 from typing import Any
 
-from amk.isa.batch import SEAT_BLOCK
+from amk.isa.batch import MOST_SEATS, SEAT_BLOCK
 from amk.isa.machine import ELEMENT_BYTES, KV_BLOCK_ROWS, TILE_ROWS, Machine
 from amk.isa.matmul import BATCH_FLAGS
 from amk.isa.matvec import X_NARROW, X_NORM
@@ -126,6 +126,8 @@ def _batch(machine: Machine, report: Report) -> None:
     """What the products of a batch are made for: whole blocks of seats, elements of 16 bits."""
     if machine.batch % SEAT_BLOCK:
         report.add("kind", f"machine.batch must be 1 or a multiple of {SEAT_BLOCK}, but is {machine.batch}")
+    if machine.batch > MOST_SEATS and machine.prefill is False:
+        report.add("kind", f"machine.batch must be at most {MOST_SEATS} where it is not for prefill, but is {machine.batch}")
     if machine.dtype == "fp32":
         report.add("kind", "machine.dtype must be bf16 or fp16 for a batch, but is fp32")
 

@@ -58,14 +58,14 @@ def take_nodes(subject: Subject, m: Matching) -> Nodes:
     reads, writes = m.groups.reads, m.writes
     stored = np.array([task.stored for task in subject.tasks], dtype=bool)
     by_tile = np.zeros(len(stored), dtype=bool)
-    by_tile[reads.task[reads.storer]] = True
+    by_tile[reads.task[reads.storer | (reads.tile > 0)]] = True
     by_tile &= stored
     count = np.ones(len(stored), dtype=np.int64)
     for accesses in (reads, writes):
         np.maximum.at(count, accesses.task, np.where(by_tile[accesses.task], accesses.tile + 1, 1))
     first = np.cumsum(count) - count
     publisher = first[writes.task] + np.where(by_tile[writes.task], writes.tile, 0)
-    reader = first[reads.task] + np.where(by_tile[reads.task] & reads.storer, reads.tile, 0)
+    reader = first[reads.task] + np.where(by_tile[reads.task], reads.tile, 0)
     return Nodes(first, count, np.repeat(np.arange(len(stored), dtype=np.int64), count), publisher, reader, stored)
 
 

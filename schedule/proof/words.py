@@ -100,12 +100,20 @@ def _matmul(checker: Checker, words: Words) -> None:
         checker.need(words, (flags & OUT_BY_SEAT) == 0, "kind", "writes by seat, but must not")
 
 
+def _one_vector(checker: Checker, words: Words) -> None:
+    """x comes in fp32 packets where it is normalised, and two at a time."""
+    flags, cols, machine = words.column["flags"], words.column["cols"], checker.subject.program.machine
+    narrow, normalised = (flags & X_NARROW) > 0, (flags & X_NORM) > 0
+    checker.need(words, ~(narrow & normalised), "kind", "normalises narrow packets, but products of one token normalise fp32 ones")
+    pair = np.where(narrow, 2 * machine.narrow, 2)
+    checker.need(words, cols % pair == 0, "kind", "reads {cols} columns, but they must fill pairs of packets, {pair}", cols=cols, pair=pair)
+
+
 def _matvec(checker: Checker, words: Words) -> None:
     matrices, column = checker.subject.program.matrices, words.column
     rows, cols = column["rows"], column["cols"]
     known, agreed, at = agreed_matrix(checker, words)
-    if words.cls.batched:
-        _matmul(checker, words)
+    (_matmul if words.cls.batched else _one_vector)(checker, words)
     _tiles(checker, words, agreed)
     _weights(checker, words, known, at)
     compiled_shape(checker, words, column["flags"])
