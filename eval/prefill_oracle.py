@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from amk.eval.kv_rows import Rows, relative_errors, typical_ratios
-from amk.eval.oracle import Finding, Reference, Segment, Step, compare, find
+from amk.eval.oracle import Finding, Reference, Segment, Step, find
 
 DECODED = 4  # tokens of a late segment that are decoded after its stretches
 
@@ -37,7 +37,4 @@ def _decoded(decoder: Any, segment: Segment, first: int) -> list[Step]:
     """The segment's tokens from number `first` on, decoded on the source's track."""
     out = decoder.decode(segment.tokens[first:], segment.start + first, logits=True)
     places = range(first, len(segment.tokens))
-    return [
-        compare(segment.start + i, token, logits, segment.logits[i], segment.expected[i])
-        for i, token, logits in zip(places, out.tokens, out.logits, strict=True)
-    ]
+    return [segment.step(i, token, logits) for i, token, logits in zip(places, out.tokens, out.logits, strict=True)]

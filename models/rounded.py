@@ -21,12 +21,14 @@ _ATTENTION = "amk_rounded"
 class RoundingPoints:
     """Where a program rounds activations to `dtype`: K and V rows, the attention's output and the input of the down projection always.
 
-    `norms`: also what norms publish, where they are tasks of their own. `residuals`: also the residual stream, after each sum.
+    `norms`: also what norms publish, where they are tasks of their own. `gained`: also the residual stream times a norm's gain, before the
+    norm's scale, where products of a batch norm their x themselves. `residuals`: also the residual stream, after each sum.
     `attention_operands`: also scaled queries and attention weights.
     """
 
     dtype: DType
     norms: bool
+    gained: bool
     residuals: bool
     attention_operands: bool
 
@@ -56,10 +58,17 @@ def _hooks(name: str, module: Any, points: RoundingPoints) -> Iterator[Any]:
             yield module.register_forward_pre_hook(lambda _, inputs: _round_in_place(inputs[0], kind))
         if points.norms:
             yield module.register_forward_hook(lambda _, inputs, output: _round(output, kind))
+        if points.gained:
+            yield module.register_forward_hook(lambda norm, inputs, _: _round(inputs[0] * norm.weight, kind) * _scale(norm, inputs[0]))
 
 
 def _round(values: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
     return values.to(kind).float()
+
+
+def _scale(norm: Any, values: torch.Tensor) -> torch.Tensor:
+    scale: torch.Tensor = (values.square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+    return scale
 
 
 def _round_in_place(values: torch.Tensor, kind: torch.dtype) -> None:

@@ -190,6 +190,15 @@ def test_a_constant_added_to_every_logit_is_an_error() -> None:
     assert compare(0, 1, torch.tensor([1.0, 3.0]), torch.tensor([0.0, 2.0]), EXPECTED).rel_err == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(("usual", "near"), [(0.0, False), (0.5, False), (2.0, True)])
+def test_where_rounding_happened_to_move_little_what_it_usually_does_makes_a_near_tie(usual: float, near: bool) -> None:
+    """Two logits one and a half times further apart than the position's own expected error excuses; `usual` in expected errors."""
+    row = torch.randn(VOCAB, generator=torch.Generator().manual_seed(3))
+    first, second = row.topk(2).indices
+    row[second] = row[first] - 1.5 * TIE * EXPECTED * row.std()
+    assert compare(0, int(second), row, row, EXPECTED, usual * EXPECTED).near_tie == near
+
+
 def test_a_model_that_rounding_alone_upsets_is_not_judged() -> None:
     step = Step(0, rel_err=0.3, expected=0.3, max_abs_err=1.0, agrees=True, near_tie=True, consistent=True)
     assert not find([step], [], {}, "bf16").correct
