@@ -47,7 +47,7 @@ class MatMul(MatVec):
 
     def reads(self, machine: Machine, position: int) -> list[Access]:
         x = self.x_reads(machine, slice(0, self.cols))
-        return [*x, *(replace(access, tile=self.tiles - 1) for access in x if self.rereads(machine))]
+        return [*x, *(replace(access, tile=self.tiles - 1) for access in x)] if self.rereads(machine) else x
 
     def rereads(self, machine: Machine) -> bool:
         return self.tiles > 1 and not self.flags & X_KEPT and self._lane_words(machine) > KEPT_SEAT_WORDS

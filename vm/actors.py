@@ -310,8 +310,9 @@ class Sm:
             yield from self._expect(access, step)
         memory = TaskMemory(self, step, {}, [])
         y, squares = task.slice_sums(memory, task.slice_of([self.launch.arena.load(access) for access in reads], own), own)
+        again = reads if task.rereads(self.machine) else []
         for tile, rows in enumerate(task.tile_slices()):
-            for access in reads if tile and task.rereads(self.machine) else ():
+            for access in again if tile else ():
                 yield from self._expect(access, step)
             for chunk in range(plan.chunks):
                 yield Wait(self._landed, (self.taken[warp],), "chunk {0} of the launch to land".format)

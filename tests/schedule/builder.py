@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
@@ -274,6 +274,13 @@ def changed_all(program: Program, changes: dict[TaskId, dict[str, Any]]) -> Prog
     for (sm, index), words in changes.items():
         queues[sm][index] = replace(queues[sm][index], **words)
     return replace(program, queues=tuple(map(tuple, queues)))
+
+
+def reshaped(program: Program, changes: Mapping[TaskId, MatVecShape]) -> Program:
+    """The program with products of other columns and flags, and device code for them."""
+    shapes = [*program.shapes, *(shape for shape in dict.fromkeys(changes.values()) if shape not in program.shapes)]
+    words = {at: {"cols": shape.cols, "flags": shape.flags, "shape": shapes.index(shape)} for at, shape in changes.items()}
+    return replace(changed_all(program, words), shapes=tuple(shapes))
 
 
 def find(program: Program, cls: type[Instruction], **words: int) -> list[TaskId]:

@@ -16,22 +16,20 @@ from amk.schedule.program import MatVecShape, Program
 from amk.schedule.proven import ValidProgram
 from amk.schedule.targets import small_target
 from amk.schedule.validate import validate
-from amk.tests.schedule.builder import changed_all, find
+from amk.tests.schedule.builder import find, reshaped
 from amk.tests.schedule.specs import SMALL
 
 
 def otherwise(program: Program, flag: int) -> Program:
     """Every product that has the flag does without it, and there is device code for that."""
-    shapes, changes = list(program.shapes), {}
+    changes = {}
     for at in find(program, Gemm):
         task = program.task(at)
         assert isinstance(task, MatMul)
-        shape = MatVecShape(task.cols, task.flags & ~flag)
         if task.flags & flag:
-            shapes += [] if shape in shapes else [shape]
-            changes[at] = {"flags": shape.flags, "shape": shapes.index(shape)}
+            changes[at] = MatVecShape(task.cols, task.flags & ~flag)
     assert changes
-    return replace(changed_all(program, changes), shapes=tuple(shapes))
+    return reshaped(program, changes)
 
 
 @pytest.mark.parametrize("flag", [OUT_BY_SEAT, X_BY_SEAT])

@@ -19,7 +19,7 @@ from amk.schedule.program import Buffer, MatVecShape, Program
 from amk.schedule.proven import ValidProgram
 from amk.schedule.targets import small_target
 from amk.schedule.validate import validate
-from amk.tests.schedule.builder import changed_all, find
+from amk.tests.schedule.builder import changed_all, find, reshaped
 from amk.tests.schedule.specs import SMALL
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -105,19 +105,18 @@ def test_gains_at_elements_from_which_no_vector_is_loaded_are_rejected(batch: in
     assert found is not None and found.kind == "bounds" and "vectors" in found.text
 
 
-def reshaped(program: Program, name: str, cols: int, flags: int = 0) -> Program:
-    """The products of every matrix `name` with other columns and more flags, and device code for them."""
-    shapes, changes = list(program.shapes), {}
+def resized(program: Program, name: str, cols: int, flags: int = 0) -> Program:
+    """The products of every matrix `name` with other columns and more flags."""
+    changes = {}
     for at in find(program, MatVec):
         task = program.task(at)
         assert isinstance(task, MatVec)
         if program.matrices[task.weight].name.endswith(name):
-            shape = MatVecShape(cols, task.flags | flags)
-            shapes += [] if shape in shapes else [shape]
-            changes[at] = {"cols": cols, "flags": shape.flags, "shape": shapes.index(shape)} | ({"gain": 0} if flags & X_NORM else {})
+            changes[at] = MatVecShape(cols, task.flags | flags)
     assert changes
     matrices = tuple(replace(m, cols=cols) if m.name.endswith(name) else m for m in program.matrices)
-    return replace(changed_all(program, changes), matrices=matrices, shapes=tuple(shapes))
+    gains = {at: {"gain": 0} for at in changes if flags & X_NORM}
+    return replace(changed_all(reshaped(program, changes), gains), matrices=matrices)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +126,7 @@ def test_columns_fill_pairs_of_packets(name: str, less: int, holds: bool) -> Non
     """Down reads narrow packets, of two elements; gate and up read the residual stream, of one."""
     whole = program("greedy")
     cols = next(m.cols for m in whole.matrices if m.name.endswith(name))
-    changed = reshaped(whole, name, cols - less)
+    changed = resized(whole, name, cols - less)
     verdict, found = validate(changed), static_problem(changed)
     if holds:
         assert isinstance(verdict, ValidProgram) and found is None
@@ -141,7 +140,7 @@ def test_products_of_one_token_do_not_normalise_narrow_packets() -> None:
     whole = program("greedy")
     down = next(whole.task(at) for at in find(whole, Gemv) if whole.matrices[whole.task(at).weight].name.endswith("down"))
     assert isinstance(down, Gemv) and down.flags & X_NARROW
-    changed = reshaped(whole, "down", down.cols, X_NORM)
+    changed = resized(whole, "down", down.cols, X_NORM)
     verdict, found = validate(changed), static_problem(changed)
     assert isinstance(verdict, tuple) and verdict[0].kind == "kind" and "narrow" in str(verdict[0])
     assert found is not None and found.kind == "kind"
@@ -149,9 +148,7 @@ def test_products_of_one_token_do_not_normalise_narrow_packets() -> None:
 
 def test_a_batch_has_no_more_seats_than_products_have_sums_for() -> None:
     whole = program("batch")
-    verdict, found = (
-        validate(replace(whole, machine=replace(whole.machine, batch=40))),
-        static_problem(replace(whole, machine=replace(whole.machine, batch=40))),
-    )
+    wider = replace(whole, machine=replace(whole.machine, batch=40))
+    verdict, found = validate(wider), static_problem(wider)
     assert isinstance(verdict, tuple) and "at most 32" in str(verdict[0])
     assert found is not None and found.kind == "kind"

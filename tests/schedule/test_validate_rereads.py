@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from random import Random
-from typing import Any
 
 import pytest
 
@@ -21,7 +20,7 @@ from amk.schedule.program import MatVecShape, Program
 from amk.schedule.proven import ValidProgram
 from amk.schedule.targets import small_target
 from amk.schedule.validate import validate
-from amk.tests.schedule.builder import changed_all, find
+from amk.tests.schedule.builder import changed, find, reshaped
 from amk.tests.schedule.specs import spec
 from amk.tests.vm.conftest import RandomSource
 from amk.vm.interface import LaunchFailed
@@ -42,15 +41,12 @@ def program(*, kept: bool) -> Program:
     lowered = lower(MODEL, Config(page_allocation="linear"), small_target(1), batch=8)
     if kept:
         return lowered
-    shapes: list[MatVecShape] = []
-    changes: dict[Any, dict[str, int]] = {}
+    changes = {}
     for at in find(lowered, MatMul):
         task = lowered.task(at)
         assert isinstance(task, MatMul)
-        shape = MatVecShape(task.cols, task.flags & ~X_KEPT)
-        shapes += [] if shape in shapes else [shape]
-        changes[at] = {"flags": shape.flags, "shape": shapes.index(shape)}
-    return replace(changed_all(lowered, changes), shapes=tuple(shapes))
+        changes[at] = MatVecShape(task.cols, task.flags & ~X_KEPT)
+    return reshaped(lowered, changes)
 
 
 def over_its_own_input(whole: Program) -> Program:
@@ -63,8 +59,8 @@ def over_its_own_input(whole: Program) -> Program:
     inside = range(first, first + whole.machine.batch * qkv.rows)
     buffers = tuple(replace(b, offset=b.offset + moved) if b.space == "arena" and b.offset in inside else b for b in whole.buffers)
     grown = max(b.offset + b.packets for b in buffers if b.space == "arena")
-    changed = changed_all(whole, {products[1]: {"res_buf": NONE, "res_tag": 0}})
-    return replace(changed, buffers=buffers, arena_packets=max(grown, whole.arena_packets))
+    alone = changed(whole, products[1], res_buf=NONE, res_tag=0)
+    return replace(alone, buffers=buffers, arena_packets=max(grown, whole.arena_packets))
 
 
 def test_what_is_read_once_may_be_overwritten_by_its_reader() -> None:
