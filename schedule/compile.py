@@ -14,7 +14,7 @@ from amk.schedule.emit import Queues, buffers_of, emit
 from amk.schedule.fuse import fuse
 from amk.schedule.fuse_stretch import fuse_stretch
 from amk.schedule.graph import Graph, MatVecOp, StretchMatMulOp
-from amk.schedule.knobs import NO_PAUSE, STAGE_CHOICES, Config
+from amk.schedule.knobs import NO_PAUSE, SPLIT_CHOICES, STAGE_CHOICES, Config
 from amk.schedule.memory import Arena, allocate
 from amk.schedule.model import ModelSpec
 from amk.schedule.names import matvec_shapes, resolve_names
@@ -223,17 +223,33 @@ def _streams(queues: tuple[tuple[Instruction, ...], ...]) -> tuple[tuple[int, ..
 
 
 def effective_config(config: Config, program: Program) -> dict[str, Any]:
-    """The config in its JSON form with every automatic or clipped value as the program realises it."""
+    """The config in its JSON form with every automatic or clipped value as the program realises it: compiled, it makes this program again.
+
+    (A stretch takes as many stages as fit, which may be more than `pipelining_depth` can name.)
+    """
     result, m = config_dict(config), program.machine
-    splits = max((getattr(task, "splits", 1) for queue in program.queues for task in queue), default=1)
     result["pipelining_depth"] = m.inflight
     result["smem_bytes_per_block"] = m.stages * m.slot_bytes
     stage_bytes = max(size for size in STAGE_CHOICES if size <= m.stage_bytes)
     throttle = {"throttled_depth": m.throttled or m.inflight, "high_watermark": m.watermark}
-    sizes = {"stage_bytes": stage_bytes, "reduction_slots": m.reduction_slots, "kv_splits": splits}
+    sizes = {"stage_bytes": stage_bytes, "reduction_slots": m.reduction_slots, "kv_splits": _effective_splits(config, program)}
     device = {"weight_feed": program.device.weight_feed, "poll_sleep_ns": program.device.poll_sleep_ns or NO_PAUSE}
     result["kernel_knobs"] |= device | sizes | throttle
     return result
+
+
+def _effective_splits(config: Config, program: Program) -> int:
+    """The least value of the knob that gives the splits of `program`. A batch shares out its weights by the automatic splits of one token and
+    its attention by fewer, so there only the automatic value stands for both.
+    """
+    if program.machine.batch > 1 and not config.kv_splits:
+        return 0
+    return min(choice for choice in SPLIT_CHOICES if choice >= _most_splits(program))
+
+
+def _most_splits(program: Program) -> int:
+    """Tasks that share the KV rows of a head, in the layer with the most."""
+    return max((getattr(task, "splits", 1) for queue in program.queues for task in queue), default=1)
 
 
 def notes(config: Config, program: Program) -> list[str]:
@@ -245,9 +261,8 @@ def notes(config: Config, program: Program) -> list[str]:
         found.append(f"pipelining_depth: {depth} stages asked for, {inflight} used: {why}")
     if why_not := never(config, program.machine):
         found.append(why_not)
-    splits, used = asked["kernel_knobs"]["kv_splits"], realised["kernel_knobs"]["kv_splits"]
-    if splits > used:
-        found.append(f"kv_splits: {splits} asked for, {used} used: the context has no more blocks of {config.kv_block} rows")
+    if config.kv_splits > (used := _most_splits(program)):
+        found.append(f"kv_splits: {config.kv_splits} asked for, {used} used: the context has no more blocks of {config.kv_block} rows")
     ring = asked["smem_bytes_per_block"]
     if ring > realised["smem_bytes_per_block"]:
         found.append(f"smem_bytes_per_block: {ring} asked for, {realised['smem_bytes_per_block']} used: the ring is whole stages")

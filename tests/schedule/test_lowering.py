@@ -17,7 +17,8 @@ from amk.schedule.digest import schedule_id
 from amk.schedule.knobs import Config
 from amk.schedule.model import ModelSpec, weight_shapes
 from amk.schedule.program import Program
-from amk.schedule.targets import TARGETS, small_target
+from amk.schedule.settings import splits_of
+from amk.schedule.targets import TARGETS, Target, small_target
 from amk.tests.schedule.configs import GUIDE, config_of, random_config
 from amk.tests.schedule.specs import BIASED, LARGE, LLAMA_1B, NORMED, SMALL, TINY, TOY, WIDE_HEADS, WINDOWED, random_spec
 from amk.tests.schedule.trace import trace
@@ -225,15 +226,31 @@ def test_equal_realised_programs_share_an_id_and_say_what_was_clipped() -> None:
     assert notes(Config(), lower(TOY, Config(), target)) == []
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_effective_config_realises_the_same_program(seed: int) -> None:
-    spec, target = random_spec(seed), small_target(3)
-    config = replace(random_config(seed), smem_bytes_per_block=0, stage_bytes=0)
-    program = lower(spec, config, target)
-    effective = effective_config(config, program)
-    effective["kernel_knobs"]["kv_splits"] = config.kv_splits  # realised splits need not be a choice
-    effective["pipelining_depth"] = min(12, effective["pipelining_depth"])
-    assert schedule_id(lower(spec, config_of(effective), target)) == schedule_id(program)
+def assert_realised_again(spec: ModelSpec, config: Config, target: Target, batch: int, context: int | None = None) -> Program:
+    program = lower(spec, config, target, context=context, batch=batch)
+    assert lower(spec, config_of(effective_config(config, program)), target, context=context, batch=batch) == program
+    return program
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("seed", range(20))
+def test_effective_config_realises_the_same_program(seed: int, batch: int) -> None:
+    spec, target = random_spec(seed), small_target(1 + seed % 7)
+    spec = spec if batch == 1 else replace(spec, dtype="bf16")
+    for config in (Config(), replace(random_config(seed), smem_bytes_per_block=0, stage_bytes=0)):
+        if isinstance(compile_program(spec, config, target, batch=batch), Program):
+            assert_realised_again(spec, config, target, batch)
+
+
+@pytest.mark.parametrize(("context", "splits"), [(16, 1), (256, 2), (330, 3), (4096, 16)])
+def test_splits_that_are_no_choice_are_told_as_the_choice_that_makes_them(context: int, splits: int) -> None:
+    """330 rows are three blocks of 128, for which four splits must be asked for."""
+    spec, target = replace(LLAMA_1B, layers=2), TARGETS["h200"]
+    program = assert_realised_again(spec, Config(), target, 1, context)
+    told = effective_config(Config(), program)["kernel_knobs"]["kv_splits"]
+    assert (max(splits_of(spec, Config(), target, program.machine.context, 1)), told) == (splits, 4 if splits == 3 else splits)
+    for config in (Config(), Config(kv_splits=4)):
+        assert_realised_again(spec, config, target, 8, context)
 
 
 @pytest.mark.parametrize(
