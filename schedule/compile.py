@@ -239,8 +239,9 @@ def effective_config(config: Config, program: Program) -> dict[str, Any]:
 
 
 def _effective_splits(config: Config, program: Program) -> int:
-    """The least value of the knob that gives the splits of `program`. A batch shares out its weights by the automatic splits of one token and
-    its attention by fewer, so there only the automatic value stands for both.
+    """The least value of the knob that gives the splits of `program`.
+
+    A batch shares out its weights by the automatic splits of one token, its attention by fewer. Only the automatic value stands for both.
     """
     if program.machine.batch > 1 and not config.kv_splits:
         return 0
