@@ -85,7 +85,7 @@ def weight_notes(spec: ModelSpec) -> tuple[str, ...]:
 
 def limits(target: Target) -> Limits:
     """What a program may use on the target."""
-    return Limits(shared_bytes=target.shared_bytes)
+    return Limits(sms=target.sms, shared_bytes=target.shared_bytes)
 
 
 def program_facts(facts: Facts, program: Program) -> Facts:

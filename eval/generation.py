@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from amk.schedule.program import Program
 from amk.schedule.rejection import show
 from amk.schedule.settings import Chooser
 from amk.vm.interface import DecodeMachine
+
+if TYPE_CHECKING:
+    import torch
 
 TOKENS_A_LAUNCH = 256
 TOKENS_BETWEEN_TEXTS = 16  # of a launch where the host looks for texts to stop at: what comes after them is made in vain
@@ -230,7 +233,7 @@ def compare(session: Session, program: Program, prompt: list[int], new: list[int
     with rounded(eager, rounding_points(program)):
         moved = SourceRun(eager).feed(tokens, judged)
     expected = torch.tensor([max(FP32_ERROR, relative_error(m, r)) for m, r in zip(moved, logits, strict=True)])
-    ties = (TIE * expected * logits.std(dim=1)).tolist()
+    ties = tie_gaps(logits, expected).tolist()
     gaps = [_gaps(row.numpy(), token, sampling, first + i, tie) for i, (row, token, tie) in enumerate(zip(logits, new, ties, strict=True))]
     wrong = [i for i, ((_, excusable), tie) in enumerate(zip(gaps, ties, strict=True)) if excusable >= tie and excusable > 0]
     return {
@@ -238,6 +241,15 @@ def compare(session: Session, program: Program, prompt: list[int], new: list[int
         "matches_eager": not wrong,
         "near_tie": any(gap > 0 for i, (gap, _) in enumerate(gaps) if i not in wrong),
     }
+
+
+def tie_gaps(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """How far below the source's best logit a near tie begins, for each row of `logits` [steps, vocab], whose expected errors are given.
+
+    As the oracle has it: by the row's own expected error, or by what is usual for the steps, whichever is larger.
+    """
+    usual = expected.square().mean().sqrt()
+    return TIE * expected.clamp(min=float(usual)) * logits.std(dim=1)
 
 
 def _gaps(logits: F32, token: int, sampling: Sampling, position: int, tie: float) -> tuple[float, float]:

@@ -44,21 +44,22 @@ class Proposer:
         """This program has been tried: do not propose it again."""
         self._ids.add(schedule_id)
 
-    def propose(self, incumbent: Config) -> Proposal | None:
+    def propose(self, incumbent: Config, realised: Config | None = None) -> Proposal | None:
         """The next config; None when nothing new was found, near the incumbent or anywhere.
 
-        `incumbent` is the best config so far, or the default. Where its neighbours are used up, the whole table is drawn from.
+        `incumbent` is the best config so far, or the default, and `realised` what its program makes of it. Where its neighbours are used
+        up, the whole table is drawn from.
         """
-        return next((proposal for proposal in self._candidates(incumbent) if self._take(proposal.config)), None)
+        return next((proposal for proposal in self._candidates(incumbent, realised) if self._take(proposal.config)), None)
 
-    def _candidates(self, incumbent: Config) -> Iterator[Proposal]:
+    def _candidates(self, incumbent: Config, realised: Config | None) -> Iterator[Proposal]:
         yield Proposal(Config(), "default")
         if self._random.random() >= self._explore_fraction:
-            near = [config for _, config in neighbours(incumbent)]
+            near = [config for _, config in neighbours(incumbent, realised)]
             self._random.shuffle(near)
             yield from (Proposal(config, "mutate") for config in near)
         yield from (Proposal(draw(self._random), "explore") for _ in range(MAX_DRAWS))
-        yield from (Proposal(config, "mutate") for _, config in neighbours(incumbent))
+        yield from (Proposal(config, "mutate") for _, config in neighbours(incumbent, realised))
 
     def _take(self, config: Config) -> bool:
         """Whether the config is new; it is not any more."""

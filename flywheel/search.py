@@ -11,7 +11,7 @@ from amk.eval.card import Place
 from amk.flywheel.decide import is_gain, keeps
 from amk.flywheel.journal import Journal, trial_of
 from amk.flywheel.proposer import Proposer
-from amk.schedule.config import config_dict
+from amk.schedule.config import config_dict, parse_config
 from amk.schedule.knobs import Config
 from amk.schedule.model import ModelSpec
 
@@ -50,6 +50,12 @@ class Incumbent:
         self.candidate: Candidate | None = None
         self.verdict: Json | None = None
         self._again_us: float | None = None
+
+    @property
+    def realised(self) -> Config | None:
+        """The config as its program realises it; None while there is none."""
+        parsed = parse_config(self.candidate.effective) if self.candidate else None
+        return parsed if isinstance(parsed, Config) else None
 
     def challenged(self, config: Config, candidate: Candidate, verdict: Json) -> tuple[Json, bool]:
         """The challenger's verdict, with a note where the incumbent was measured again, and whether the challenger is the incumbent now."""
@@ -95,7 +101,7 @@ def run_loop(
     proposer = Proposer(seed, explore_fraction, prepared.schedule_id)
     incumbent = Incumbent(evaluate)
     rows: list[Json] = []
-    while len(rows) < budget and (proposal := proposer.propose(incumbent.config)) is not None:
+    while len(rows) < budget and (proposal := proposer.propose(incumbent.config, incumbent.realised)) is not None:
         candidate = prepared.candidate(proposal.config)
         written = partial(trial_of, candidate, loop=LOOP, source=proposal.source, experiment=experiment)
         verdict = evaluate(candidate)

@@ -82,13 +82,16 @@ def with_value(config: Config, name: str, value: Any) -> Config:
     return replace(config, **change)
 
 
-def neighbours(config: Config) -> list[tuple[str, Config]]:
+def neighbours(config: Config, realised: Config | None = None) -> list[tuple[str, Config]]:
     """Configs one step away that break no rule, with the name of the knob that moved.
 
-    A step of an ordered knob is to the next value up or down, of a set one entry in or out, of a choice to any other.
+    A step of an ordered knob is to the next value up or down, of a set one entry in or out, of a choice to any other. Values are those of
+    `realised`, the config as its program realises it (without it those of `config`): the step from an automatic value is to the next of
+    what it came to be.
     """
-    moved = [(knob.name, with_value(config, knob.name, value)) for knob in KNOBS for value in _steps(knob, knob_value(config, knob.name))]
-    return [(name, other) for name, other in moved if all(rule.check(other) is None for rule in RULES)]
+    start = realised or config
+    moved = [(knob.name, with_value(config, knob.name, value)) for knob in KNOBS for value in _steps(knob, knob_value(start, knob.name))]
+    return [(name, other) for name, other in moved if other != config and all(rule.check(other) is None for rule in RULES)]
 
 
 def _steps(knob: Knob, value: Any) -> list[Any]:

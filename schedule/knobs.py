@@ -195,7 +195,8 @@ class Config:
         "kernel_knobs.poll_sleep_ns",
         "int",
         0,
-        "pause between two looks at a counter; 1 is none, 0 is 50 for batches and for layers of a middling size, and none for others",
+        "pause between two looks at a counter; 1 is none; 0 is automatic: 50 for batches and for layers of a middling size where sync is "
+        "counter and the feed bulk copies, else none",
         "pause, vm watcher",
         unit="ns",
         choices=(0, NO_PAUSE, 20, 50, 100),
@@ -213,8 +214,8 @@ class Config:
         "kernel_knobs.throttled_depth",
         "int",
         0,
-        "ring stages that are being copied at a time while high_watermark of them are not free; pipelining_depth or more never throttles; "
-        "0 is 2, 1 for small layers, and no throttle for very small ones and for other feeds than bulk copies",
+        "ring stages that are being copied at a time while high_watermark of them are not free; pipelining_depth or more never throttles. "
+        "0 is automatic: 2, or 1 for small layers; for very small ones, and for other feeds than bulk copies, no throttle",
         "throttle, vm feeder",
         unit="stages",
         minimum=0,

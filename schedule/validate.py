@@ -8,8 +8,9 @@ Assumed, not proven: the device code does what each instruction states about its
 shows a packet's value with its tag, and what was published before an arrival to who has waited for that, positions rise by one from
 token to token, and only attention's footprint depends on the position.
 Numerics are the oracle's.
-Incomplete where it is cautious: the proof is of the fullest token (proof/positions.py), which at contexts of mixed windows may never occur;
-and of a stretch an overwrite must come after a reader through values that are read on the way, where counters alone would do.
+Some safe programs are refused. It proves one token in which every split that ever works does so (proof/positions.py); with windows of
+several lengths no real token may be like that. And of a stretch an overwrite must come after a reader through values that are read on the
+way, though counters alone would do.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from amk.vm.interface import (
 )
 from amk.vm.kv import plane, require_rows, require_same_rows
 from amk.vm.kv_blocks import element_dtype, pack_rows, unpack_rows
-from amk.vm.layout import constants
+from amk.vm.layout import constants, embedding
 from amk.vm.params import param_dtype, sampling_words
 from amk.vm.source import IMAGE_HEAD_BYTES, abi_hash, image_bytes, image_places, kernel_source
 
@@ -153,7 +153,7 @@ class DeviceWeights:
         self._program = program
         self.constants = constants(program, source, device)
         self.rope = source.rope_table(program.kv.rows, device).float().contiguous()
-        self.embedding = source.tensor("embed", device).to(element_dtype(program.machine)).contiguous()
+        self.embedding = embedding(program, source, device).to(element_dtype(program.machine)).contiguous()
 
     @cached_property
     def tiles(self) -> dict[tuple[int, int], int]:

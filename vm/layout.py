@@ -37,6 +37,16 @@ def _check_shape(matrix: Matrix, rows: torch.Tensor) -> None:
         raise ValueError(f"matrix {matrix.name}: its weights must give {matrix.rows}x{matrix.cols} elements, but they give {found}")
 
 
+def embedding(program: Program, source: WeightSource, device: str = "cpu") -> torch.Tensor:
+    """The embedding [vocab, hidden] in the dtype that the source gives; ValueError if it has another shape, which nothing asks later."""
+    machine = program.machine
+    rows: torch.Tensor = source.tensor("embed", device)
+    if tuple(rows.shape) != (machine.vocab, machine.hidden):
+        found = "x".join(map(str, rows.shape))
+        raise ValueError(f"embed: the embedding must have {machine.vocab}x{machine.hidden} elements, but has {found}")
+    return rows
+
+
 def constants(program: Program, source: WeightSource, device: str = "cpu") -> torch.Tensor:
     """fp32 vector of all constants; ValueError if a constant's weights have another length than the program says."""
     import torch

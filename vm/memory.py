@@ -13,7 +13,7 @@ from amk.isa.sampling import GREEDY, Sampling
 from amk.schedule.model import WeightSource
 from amk.schedule.program import Program
 from amk.vm.kv import KvRows
-from amk.vm.layout import constants, matrix_rows
+from amk.vm.layout import constants, embedding, matrix_rows
 
 
 class Weights:
@@ -23,7 +23,7 @@ class Weights:
         self.matrices: list[F32] = [matrix_rows(matrix, source).float().numpy() for matrix in program.matrices]
         self.constants: F32 = constants(program, source).numpy()
         self.rope: F32 = source.rope_table(program.machine.context).numpy()
-        self._embed = source.tensor("embed")
+        self._embed = embedding(program, source)
         self._row: tuple[int, F32] = (-1, np.zeros(0, dtype=np.float32))
 
     def embedding(self, token: int) -> F32:

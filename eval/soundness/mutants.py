@@ -451,6 +451,18 @@ def shrink_scratch(random: Random, program: Program) -> Program | None:
     return replace(program, scratch_bytes=program.scratch_bytes - random.choice((4, 64)))
 
 
+def other_hidden(random: Random, program: Program) -> Program | None:
+    """Another length of an embedding row, where device code looks for a token's."""
+    return _machine(program, hidden=program.machine.hidden * random.choice((2, 1024)) + random.choice((-16, 0, 16)))
+
+
+def other_device(random: Random, program: Program) -> Program | None:
+    """A value that device code has no case for, or that leaves a watcher waiting for arrivals that never come."""
+    spoilt: dict[str, Any] = {"sync": "none", "weight_feed": "auto", "cache_hint": "evict_last", "release_early": -16, "poll_sleep_ns": -1}
+    name = random.choice(list(spoilt))
+    return replace(program, device=replace(program.device, **{name: spoilt[name]}))
+
+
 def shrink_tags(random: Random, program: Program) -> Program | None:
     return _machine(program, tags=program.machine.tags - 1)
 
@@ -499,6 +511,8 @@ MUTATIONS: dict[str, Mutation] = {
         grow_ring,
         shrink_scratch,
         shrink_tags,
+        other_hidden,
+        other_device,
     )
 }
 COARSE = frozenset(  # mutations that nearly always break a rule of form, so that a few of each are enough
@@ -521,5 +535,7 @@ COARSE = frozenset(  # mutations that nearly always break a rule of form, so tha
         "grow_ring",
         "shrink_scratch",
         "shrink_tags",
+        "other_hidden",
+        "other_device",
     )
 )

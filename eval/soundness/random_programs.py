@@ -39,7 +39,7 @@ from amk.isa.swiglu import SwiGlu
 from amk.schedule.program import Buffer, Constant, DeviceKnobs, KvCache, Matrix, MatVecShape, Program
 
 MAX_TASKS, MAX_SMS = 6, 3
-DEVICE = DeviceKnobs(cache_hint="none", sync="relaxed", poll_sleep_ns=0, release_early=0, weight_feed="bulk")
+DEVICE = DeviceKnobs(cache_hint="none", sync="counter", poll_sleep_ns=0, release_early=0, weight_feed="bulk")
 Maker: TypeAlias = Callable[..., Instruction]
 Plan: TypeAlias = tuple[str, ...]
 PLANS: tuple[Plan, ...] = (

@@ -213,7 +213,7 @@ def _placed(build: Stretch, layers: int) -> Program:
         build.random.choice(queues).append(task)
     return Program(
         machine=machine,
-        device=DeviceKnobs(cache_hint="none", sync="relaxed", poll_sleep_ns=0, release_early=0, weight_feed="bulk"),
+        device=DeviceKnobs(cache_hint="none", sync="counter", poll_sleep_ns=0, release_early=0, weight_feed="bulk"),
         buffers=tuple(build.buffers),
         arena_packets=build.packets,
         matrices=tuple(build.matrices),

@@ -45,6 +45,8 @@ def _problems(program: Program) -> Iterator[Unsafe]:
     yield from _machine(program)
     yield from _buffers(program)
     yield from stretch_problems(program)
+    yield from _device(program)
+    yield from _embedding(program)
     for queue in program.queues:
         for task in queue:
             yield from _words(program, task)
@@ -78,6 +80,24 @@ def _machine(program: Program) -> Iterator[Unsafe]:
         yield Unsafe("kind", f"a batch of {machine.batch}, for which products have too few sums")
     if machine.batch > 1 and machine.batch % SEAT_BLOCK or machine.prefill and machine.batch == 1:
         yield Unsafe("kind", f"a batch of {machine.batch}: it must be whole blocks of {SEAT_BLOCK} seats, for prefill at least one")
+
+
+def _device(program: Program) -> Iterator[Unsafe]:
+    """Modes that device code has, and a hint to the watcher that comes at the latest with the last arrival."""
+    knobs = program.device
+    if knobs.sync not in ("counter", "tags") or knobs.weight_feed not in ("bulk", "cp_async", "plain"):
+        yield Unsafe("kind", f"no device code waits by {knobs.sync} and copies by {knobs.weight_feed}")
+    if knobs.cache_hint not in ("evict_first", "none") or knobs.poll_sleep_ns not in (0, 1, 20, 50, 100):
+        yield Unsafe("kind", f"no device code caches by {knobs.cache_hint} or pauses {knobs.poll_sleep_ns} ns")
+    if knobs.release_early not in (0, 1, 2, 4, 8, 16):
+        yield Unsafe("kind", f"a watcher that goes by all but {knobs.release_early} of 32 arrivals")
+
+
+def _embedding(program: Program) -> Iterator[Unsafe]:
+    """A row of the embedding is as long as what embed tasks take of it."""
+    stops = [task.col0 + task.cols for queue in program.queues for task in queue if isinstance(task, Embed | EmbedBatch)]
+    if stops and max(stops) != program.machine.hidden:
+        yield Unsafe("bounds", f"rows of {program.machine.hidden} elements in the embedding, of which {max(stops)} are taken")
 
 
 def _buffers(program: Program) -> Iterator[Unsafe]:

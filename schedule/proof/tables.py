@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import fields
 from itertools import pairwise
 from math import isfinite
 from typing import Any
@@ -12,7 +13,8 @@ from amk.isa.machine import ELEMENT_BYTES, KV_BLOCK_ROWS, TILE_ROWS, Machine
 from amk.isa.matmul import BATCH_FLAGS
 from amk.isa.matvec import X_NARROW, X_NORM
 from amk.isa.weight_format import FORMAT_FLAGS, WeightFormat, format_known, known_formats
-from amk.schedule.program import Buffer, Constant, KvCache, Matrix, MatVecShape, Program
+from amk.schedule.knobs import KNOBS
+from amk.schedule.program import Buffer, Constant, DeviceKnobs, KvCache, Matrix, MatVecShape, Program
 from amk.schedule.proof.limits import Limits
 from amk.schedule.proof.report import Region, Report
 from amk.schedule.resources import block_threads
@@ -23,6 +25,8 @@ COPY_BYTES = 16  # the least copy into the ring; larger ones are multiples of it
 COPY_PACKETS = COPY_BYTES // 4  # of a stretch, whose packets are 4 bytes
 PACKET_KINDS = ("f32", "narrow", "u32")
 LAYOUTS = ("stack", "interleave8")
+AUTOMATIC = "auto"  # a value that no program has: lowering puts another in its place
+KNOB_VALUES = {knob.name.rpartition(".")[2]: knob.choices for knob in KNOBS}
 POSITIVE = ("sms", "consumer_warps", "stages", "stage_bytes", "inflight", "reduction_slots", "hidden", "vocab", "heads", "kv_heads")
 
 
@@ -32,6 +36,7 @@ def check_tables(program: Program, limits: Limits, report: Report) -> bool:
         return False
     before = report.found.total()
     _machine(program.machine, limits, report)
+    _device(program.device, report)
     _buffers(program, report)
     _matrices(program, limits, report)
     _vectors(program, report)
@@ -45,7 +50,7 @@ def check_tables(program: Program, limits: Limits, report: Report) -> bool:
 
 def _types(program: Program, report: Report) -> bool:
     sound = True
-    for name, kind in (("machine", Machine), ("kv", KvCache)):
+    for name, kind in (("machine", Machine), ("device", DeviceKnobs), ("kv", KvCache)):
         if not isinstance(getattr(program, name), kind):
             report.add("kind", f"program.{name} must be a {kind.__name__}, but is a {type(getattr(program, name)).__name__}")
             sound = False
@@ -96,6 +101,8 @@ def _text(report: Report, where: str, value: object, allowed: tuple[str, ...]) -
 def _machine(machine: Machine, limits: Limits, report: Report) -> None:
     _integers(report, "machine", machine, POSITIVE, 1)
     _integers(report, "machine", machine, ("kv_lag",), -MOST)
+    if _integer(machine.sms, 1, MOST) and machine.sms > limits.sms:
+        report.add("resources", f"machine.sms must be at most the card's {limits.sms}, for all blocks run at once, but is {machine.sms}")
     _text(report, "machine.dtype", machine.dtype, tuple(ELEMENT_BYTES))
     if not isinstance(machine.rms_eps, int | float) or not isfinite(machine.rms_eps) or machine.rms_eps < 0:
         report.add("kind", "machine.rms_eps must be a finite number that is not negative")
@@ -120,6 +127,15 @@ def _machine(machine: Machine, limits: Limits, report: Report) -> None:
     heads = (machine.heads, machine.kv_heads)
     if all(_integer(n, 1, MOST) for n in heads) and heads[0] % heads[1]:
         report.add("kind", f"machine.heads must be a multiple of kv_heads, but they are {heads[0]} and {heads[1]}")
+
+
+def _device(knobs: DeviceKnobs, report: Report) -> None:
+    """Each is a value of its knob: device code knows no others, and a watcher that awaits more than all arrivals waits forever."""
+    for name in (field.name for field in fields(knobs)):
+        value, allowed = getattr(knobs, name), [choice for choice in KNOB_VALUES[name] if choice != AUTOMATIC]
+        if type(value) not in map(type, allowed) or value not in allowed:
+            shown = repr(value[:40]) if isinstance(value, str) else _shown(value)
+            report.add("kind", f"device.{name} must be one of {', '.join(map(str, allowed))}, but is {shown}")
 
 
 def _batch(machine: Machine, report: Report) -> None:

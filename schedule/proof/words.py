@@ -193,6 +193,10 @@ def _embed(checker: Checker, words: Words) -> None:
     inside = (start >= 0) & (cols >= 1) & (start + cols <= hidden)
     said = "gathers columns {start}:{stop}, but an embedding row has {hidden}"
     checker.must(words, inside, "bounds", said, start=start, stop=start + cols, hidden=hidden)
+    reach = int((start + cols).max())
+    if reach < hidden:  # device code finds a token's row at so many times `hidden` elements
+        said = f"embed tasks gather columns up to {reach}, but must gather all {hidden} of an embedding row"
+        checker.report.add("bounds", said, checker.subject.ids(words.ids.tolist()))
     if words.cls is EmbedBatch:
         whole = (start % TILE_ROWS == 0) & (cols % TILE_ROWS == 0)
         said = "must begin and end at multiples of {run} columns, but takes {cols} from {start}"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from amk.eval.generation import TOKENS_A_LAUNCH, TOKENS_BETWEEN_TEXTS, Hearer, Spoken, launch_tokens
+from amk.eval.generation import TOKENS_A_LAUNCH, TOKENS_BETWEEN_TEXTS, Hearer, Spoken, launch_tokens, tie_gaps
+from amk.eval.tolerance import TIE
 
 
 def byte_tokenizer() -> Any:
@@ -23,6 +26,14 @@ def byte_tokenizer() -> Any:
 
 TOKENIZER = byte_tokenizer()
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"))
+
+
+def test_near_ties_are_by_what_rounding_usually_moves_where_it_happened_to_move_little() -> None:
+    """As the oracle has it: `generate --verify` must excuse what a correct program may do."""
+    logits, expected = torch.randn(3, 50), torch.tensor([0.01, 0.02, 0.04])
+    usual = math.sqrt(sum(e * e for e in expected.tolist()) / 3)
+    for row, gap, own in zip(logits, tie_gaps(logits, expected).tolist(), expected.tolist(), strict=True):
+        assert gap == pytest.approx(TIE * max(own, usual) * float(row.std()), rel=1e-4)
 
 
 @given(TEXT)

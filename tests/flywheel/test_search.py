@@ -233,7 +233,7 @@ def test_what_ends_the_run_leaves_every_finished_trial(tmp_path: Path) -> None:
 
 def test_a_space_that_is_used_up_ends_the_run_before_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("amk.flywheel.proposer.MAX_DRAWS", 0)
-    monkeypatch.setattr("amk.flywheel.proposer.neighbours", lambda config: [])
+    monkeypatch.setattr("amk.flywheel.proposer.neighbours", lambda config, realised: [])
     assert run(tmp_path, card(7), budget=9)["n_trials"] == 1
 
 

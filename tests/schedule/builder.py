@@ -127,7 +127,7 @@ class Builder:
     def program(self, **changes: Any) -> Program:
         made = Program(
             machine=replace(self.machine, tags=max(1, self.tags)),
-            device=DeviceKnobs("none", "counters", 0, 1, "bulk"),
+            device=DeviceKnobs("none", "counter", 0, 1, "bulk"),
             buffers=tuple(self.buffers),
             arena_packets=max((b.offset + b.packets for b in self.buffers), default=0),
             matrices=tuple(self.matrices),

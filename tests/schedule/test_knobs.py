@@ -10,7 +10,7 @@ from typing import Any
 import jsonschema
 import pytest
 
-from amk.schedule.compile import compile_program, lower
+from amk.schedule.compile import compile_program, effective_config, lower
 from amk.schedule.config import config_dict, knob_value, neighbours, parse_config, with_value
 from amk.schedule.digest import program_digest, schedule_id
 from amk.schedule.knobs import KNOBS, Config, Knob
@@ -19,7 +19,7 @@ from amk.schedule.rejection import Rejection
 from amk.schedule.render import config_schema, knob_table_markdown, search_space
 from amk.schedule.targets import TARGETS, Target, small_target
 from amk.tests.schedule.configs import GUIDE, config_of, random_config
-from amk.tests.schedule.specs import SMOLLM2, TOY, WIDE_HEADS, WINDOWED
+from amk.tests.schedule.specs import LLAMA_1B, SMOLLM2, TOY, WIDE_HEADS, WINDOWED
 
 NESTED: list[Any] = []
 for _ in range(20000):
@@ -191,6 +191,21 @@ def test_neighbours_are_valid_and_differ_in_the_one_knob_they_name(seed: int) ->
     for name, other in neighbours(config):
         assert [k.name for k in KNOBS if knob_value(config, k.name) != knob_value(other, k.name)] == [name]
         assert parse_config(config_dict(other)) == other
+
+
+def test_steps_from_automatic_values_are_steps_from_what_they_came_to_be() -> None:
+    """Were they steps from 0, each would be to the smallest value: one split, a ring of two stages."""
+    realised = config_of(effective_config(Config(), lower(LLAMA_1B, Config(), TARGETS["h200"], context=4096)))
+    near: dict[str, set[Any]] = {}
+    for name, other in neighbours(Config(), realised):
+        near.setdefault(name, set()).add(knob_value(other, name))
+        assert with_value(other, name, knob_value(Config(), name)) == Config()
+    assert (realised.kv_splits, near["kernel_knobs.kv_splits"]) == (16, {8})
+    assert (realised.stage_bytes, near["kernel_knobs.stage_bytes"]) == (16384, {8192, 20480})
+    assert (realised.reduction_slots, near["kernel_knobs.reduction_slots"]) == (4, {2, 8})
+    assert (realised.smem_bytes_per_block, near["smem_bytes_per_block"]) == (196608, {163840})
+    assert near["kernel_knobs.weight_feed"] == {"cp_async", "plain"}
+    assert set(near) == {name for name, _ in neighbours(Config())}
 
 
 def test_every_knob_has_a_neighbour_of_the_default() -> None:

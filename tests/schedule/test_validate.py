@@ -32,6 +32,7 @@ from amk.tests.schedule.configs import random_config
 from amk.tests.schedule.specs import SMALL, random_spec
 
 DECODER = decoder(Sizes())
+SHORT = replace(MACHINE, hidden=16)  # of programs whose values have one tile
 
 
 def rejections(program: Program, limits: Limits | None = None) -> tuple[Rejection, ...]:
@@ -83,7 +84,7 @@ def test_only_validate_makes_a_valid_program() -> None:
 
 def two_products(*, crossed: bool) -> Program:
     """SM 0 makes a from x, and d from c; SM 1 makes c from a. Crossed, SM 0 wants c before it makes a."""
-    b = Builder(MACHINE)
+    b = Builder(SHORT)
     token = b.value("token", "u32", 1)
     x, a, c, d = (b.value(name, "f32", 16) for name in "xacd")
     b.add(0, Embed(token_buf=token.buffer, token_tag=token.tag, out_buf=x.buffer, out_tag=x.tag, col0=0, cols=16))
@@ -133,7 +134,7 @@ def test_a_carried_wait_looks_at_the_token_before() -> None:
 
 def test_tiles_that_wait_for_reduction_slots_behind_a_late_residual_are_a_deadlock() -> None:
     def program(slots: int) -> Program:
-        b = Builder(replace(MACHINE, reduction_slots=slots))
+        b = Builder(replace(SHORT, reduction_slots=slots))
         token = b.value("token", "u32", 1)
         x, r, y, z = b.value("x", "f32", 16), b.value("r", "f32", 16), b.value("y", "f32", 16), b.value("z", "f32", 16)
         b.add(0, Embed(token_buf=token.buffer, token_tag=token.tag, out_buf=x.buffer, out_tag=x.tag, col0=0, cols=16))
@@ -258,7 +259,7 @@ def test_program_order_between_tasks_of_one_sm_orders_nothing() -> None:
     """SM 0 reads a, and a later task of it overwrites a: another SM's publish must carry the order."""
 
     def program(*, ordered: bool) -> Program:
-        b = Builder(MACHINE)
+        b = Builder(SHORT)
         token = b.value("token", "u32", 1)
         x, y, c = b.value("x", "f32", 16), b.value("y", "f32", 16), b.value("c", "f32", 32)
         a = b.value("a", "f32", 16)
@@ -280,7 +281,7 @@ def test_a_storers_read_is_ordered_before_the_publishes_of_its_tile_and_later_on
     """A task reads one tile of y, whose task reads r tile by tile, and overwrites tile 0 or tile 1 of r."""
 
     def program(read: int, overwritten: int) -> Program:
-        b = Builder(MACHINE)
+        b = Builder(SHORT)
         token = b.value("token", "u32", 1)
         x, y, c = b.value("x", "f32", 16), b.value("y", "f32", 32), b.value("c", "f32", 48)
         r = b.value("r", "f32", 32)
@@ -303,7 +304,7 @@ def test_a_storers_read_is_ordered_before_the_publishes_of_its_tile_and_later_on
 
 def side_branch(context: int, *, joined: bool) -> Program:
     """x -> y -> c. The head reads c, or else x, and then nothing that the next token waits for comes after the reader of y."""
-    b = Builder(replace(MACHINE, context=context))
+    b = Builder(replace(SHORT, context=context))
     token = b.value("token", "u32", 1)
     x, y, c = b.value("x", "f32", 16), b.value("y", "f32", 16), b.value("c", "f32", 16)
     b.add(0, Embed(token_buf=token.buffer, token_tag=token.tag, out_buf=x.buffer, out_tag=x.tag, col0=0, cols=16))
@@ -329,7 +330,7 @@ def test_packets_that_nobody_reads_are_overwritten_by_their_own_publish_alone() 
     """y has two tiles and one is read: that says nothing about the other one's packets, which z overlaps or not."""
 
     def program(overlap: int) -> Program:
-        b = Builder(MACHINE)
+        b = Builder(SHORT)
         token = b.value("token", "u32", 1)
         x, y = b.value("x", "f32", 16), b.value("y", "f32", 32)
         z = b.value("z", "f32", 16, offset=b.buffers[y.buffer].offset + 32 - overlap)
@@ -483,6 +484,35 @@ def test_threads_and_counters_have_limits() -> None:
     assert rejections(DECODER, Limits(counters=counters, threads=160)) == ()
     assert only(DECODER, "resources", Limits(counters=counters - 1))
     assert only(DECODER, "resources", Limits(threads=159))
+
+
+def test_every_block_has_an_sm_of_its_own() -> None:
+    assert rejections(DECODER, Limits(sms=DECODER.machine.sms)) == ()
+    assert "run at once" in only(DECODER, "resources", Limits(sms=DECODER.machine.sms - 1)).message
+
+
+@pytest.mark.parametrize("hidden", [DECODER.machine.hidden * 1024, DECODER.machine.hidden + 16])
+def test_an_embedding_row_is_as_long_as_what_embed_tasks_take_of_it(hidden: int) -> None:
+    """Device code finds a token's row at so many times `hidden` elements."""
+    assert f"all {hidden} of an embedding row" in only(machine(DECODER, hidden=hidden), "bounds").message
+
+
+@pytest.mark.parametrize(
+    ("knob", "value"),
+    [
+        *(("sync", v) for v in ("none", "", None, "counter ")),
+        *(("weight_feed", v) for v in ("auto", "none", 1)),
+        *(("release_early", v) for v in (-16, 3, 32, True, 16.0, "16")),
+        *(("poll_sleep_ns", v) for v in (-1, 1 << 40, None)),
+        *(("cache_hint", v) for v in ("evict_last", ["none"])),
+    ],
+)
+def test_device_knobs_are_values_of_their_knobs(knob: str, value: Any) -> None:
+    assert f"device.{knob} must be one of" in only(replace(DECODER, device=replace(DECODER.device, **{knob: value})), "kind").message
+
+
+def test_device_knobs_are_there() -> None:
+    assert "program.device must be a DeviceKnobs" in only(replace(DECODER, device=None), "kind").message  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from amk.schedule.program import Matrix
-from amk.vm.layout import constants, matrix_rows
+from amk.vm.layout import constants, embedding, matrix_rows
 
 
 class Named:
@@ -46,6 +46,16 @@ def test_rows_keep_the_checkpoints_dtype() -> None:
 def test_a_weight_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match="matrix a: its weights must give 3x2 elements, but they give 2x2"):
         matrix_rows(Matrix("a", ("a",), "stack", 3, 2), Named(a=torch.ones(2, 2)))
+
+
+@pytest.mark.parametrize("sizes", [{"vocab": 1}, {"hidden": 16}, {"hidden": -16}])
+def test_an_embedding_of_another_shape_is_refused(sizes: dict[str, int], make_spec: Any, make_program: Any, make_source: Any) -> None:
+    spec = make_spec()
+    program, source = make_program(spec), make_source(spec)
+    assert embedding(program, source).shape == (spec.vocab, spec.hidden)
+    other = replace(program.machine, **{name: getattr(program.machine, name) + more for name, more in sizes.items()})
+    with pytest.raises(ValueError, match="embed: the embedding must have"):
+        embedding(replace(program, machine=other), source)
 
 
 def test_constants_lie_where_the_program_says(make_spec: Any, make_program: Any, make_source: Any) -> None:
