@@ -1,6 +1,6 @@
 """Proves the import order of the packages by reading every import and `#include` as text; nothing is executed.
 
-    isa < schedule < {models | vm} < eval < flywheel < harness < {amk_cli | amk_mcp} < amk_orchestrate
+    isa < schedule < {models | vm} < eval < flywheel < harness < amk_cli
 
 A module imports its own package and those below it, absolutely, at module level. torch and transformers may load lazily.
 """
@@ -27,9 +27,7 @@ RANK: dict[str, int] = {
     "flywheel": 4,
     "harness": 5,
     "amk_cli": 6,
-    "amk_mcp": 6,
-    "amk_orchestrate": 7,
-    "__init__": 8,
+    "__init__": 7,
 }
 LAZY_EXPORTS = "__init__"
 

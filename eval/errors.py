@@ -29,9 +29,3 @@ class EnvironmentProblem(EvalError):
 
 class RunVoid(EnvironmentProblem):
     """A measurement was refused: another process is on the card, or the card reads slower than it must."""
-
-
-class Cancelled(EvalError):
-    """The caller cancelled the work before it ended."""
-
-    exit_code: ClassVar[int] = 1

@@ -8,8 +8,8 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypedDict, Union, get_args, get_origin, get_type_hints
 
 from amk.eval.verdict import Samples, Verdict
+from amk.schedule.render import DRAFT
 
-DRAFT = "https://json-schema.org/draft/2020-12/schema"
 NAMES: dict[Any, str] = {str: "string", int: "integer", float: "number", bool: "boolean", NoneType: "null"}
 
 

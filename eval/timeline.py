@@ -15,10 +15,10 @@ from amk.isa.instruction import Instruction
 from amk.isa.matvec import MatVec
 from amk.isa.stretch_matmul import StretchMatMul
 from amk.schedule.program import Program
-from amk.vm.cuda import WAITS
+from amk.vm.abort import WAITS, WaitKind
 from amk.vm.trace import TASK_BEGINS
 
-WAIT_FULL = 3  # for a chunk: the one wait that is for memory
+MEMORY_WAIT = WaitKind.FULL  # for a chunk: the one wait that is for memory
 PHASES = ("wait", "load", "compute", "publish")
 # What an actor does in a task when it does not wait. A watcher only waits; the moment between is its release of the task.
 BUSY = {"feeder": "load", "consumer": "compute", "storer": "publish", "watcher": "publish"}
@@ -27,7 +27,7 @@ Events = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Wait:
-    """Microseconds since the token's first task began, and the kind (vm.cuda.WAITS) of a wait."""
+    """Microseconds since the token's first task began, and the kind (vm.abort.WaitKind) of a wait."""
 
     begin_us: float
     end_us: float
@@ -35,7 +35,7 @@ class Wait:
 
     @property
     def phase(self) -> str:
-        return "load" if self.kind == WAIT_FULL else "wait"
+        return "load" if self.kind == MEMORY_WAIT else "wait"
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def chrome_events(spans: Sequence[Span], program: Program) -> Iterator[dict[str,
         args = {"task": span.task, **phases}
         yield {**place, "name": task_name(program, task), "cat": BUSY[span.role], **_extent(span), "args": args}
         for wait in span.waits:
-            yield {**place, "name": WAITS[wait.kind].strip() or "waiting", "cat": wait.phase, **_extent(wait)}
+            yield {**place, "name": WAITS[wait.kind] or "waiting", "cat": wait.phase, **_extent(wait)}
 
 
 def _extent(part: Span | Wait) -> dict[str, float]:

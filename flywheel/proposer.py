@@ -27,8 +27,8 @@ class Proposal:
 class Proposer:
     """Proposes configs, none twice; equal seeds and equal histories give equal proposals.
 
-    `identify` gives a config's schedule id, or None where it has none (it cannot be lowered); a config with an id that was `told`, or
-    that an earlier proposal had, is not proposed. Without `identify` only equal configs are the same.
+    `identify` gives a config's schedule id, or None where it has none (it cannot be lowered); a config with an id that an earlier proposal
+    had is not proposed. Without `identify` only equal configs are the same.
     """
 
     def __init__(self, seed: int, explore_fraction: float, identify: Identify | None = None) -> None:
@@ -39,10 +39,6 @@ class Proposer:
         self._identify: Identify = identify or (lambda _: None)
         self._ids: set[str] = set()
         self._seen: set[Config] = set()
-
-    def told(self, schedule_id: str) -> None:
-        """This program has been tried: do not propose it again."""
-        self._ids.add(schedule_id)
 
     def propose(self, incumbent: Config, realised: Config | None = None) -> Proposal | None:
         """The next config; None when nothing new was found, near the incumbent or anywhere.

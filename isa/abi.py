@@ -11,12 +11,11 @@ import numpy as np
 U16: TypeAlias = Annotated[int, "u16"]
 I32: TypeAlias = Annotated[int, "i32"]
 U32: TypeAlias = Annotated[int, "u32"]
-I64: TypeAlias = Annotated[int, "i64"]
 PTR: TypeAlias = Annotated[int, "ptr"]
 
-NUMPY_TYPE = {"u16": "<u2", "i32": "<i4", "u32": "<u4", "i64": "<i8", "ptr": "<u8"}
-C_TYPE = {"u16": "uint16_t", "i32": "int32_t", "u32": "uint32_t", "i64": "int64_t", "ptr": "uint64_t"}
-BYTES = {"u16": 2, "i32": 4, "u32": 4, "i64": 8, "ptr": 8}
+NUMPY_TYPE = {"u16": "<u2", "i32": "<i4", "u32": "<u4", "ptr": "<u8"}
+C_TYPE = {"u16": "uint16_t", "i32": "int32_t", "u32": "uint32_t", "ptr": "uint64_t"}
+BYTES = {"u16": 2, "i32": 4, "u32": 4, "ptr": 8}
 TASK_BYTES = 64  # one task record in shared memory, whatever its instruction
 NONE = 0xFFFF  # a buffer, counter or tag field that names nothing
 
@@ -30,7 +29,7 @@ class Field:
 
 
 def record_fields(record: type[Any]) -> tuple[Field, ...]:
-    """The ABI fields of a dataclass whose integer fields are annotated U16, I32, U32, I64 or PTR; others are not part of it."""
+    """The ABI fields of a dataclass whose integer fields are annotated U16, I32, U32 or PTR; others are not part of it."""
     hints = get_type_hints(record, include_extras=True)
     typed = ((f.name, get_args(hints[f.name])) for f in fields(record))
     return tuple(Field(name, args[1]) for name, args in typed if len(args) == 2 and args[1] in C_TYPE)

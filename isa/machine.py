@@ -85,11 +85,6 @@ class Machine:
         return 2 * KV_BLOCK_ROWS * self.padded_head_dim * self.element_bytes
 
     @property
-    def kv_blocks(self) -> int:
-        """KV blocks that hold `context` rows of one head of one layer."""
-        return -(-self.context // KV_BLOCK_ROWS)
-
-    @property
     def kv_blocks_per_chunk(self) -> int:
         return self.stage_bytes // self.kv_block_bytes
 

@@ -31,7 +31,7 @@ def instructions() -> dict[str, type[Instruction]]:
 
 @cache
 def opcodes() -> dict[type[Instruction], int]:
-    """Opcode of each instruction class: 1, 2, ...; 0 ends a queue."""
+    """Opcode of each instruction class: 1, 2, ...; none is 0."""
     return {cls: number for number, cls in enumerate(instructions().values(), start=1)}
 
 

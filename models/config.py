@@ -13,10 +13,9 @@ from amk.models.quantization_config import scheme_of, without_quantization
 from amk.models.rope import rope_problems
 from amk.models.stored_matrix import Scheme
 from amk.schedule.model import DType, ModelSpec
-from amk.schedule.settings import MOST_LAYERS
+from amk.schedule.settings import MAX_HEAD_DIM, MOST_LAYERS
 
 DTYPES: dict[str, DType] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-MAX_HEAD_DIM = 256
 _ACTIVATIONS = ("silu", "swish")
 
 

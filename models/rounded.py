@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from amk.isa.attention import LOG2E
 from amk.models.eager import torch_dtype
 from amk.schedule.model import DType
 
 if TYPE_CHECKING:
     import torch
 
-LOG2E = 1.4426950408889634
 _ATTENTION = "amk_rounded"
 
 

@@ -15,7 +15,7 @@ from amk.isa.instruction import Instruction
 from amk.isa.registry import encode, opcodes, task_dtype, word_fields
 from amk.schedule.program import Program
 
-STRUCT_CODE = {"u16": "H", "i32": "i", "u32": "I", "i64": "q", "ptr": "Q"}
+STRUCT_CODE = {"u16": "H", "i32": "i", "u32": "I", "ptr": "Q"}
 ID_CHARACTERS = 12
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
+from amk.isa.machine import ELEMENT_BYTES
 from amk.isa.weight_format import WeightFormat
 
 DType: TypeAlias = Literal["bf16", "fp16", "fp32"]
-DTYPE_BYTES: dict[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 QUANTISABLE = ("q", "k", "v", "o", "gate", "up", "down")  # the matrices of a layer
 
 
@@ -128,7 +128,7 @@ def _bytes_of(spec: ModelSpec, shapes: dict[str, tuple[int, ...]]) -> int:
     for name, shape in shapes.items():
         if len(shape) == 2:
             weights = weight_format(spec, name)
-            total += weights.matrix_bytes(*shape) if weights else DTYPE_BYTES[spec.dtype] * shape[0] * shape[1]
+            total += weights.matrix_bytes(*shape) if weights else ELEMENT_BYTES[spec.dtype] * shape[0] * shape[1]
     return total
 
 

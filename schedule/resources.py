@@ -1,4 +1,4 @@
-"""What a block needs of its SM: the layout of shared memory, in one place, and its threads and registers."""
+"""What a block needs of its SM: the layout of shared memory, in one place, and its threads."""
 
 from __future__ import annotations
 

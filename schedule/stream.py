@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from amk.isa.machine import TILE_ROWS
 from amk.isa.matvec import MatVec
@@ -45,10 +43,3 @@ def stream_of(program: Program) -> Stream:
     )
     cut = (machine.dtype, machine.consumer_warps, machine.stage_bytes)
     return Stream(cut, program.matrices, program.constants, () if machine.prefill else tiles)
-
-
-def stream_digest(program: Program) -> str:
-    """SHA-256 (64 hex characters) of the weights' tiles on every SM in the order of the stream, and of how each is cut into chunks."""
-    stream = stream_of(program)
-    facts = [stream.cut, [asdict(matrix) for matrix in stream.matrices], stream.tiles]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

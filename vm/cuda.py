@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from amk.isa.abi import NONE
+from amk.isa.abi import NONE, TASK_BYTES
 from amk.isa.attention import Attention
 from amk.isa.instruction import Instruction
 from amk.isa.machine import FRAGMENT_BYTES, KV_BLOCK_ROWS
@@ -22,6 +22,7 @@ from amk.schedule.program import Program
 from amk.schedule.proven import ValidProgram
 from amk.schedule.resources import PLACE_BYTES, block_threads, shared_layout
 from amk.schedule.stream import stream_of
+from amk.vm.abort import ACTORS, END_WORD, FAILURES, WAITS
 from amk.vm.build import Binary, compile_kernel
 from amk.vm.image import pack_stream, tile_places
 from amk.vm.interface import (
@@ -40,22 +41,8 @@ from amk.vm.layout import constants, embedding
 from amk.vm.params import param_dtype, sampling_words
 from amk.vm.source import IMAGE_HEAD_BYTES, abi_hash, image_bytes, image_places, kernel_source
 
-ABORT_KINDS = {1: "timeout", 2: "timeout", 3: "crash", 4: "mismatch"}
-ACTORS = {0: "the block", 1: "the feeder", 2: "a consumer", 3: "the storer", 4: "the watcher", 5: "the end of the launch"}
-WAITS = {
-    0: "",
-    1: " waiting for the watcher",
-    2: " waiting for a tag",
-    3: " waiting for a chunk",
-    4: " waiting for a free stage",
-    5: " waiting for a reduction slot",
-    6: " waiting for a counter",
-    7: " waiting for the end of an earlier token",
-    8: " waiting for the other consumers",
-}
 SPIN_LIMIT = 1 << 22  # polls of one wait; a poll takes 20 ns to 1 us
 LAST_EPOCH = 2**32 - 1
-END_WORD = 6  # of the abort record: tokens of a launch that a stop token has ended (isa/device/sync.cuh)
 NO_TOKEN = -1
 LISTEN_S = 1e-4  # between two looks at the tokens of a running launch
 
@@ -124,7 +111,7 @@ def program_image(program: Program, weights: DeviceWeights) -> np.ndarray[Any, n
         image[sm, 16:20].view(np.uint32)[:] = int(appends)
         body = np.frombuffer(b"".join(map(encode, queue)), dtype=np.uint8)
         image[sm, IMAGE_HEAD_BYTES : IMAGE_HEAD_BYTES + len(body)] = body
-        at = IMAGE_HEAD_BYTES + 64 * records
+        at = IMAGE_HEAD_BYTES + TASK_BYTES * records
         image[sm, at : at + 2 * len(entries)] = np.asarray(entries, dtype="<u2").view(np.uint8)
         if program.machine.prefill:
             places = b"".join(_places_of(queue[entry], weights) for entry in entries)
@@ -395,9 +382,9 @@ class UnprovenCudaVM:
             self._reset()  # counters of the token that did not come about are nobody's
         if code:
             self._reset()
-            actor = ACTORS.get(where >> 8, "an actor") + WAITS.get(where & 255, "")
+            actor = f"{ACTORS.get(where >> 8, 'an actor')} {WAITS.get(where & 255, '')}".rstrip()
             where_text = f"{actor} on SM {sm}, task {task} of its queue, step {step}"
-            raise LaunchFailed(ABORT_KINDS.get(code, "crash"), f"the launch gave up: {where_text}")
+            raise LaunchFailed(FAILURES.get(code, "crash"), f"the launch gave up: {where_text}")
 
     def arrivals(self) -> list[int]:
         """How much each counter grows in one token: the program's counters, then the ends of token."""

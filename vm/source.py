@@ -8,6 +8,7 @@ from pathlib import Path
 from amk.isa.abi import TASK_BYTES, record_header, text_hash
 from amk.isa.attention import Attention
 from amk.isa.instruction import Instruction
+from amk.isa.machine import KV_BLOCK_ROWS
 from amk.isa.matmul import KEPT_SEAT_WORDS
 from amk.isa.matvec import MatVec
 from amk.isa.registry import headers, instructions
@@ -56,7 +57,7 @@ def constants(program: Program, layout: SharedLayout, macros: dict[str, int]) ->
         "INFLIGHT": m.inflight, "THROTTLED": m.throttled, "WATERMARK": 0 if macros["DRY_FEED"] else m.watermark,
         "REDUCTION_SLOTS": m.reduction_slots, "KV_LAG": m.kv_lag, "TAGS": m.tags,
         "HIDDEN": m.hidden, "VOCAB": m.vocab, "KV_HEADS": m.kv_heads, "HEAD_DIM": m.head_dim,
-        "HEAD_DIM_PADDED": m.padded_head_dim, "KV_BLOCKS": program.kv.rows // 16, "GROUP": group(program),
+        "HEAD_DIM_PADDED": m.padded_head_dim, "KV_BLOCKS": program.kv.rows // KV_BLOCK_ROWS, "GROUP": group(program),
         "QK_NORM": m.qk_norm, "RMS_EPS": m.rms_eps, "COUNTERS": len(program.counters), "BUFFERS": len(program.buffers),
         "TASK_BYTES": TASK_BYTES, "MAX_TASKS": _max_tasks(program), "IMAGE_BYTES": image_bytes(program),
         "SCRATCH_BYTES": program.scratch_bytes,

@@ -10,7 +10,7 @@ import numpy as np
 from amk.schedule.resources import SERVICE_WARPS
 from amk.vm.cuda import UnprovenCudaVM, check
 
-TASK_BEGINS = 255  # a kind of event; the others are those of waits (vm.cuda.WAITS), and 0 is no event
+TASK_BEGINS = 255  # a kind of event; the others are those of waits (vm.abort.WaitKind), and 0 is no event
 EVENT_DTYPE = np.dtype([("clock", "<u8"), ("value", "<u4"), ("task", "<u2"), ("kind", "u1"), ("token", "u1")])
 MOST_STEPS = 255  # the token of an event is a byte
 

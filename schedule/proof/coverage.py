@@ -194,6 +194,7 @@ def check_partials(subject: Subject, m: Matching, report: Report) -> None:
     owner[m.groups.of] = head[reads.task]
     fits[:] = True
     strange = (split[reads.task] != 0) | (head[reads.task] != owner[m.groups.of]) | (reads.start != start[reads.task]) | reads.carried
+    strange |= ~reads.paired  # of attention's reads its partials alone are paired: a new row is waited for at every position
     fits[m.groups.of[strange]] = False
     wrong = partial[~fits[m.read.owner[partial]] | (owner[m.read.owner[partial]] != head[publisher[partial]])]
     pairs = np.unique(np.stack([m.read.owner[wrong], publisher[wrong]]), axis=1)

@@ -14,6 +14,7 @@ from amk.models.model import Model
 from amk.schedule.compile import lower
 from amk.schedule.settings import STRETCHES
 from amk.tests.gpu.machines import card, config_of, llama, machine, named, proven
+from amk.vm.abort import Actor
 from amk.vm.cuda import CudaVM
 from amk.vm.interface import LaunchFailed
 
@@ -124,10 +125,13 @@ def test_seats_without_a_token_write_no_row() -> None:
     assert touched == [40, 41, 42, decoder.context - 2, decoder.context - 1]
 
 
-@pytest.mark.parametrize("actor", [1, 2, 4, 5], ids=["feeder", "consumer", "watcher", "end"])
-def test_a_wait_that_never_ends_is_reported(actor: int) -> None:
+HANGING = [Actor.FEEDER, Actor.CONSUMER, Actor.WATCHER, Actor.LAUNCH_END]
+
+
+@pytest.mark.parametrize("actor", HANGING, ids=["feeder", "consumer", "watcher", "end"])
+def test_a_wait_that_never_ends_is_reported(actor: Actor) -> None:
     """Of a stretch no task has the storer."""
-    prefill, decoder = pair(llama("hang", head_dim=64), 32, macros={"HANG_ACTOR": actor}, spin_limit=1 << 16)
+    prefill, decoder = pair(llama("hang", head_dim=64), 32, macros={"HANG_ACTOR": int(actor)}, spin_limit=1 << 16)
     with pytest.raises(LaunchFailed, match="gave up"):
         prefill.prefill([1, 2, 3], 0)
     prefill.close()

@@ -9,12 +9,13 @@ import torch
 
 from amk.models.model import Model
 from amk.tests.gpu.machines import llama, machine, named
+from amk.vm.abort import Actor
 from amk.vm.cuda import LAST_EPOCH
 from amk.vm.interface import LaunchFailed
 
 pytestmark = pytest.mark.cuda
 TOKENS = [3, 141, 59, 26, 5, 35, 89, 79, 32, 38]
-ACTORS = {"feeder": 1, "consumer": 2, "storer": 3, "watcher": 4, "launch end": 5}
+ACTORS = {actor.name.lower().replace("_", " "): int(actor) for actor in Actor}
 
 
 def model() -> Model:

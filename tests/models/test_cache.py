@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from amk.models.cache import cache_root, published
+from amk.vm.build import cache_folder
 
 
 def write(folder: Path, text: str = "whole") -> None:
@@ -86,8 +87,10 @@ def test_processes_at_once_build_once_and_all_find_it(tmp_path: Path) -> None:
     assert log.read_text() == "made\n" and content(tmp_path / "model") == "whole"
 
 
-def test_cache_is_where_the_user_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_is_where_the_user_says_and_binaries_lie_there_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AMK_CACHE", str(tmp_path / "set"))
     assert cache_root() == tmp_path / "set" and cache_root(tmp_path) == tmp_path
+    assert cache_folder().parent == cache_root()
     monkeypatch.delenv("AMK_CACHE")
     assert cache_root() == Path.home() / ".cache" / "automegakernel"
+    assert cache_folder().parent == cache_root()

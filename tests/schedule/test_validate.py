@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import pytest
 
 from amk.isa.abi import NONE
-from amk.isa.attention import Attention
+from amk.isa.attention import PARTIAL_HEAD, Attention
 from amk.isa.embed import Embed
 from amk.isa.gemv import Gemv
 from amk.isa.gemv_glu import GemvGlu
@@ -422,6 +422,18 @@ def test_a_partial_is_for_its_tail_alone() -> None:
     task = DECODER.task(reader)
     found = rejections(changed(DECODER, reader, x_buf=part, x_tag=writer.part_tag, x_start=0, cols=task.cols))
     assert any(r.kind == "coverage" and "at positions with fewer KV rows" in r.message and reader in r.tasks for r in found)
+
+
+@pytest.mark.parametrize("row", ["k", "v"])
+@pytest.mark.parametrize("off", [0, 2])
+def test_a_tail_reads_partials_as_partials_and_not_as_its_new_row(row: str, off: int) -> None:
+    """Nobody publishes them at early positions, where it waits for its new row all the same."""
+    site = find(DECODER, Attention, layer=0, split=0)[0]
+    tail = DECODER.task(site)
+    start = tail.q0 * (tail.splits - 1) * (MACHINE.head_dim + PARTIAL_HEAD) + off
+    words = {f"{row}_buf": tail.part_buf, f"{row}_tag": tail.part_tag, f"{row}_start": start}
+    found = rejections(changed(DECODER, site, **words))
+    assert any(r.kind == "coverage" and "at positions with fewer KV rows" in r.message and site in r.tasks for r in found)
 
 
 def test_a_publish_to_weights_is_rejected() -> None:
