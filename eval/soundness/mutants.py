@@ -8,7 +8,7 @@ from random import Random
 from typing import Any, TypeAlias
 
 from amk.isa.abi import NONE
-from amk.isa.attention import Attention
+from amk.isa.attention import PARTIAL_HEAD, Attention
 from amk.isa.batch import SEAT_BLOCK
 from amk.isa.draw import Draw
 from amk.isa.draw_head import DrawHead
@@ -380,6 +380,18 @@ def _redirected(task: Instruction, old: int, new: int, tag: int) -> Instruction:
     return replace(task, **changes)
 
 
+def row_of_partials(random: Random, program: Program) -> Program | None:
+    """A new row of K or V that is read where partials lie, which nobody publishes at early positions."""
+    tails = [at for at in _tasks(program) if isinstance(task := program.task(at), Attention) and task.split == 0 and task.part_buf != NONE]
+    if not tails:
+        return None
+    at = random.choice(tails)
+    task, row = program.task(at), random.choice("kv")
+    assert isinstance(task, Attention)
+    start = task.q0 * (task.splits - 1) * (program.machine.head_dim + PARTIAL_HEAD) + random.choice((0, 0, 2))
+    return _with_task(program, at, **{f"{row}_buf": task.part_buf, f"{row}_tag": task.part_tag, f"{row}_start": start})
+
+
 def spoil_buffer(random: Random, program: Program) -> Program | None:
     """A buffer of another kind, in read-only memory, or a packet shorter."""
     at = random.randrange(len(program.buffers))
@@ -498,6 +510,7 @@ MUTATIONS: dict[str, Mutation] = {
         move_task,
         overlap_buffers,
         share_slot,
+        row_of_partials,
         spoil_buffer,
         shrink_arena,
         spoil_matrix,
