@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,10 +54,22 @@ def append(path: Path, text: str, is_whole: Callable[[str], bool]) -> None:
 
 
 def replace(path: Path, text: str) -> None:
-    """Puts `text` in the place of the file: readers see the old or the new, never a part."""
+    """Puts `text` in the place of the file, under the caller's lock: readers see the old or the new, never a part.
+
+    Anything else that stood there is kept beside it as NAME.before-TIME.
+    """
+    data = text.encode()
+    before = path.read_bytes() if path.exists() else data
+    if before != data:
+        _put(path.with_name(f"{path.name}.before-{time.time_ns()}"), before)
+    _put(path, data)
+
+
+def _put(path: Path, data: bytes) -> None:
+    """A file with this in it; on the disk when this returns, and never there in part."""
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     with unfinished.open("wb") as file:
-        file.write(text.encode())
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)

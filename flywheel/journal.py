@@ -43,10 +43,14 @@ class Journal:
             append_record(self.corpus, trial.record)
 
 
+def journal_at(results: Path, corpus: Path | None = None) -> Journal:
+    """The journal at `results`, its corpus beside it where no other is named, whether or not it can be written."""
+    return Journal(results, corpus or results.parent / "corpus.jsonl")
+
+
 def open_journal(results: Path | str, corpus: Path | str | None = None) -> Journal:
-    """The journal at `results`, its corpus beside it where no other is named. UsageError unless all of it can be written."""
-    results = Path(results)
-    journal = Journal(results, results.parent / "corpus.jsonl" if corpus is None else Path(corpus))
+    """`journal_at` the paths. UsageError unless all of it can be written."""
+    journal = journal_at(Path(results), None if corpus is None else Path(corpus))
     for file, option in ((journal.results, "results"), (journal.corpus, "corpus")):
         require_appendable_file(file, option)
         require_appendable_file(lock_of(file), option)

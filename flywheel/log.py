@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -102,7 +103,8 @@ def read_rows(path: Path | str) -> list[Row]:
         try:
             rows.append(parse_row(line))
         except ValueError as problem:
-            raise ValueError(f"{path} line {number} must be a row, but: {problem}; rebuild the file from the trials") from problem
+            mend = f"rebuild the file from the trials: python -m amk.flywheel.rebuild {shlex.quote(str(path))}"
+            raise ValueError(f"{path} line {number} must be a row, but: {problem}; {mend}") from problem
     return rows
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NVIDIA_SMI_FIELDS = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.limit")
+SOURCES = ("*.py", "*.cuh", "*.cu")
 
 
 def commit(root: Path = ROOT) -> str:
     """AMK_COMMIT where a copy without its git folder was told, else what git says of `root`, else "unknown".
 
-    It ends in "+changes" when a file that git tracks differs from that commit.
+    It ends in "+changes" when a file that git tracks differs from that commit, or a source is new.
     """
     if told := os.environ.get("AMK_COMMIT"):
         return told
@@ -21,7 +22,18 @@ def commit(root: Path = ROOT) -> str:
         return "unknown"
     head = _output(["git", "-C", str(root), "rev-parse", "--verify", "--quiet", "HEAD"]).strip()
     changed = _output(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"]).strip()
-    return (head + "+changes" if changed else head) if head else "unknown"
+    return (head + "+changes" if changed or _has_new_source(root) else head) if head else "unknown"
+
+
+def _has_new_source(root: Path) -> bool:
+    """Whether a source that git neither tracks nor ignores lies beside tracked ones: isa/ is searched for instructions."""
+    listed = ["git", "-C", str(root), "ls-files", "-z"]
+    tracked, new = (_output([*listed, *which, "--", *SOURCES]) for which in ([], ["--others", "--exclude-standard"]))
+    return not _folders(tracked).isdisjoint(_folders(new))
+
+
+def _folders(names: str) -> set[str]:
+    return {os.path.dirname(name) for name in names.split("\0") if name}
 
 
 def cards() -> list[dict[str, str]]:
@@ -35,6 +47,6 @@ def cards() -> list[dict[str, str]]:
 
 def _output(command: list[str]) -> str:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+        return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=60).stdout
     except (OSError, ValueError, subprocess.TimeoutExpired):
         return ""

@@ -13,8 +13,8 @@ from typing import Any
 
 from amk.eval.verdict import Verdict, from_json
 from amk.flywheel import corpus
-from amk.flywheel.append import locked, sync_folder
-from amk.flywheel.log import Correctness, Row, Tag, write_rows
+from amk.flywheel.append import sync_folder
+from amk.flywheel.log import Correctness, Row, Tag
 
 FILE = "trial.json"
 PARTIAL = ".partial-"
@@ -133,18 +133,3 @@ def _read(path: Path) -> Trial:
     if trial.id != path.parent.name:
         raise ValueError(f"{path} must hold the trial that its folder names, but holds {trial.id}")
     return trial
-
-
-def rebuild(results_path: Path | str, runs: Path | str, corpus_path: Path | str | None = None) -> int:
-    """Rewrites the log, and the corpus if given, from the trials alone; how many there are.
-
-    Lines that no trial stands behind are gone. Writers may go on meanwhile: what they saved is in, what they append comes after.
-    """
-    results_path = Path(results_path)
-    with locked(results_path):
-        trials = read_trials(runs)
-        write_rows(results_path, [trial.row for trial in trials])
-    if corpus_path is not None:
-        with locked(Path(corpus_path)):
-            corpus.write_records(Path(corpus_path), [trial.record for trial in read_trials(runs) if trial.record is not None])
-    return len(trials)

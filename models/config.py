@@ -60,7 +60,7 @@ def _read(reader: _Reader, name: str, dtype: DType | None, generation: Mapping[s
     kv_heads = heads if reader.value("num_key_value_heads") is None else reader.size("num_key_value_heads")
     attention_bias = family.model_type == "qwen2" or reader.flag("attention_bias")
     mlp_bias, tied, eps = reader.flag("mlp_bias"), reader.flag("tie_word_embeddings"), reader.eps()
-    stored, bos, stops = dtype or reader.dtype(), reader.token("bos_token_id"), reader.stop_tokens(generation)
+    stored, bos, stops = dtype or reader.dtype(), reader.token("bos_token_id", vocab), reader.stop_tokens(generation, vocab)
     if reader.problems:
         return None
     head_dim, windows = reader.head_dim(hidden, heads, kv_heads), reader.windows(layers)
@@ -114,10 +114,11 @@ class _Reader:
         self.reject("rms_norm_eps", "a number in [0, 1)")
         return 0.0
 
-    def token(self, name: str) -> int | None:
+    def token(self, name: str, vocab: int) -> int | None:
+        """None for a token outside the vocabulary, too: checkpoints without such a token say -1, or what a larger vocabulary had."""
         value = self.value(name)
         if value is None or (isinstance(value, int) and not isinstance(value, bool)):
-            return value
+            return value if value in range(vocab) else None
         self.reject(name, "a token id or null")
         return None
 
@@ -130,13 +131,14 @@ class _Reader:
             self.reject(name, "one of " + ", ".join(DTYPES))
         return DTYPES.get(value, "fp32")
 
-    def stop_tokens(self, generation: Mapping[str, Any]) -> tuple[int, ...]:
+    def stop_tokens(self, generation: Mapping[str, Any], vocab: int) -> tuple[int, ...]:
+        """Those in the vocabulary: no other can be made."""
         value = generation.get("eos_token_id", self.value("eos_token_id"))
         tokens = [] if value is None else value if isinstance(value, list) else [value]
         if any(not isinstance(token, int) or isinstance(token, bool) for token in tokens):
             self.reject("eos_token_id", "a token id, a list of them or null")
             return ()
-        return tuple(tokens)
+        return tuple(token for token in tokens if token in range(vocab))
 
     def head_dim(self, hidden: int, heads: int, kv_heads: int) -> int:
         if heads % kv_heads:

@@ -22,7 +22,7 @@ from amk.schedule.place import Placement, assignment_problems, kept_bytes, place
 from amk.schedule.program import DeviceKnobs, KvCache, Program
 from amk.schedule.rejection import Rejection, reject
 from amk.schedule.resources import SharedNeeds, shared_layout
-from amk.schedule.settings import Chooser, Settings, resolve, splits_of
+from amk.schedule.settings import Chooser, Settings, least_stage_bytes, resolve, splits_of, stage_bytes_with_scales
 from amk.schedule.share_rows import share_rows
 from amk.schedule.synchronise import Sync, synchronise
 from amk.schedule.targets import Target
@@ -132,7 +132,7 @@ def _machine(spec: ModelSpec, settings: Settings, graph: Graph, sync: Sync, queu
     fitted = [replace(draft, stages=_stages(draft, settings, graph, queues)) for draft in drafts]
     chosen = next((m for least in (4, 2, 1) for m in fitted if m.stages >= least), None)
     if chosen is None:
-        return [_no_ring(drafts[-1], settings, graph, queues)]
+        return _no_ring(drafts[-1], _most_stage_bytes(spec, settings, graph, sync, queues), settings, graph, queues)
     asked = chosen.stages if settings.prefill else settings.config.pipelining_depth
     depth = 1 if settings.feed == "plain" else asked
     return throttled(replace(chosen, inflight=min(depth, chosen.stages)), settings.throttle)
@@ -201,8 +201,17 @@ def _most_stages(needs: SharedNeeds, target: Target) -> int:
     return most
 
 
-def _no_ring(draft: Machine, settings: Settings, graph: Graph, queues: Queues) -> Rejection:
-    needs, target, asked = _needs(draft, graph, queues), settings.target, settings.config.smem_bytes_per_block
+def _most_stage_bytes(spec: ModelSpec, settings: Settings, graph: Graph, sync: Sync, queues: Queues) -> int:
+    """The largest value below the config's stage_bytes of which one stage fits; 0 if there is none, or if the config leaves the choice."""
+    least = least_stage_bytes(spec, settings.consumer_warps)
+    smaller = [size for size in STAGE_CHOICES if least <= size < settings.config.stage_bytes]
+    drafts = {size: _draft(spec, settings, graph, sync, stage_bytes_with_scales(spec, size)) for size in smaller}
+    return max((size for size, draft in drafts.items() if _most_stages(_needs(draft, graph, queues), settings.target)), default=0)
+
+
+def _no_ring(draft: Machine, most_stage_bytes: int, settings: Settings, graph: Graph, queues: Queues) -> list[Rejection]:
+    """Why there is no ring of the draft's stages, by the knobs at fault; one stage of `most_stage_bytes` would fit, if that is not 0."""
+    needs, target, config = _needs(draft, graph, queues), settings.target, settings.config
     taken = f"{shared_layout(needs).total} of the {target.shared_bytes} bytes on {target.name}"
     rest = f"{needs.tasks} tasks, scratch and reduction slots take {taken}"
     stage, fewer = draft.slot_bytes, "" if settings.prefill else "; a larger N_tile makes fewer tasks"  # of a stretch tasks are groups
@@ -210,7 +219,11 @@ def _no_ring(draft: Machine, settings: Settings, graph: Graph, queues: Queues) -
         allowed = f"at least one stage of {stage} bytes and at most {most * stage} ({rest})"
     else:
         allowed = f"such that one stage of {stage} bytes fits ({rest}{fewer})"
-    return reject("smem_bytes_per_block", asked, allowed)
+    ring = reject("smem_bytes_per_block", config.smem_bytes_per_block, allowed)
+    if most or not most_stage_bytes:
+        return [ring]
+    smaller = reject("kernel_knobs.stage_bytes", config.stage_bytes, f"at most {most_stage_bytes} for one stage to fit ({rest}{fewer})")
+    return [ring, smaller] if config.smem_bytes_per_block else [smaller]
 
 
 def _scratch_bytes(queues: Queues, machine: Machine) -> int:

@@ -29,11 +29,15 @@ def parse_config(obj: Any) -> Config | list[Rejection]:
     values: dict[str, Any] = {}
     problems: list[Rejection] = []
     _parse_node(TREE, "", obj, values, problems)
-    if problems:
-        return problems
-    config = Config(**values)
-    broken = [problem for rule in RULES if (problem := rule.check(config)) is not None]
-    return broken or config
+    config, misread = Config(**values), [problem.key for problem in problems]
+    judged = [rule for rule in RULES if not any(_concerns(key, knob) for key in misread for knob in rule.knobs)]
+    problems += [problem for rule in judged if (problem := rule.check(config)) is not None]
+    return problems or config
+
+
+def _concerns(key: str, knob: str) -> bool:
+    """Whether what is wrong with `key` leaves the knob's value unknown: it is the knob, a group around it, or an entry of its map."""
+    return key == knob or knob.startswith(f"{key}.") or key.startswith(f"{knob}.")
 
 
 def _parse_node(tree: dict[str, Any], at: str, obj: Any, values: dict[str, Any], problems: list[Rejection]) -> None:

@@ -269,9 +269,10 @@ FIELD_OF: dict[str, str] = {f.metadata["knob"].name: f.name for f in fields(Conf
 
 @dataclass(frozen=True)
 class Rule:
-    """What must hold between knobs, whatever the model and the card: `check` gives the rejection of a config that breaks it."""
+    """What must hold between `knobs`, whatever the model and the card: `check` gives the rejection of a config that breaks it."""
 
     meaning: str
+    knobs: tuple[str, ...]
     check: Callable[[Config], Rejection | None]
 
 
@@ -282,4 +283,5 @@ def _ring_holds_a_stage(config: Config) -> Rejection | None:
     return reject("smem_bytes_per_block", config.smem_bytes_per_block, f"0 or at least one stage ({need} bytes)")
 
 
-RULES: tuple[Rule, ...] = (Rule("smem_bytes_per_block is 0 or holds at least one stage", _ring_holds_a_stage),)
+RING_KNOBS = ("smem_bytes_per_block", "kernel_knobs.stage_bytes")
+RULES: tuple[Rule, ...] = (Rule("smem_bytes_per_block is 0 or holds at least one stage", RING_KNOBS, _ring_holds_a_stage),)

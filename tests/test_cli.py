@@ -20,6 +20,7 @@ from amk.amk_cli import run
 from amk.dev.card import card_count
 from amk.flywheel.log import read_rows
 from amk.flywheel.trials import read_trials
+from amk.tests.models.conftest import save_tiny
 
 VERBS = ("propose", "eval", "loop", "compile", "generate", "bench", "trace", "doctor", "knobs", "verify")
 GUIDE = {
@@ -261,6 +262,14 @@ def test_truncated_checkpoint_is_an_environment_error(capsys: Capture, tmp_path:
     save_file({"model.norm.weight": np.ones(64, np.float32)}, weights)
     weights.write_bytes(weights.read_bytes()[:-5])
     assert "model.safetensors" in refused(capsys, 3, "eval", str(tmp_path), *CPU)
+
+
+@pytest.mark.parametrize("token", [131, -1])
+def test_checkpoint_whose_first_token_is_outside_its_vocabulary_is_judged(capsys: Capture, tmp_path: Path, token: int) -> None:
+    config = save_tiny("qwen3", tmp_path) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_bytes()) | {"bos_token_id": token, "eos_token_id": token}))
+    code, verdict, _ = answer(capsys, "eval", str(tmp_path), *CPU)
+    assert (code, verdict["correct"]) == (0, True)
 
 
 def test_toy_is_correct_and_its_latency_is_predicted(capsys: Capture) -> None:

@@ -45,6 +45,25 @@ def test_commit_says_whether_the_tree_differs_from_it(repository: Path) -> None:
     assert commit(repository) == head + "+changes"
 
 
+def test_an_untracked_source_beside_tracked_ones_is_a_change_and_no_other_file_is(repository: Path) -> None:
+    (repository / "isa").mkdir()
+    (repository / "isa" / "one.cuh").write_text("")
+    (repository / ".gitignore").write_text(".venv/\nbuilt.py\n")
+    git(repository, "add", ".")
+    git(repository, "commit", "-q", "-m", "sources")
+    head = git(repository, "rev-parse", "HEAD")
+    for name in ("results.json", "isa/notes.md", "isa/built.py", ".venv/lib/site.py", "out/megakernel.cu", "shared/script.py"):
+        (repository / name).parent.mkdir(parents=True, exist_ok=True)
+        (repository / name).write_text("")
+    assert commit(repository) == head
+    for name in ("new.py", "new.cuh", "new.cu", "mit \u00e4.py"):
+        path = repository / "isa" / name
+        path.write_text("")
+        assert commit(repository) == head + "+changes"
+        path.unlink()
+    assert commit(repository) == head
+
+
 def test_a_package_inside_somebody_elses_repository_claims_no_commit_of_theirs(repository: Path) -> None:
     (repository / "site-packages").mkdir()
     assert commit(repository / "site-packages") == "unknown"

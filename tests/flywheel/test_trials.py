@@ -1,4 +1,4 @@
-"""Trials: written whole or not at all, never overwritten, enough to rebuild the log and the corpus."""
+"""Trials: written whole or not at all, and never overwritten."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from amk.flywheel.corpus import append_record, read_records
+from amk.flywheel.corpus import append_record
 from amk.flywheel.log import append_row, read_rows
-from amk.flywheel.trials import FILE, Trial, new_id, read_trials, rebuild, save_trial, tag_of
+from amk.flywheel.rebuild import rebuild
+from amk.flywheel.trials import FILE, Trial, new_id, read_trials, save_trial, tag_of
 from amk.tests.flywheel.examples import crashed, record, refused, trial, verdict
 
 KILLS = 5
@@ -56,37 +57,6 @@ def test_a_kill_loses_at_most_the_trial_in_flight(tmp_path: Path) -> None:
     assert sorted(r.trial for r in read_rows(tmp_path / "results.tsv")) == saved
     append_row(tmp_path / "results.tsv", trial().row)
     assert len(read_rows(tmp_path / "results.tsv")) == len(saved) + 1
-
-
-def test_log_and_corpus_are_rebuilt_from_the_trials_alone(tmp_path: Path) -> None:
-    results, runs, corpus = tmp_path / "results.tsv", tmp_path / "runs", tmp_path / "corpus.jsonl"
-    trials = [trial(kept=True, record=record()), trial(refused(), description="tab\tline\n")]
-    trials += [trial(crashed()), trial(verdict(correct=False))]
-    for one in trials:
-        save_trial(runs, one)
-        append_row(results, one.row)
-    append_record(corpus, record())
-    rows, records = read_rows(results), read_records([corpus])
-    results.unlink()
-    corpus.write_bytes(b"\xff broken\n")
-    assert rebuild(results, runs, corpus) == len(trials)
-    assert (read_rows(results), read_records([corpus])) == (rows, records)
-    assert [r.tag for r in rows] == ["kept", "rejected", "crash", "failed"]
-    assert [r.correctness for r in rows] == ["PASS", "", "FAIL", "FAIL"]
-
-
-def test_rebuilding_drops_lines_that_no_trial_stands_behind(tmp_path: Path) -> None:
-    append_row(tmp_path / "results.tsv", trial(verdict(1e3), description="forged").row)
-    save_trial(tmp_path / "runs", one := trial())
-    rebuild(tmp_path / "results.tsv", tmp_path / "runs")
-    assert read_rows(tmp_path / "results.tsv") == [one.row]
-
-
-def test_a_writer_whose_trial_was_rebuilt_does_not_log_it_twice(tmp_path: Path) -> None:
-    save_trial(tmp_path / "runs", one := trial())
-    rebuild(tmp_path / "results.tsv", tmp_path / "runs")
-    append_row(tmp_path / "results.tsv", one.row)
-    assert read_rows(tmp_path / "results.tsv") == [one.row]
 
 
 def test_folders_of_killed_writers_are_passed_over(tmp_path: Path) -> None:

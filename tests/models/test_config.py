@@ -186,3 +186,11 @@ def test_head_dim_is_independent_of_the_hidden_size() -> None:
 def test_generation_config_decides_the_stop_tokens() -> None:
     assert spec_from_config(LLAMA_3, "m", generation={"eos_token_id": [128001, 128009]}).stop_tokens == (128001, 128009)
     assert spec_from_config(LLAMA_3, "m", generation={}).stop_tokens == (128001,)
+
+
+@pytest.mark.parametrize("token", [-1, 32000, 2**40])
+def test_tokens_outside_the_vocabulary_are_none(token: int) -> None:
+    assert spec_from_config(LLAMA_2 | {"bos_token_id": token}, "m").bos_token is None
+    assert spec_from_config(LLAMA_2 | {"eos_token_id": token}, "m").stop_tokens == ()
+    assert spec_from_config(LLAMA_2, "m", generation={"eos_token_id": [token, 0, 31999]}).stop_tokens == (0, 31999)
+    assert spec_from_config(LLAMA_2 | {"bos_token_id": 31999}, "m").bos_token == 31999

@@ -13,7 +13,7 @@ import pytest
 from amk.schedule.compile import compile_program, effective_config, lower
 from amk.schedule.config import config_dict, knob_value, neighbours, parse_config, with_value
 from amk.schedule.digest import program_digest, schedule_id
-from amk.schedule.knobs import KNOBS, Config, Knob
+from amk.schedule.knobs import KNOBS, RULES, Config, Knob
 from amk.schedule.program import Program
 from amk.schedule.rejection import Rejection
 from amk.schedule.render import config_schema, knob_table_markdown, search_space
@@ -101,6 +101,31 @@ def test_all_problems_are_reported_at_once() -> None:
     )
     assert isinstance(found, list)
     assert [p.key for p in found] == ["tiling.gemv.N_tile", "tiling.gemv.M", "pipelining_depth", "colour", "kernel_knobs.release_early"]
+
+
+@pytest.mark.parametrize(
+    ("obj", "keys"),
+    [
+        ({"smem_bytes_per_block": 100, "pipelining_depth": 0}, ["pipelining_depth", "smem_bytes_per_block"]),
+        ({"smem_bytes_per_block": 100, "kernel_knobs": {"sinc": "tags"}}, ["kernel_knobs.sinc", "smem_bytes_per_block"]),
+        ({"smem_bytes_per_block": 100, "kernel_knobs": {"stage_bytes": 7}}, ["kernel_knobs.stage_bytes"]),
+        ({"smem_bytes_per_block": 100, "kernel_knobs": 3}, ["kernel_knobs"]),
+        ({"smem_bytes_per_block": 100, "sm_assignment": {"o": 3}}, ["sm_assignment.o", "smem_bytes_per_block"]),
+        ({"smem_bytes_per_block": -1, "kernel_knobs": {"stage_bytes": 32768}}, ["smem_bytes_per_block"]),
+    ],
+)
+def test_a_rule_is_judged_beside_other_problems_where_its_own_knobs_are_known(obj: Any, keys: list[str]) -> None:
+    found = parse_config(obj)
+    assert isinstance(found, list) and [problem.key for problem in found] == keys
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_rule_names_every_knob_it_reads(seed: int) -> None:
+    config, others = with_value(random_config(seed), "smem_bytes_per_block", 8192), random_config(seed + 100)
+    for rule in RULES:
+        for knob in KNOBS:
+            if knob.name not in rule.knobs:
+                assert rule.check(with_value(config, knob.name, knob_value(others, knob.name))) == rule.check(config)
 
 
 def test_ring_of_exactly_one_stage_is_accepted_and_one_byte_less_is_not() -> None:

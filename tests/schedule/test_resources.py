@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -13,7 +14,7 @@ from amk.models.builtin import RANDOM
 from amk.models.quantised_weights import with_weights
 from amk.models.registry import describe, resolve
 from amk.schedule.compile import compile_program, effective_config, lower
-from amk.schedule.knobs import Config
+from amk.schedule.knobs import STAGE_CHOICES, Config
 from amk.schedule.model import ModelSpec, matrices_bytes
 from amk.schedule.program import Program
 from amk.schedule.resources import block_threads, shared_layout, shared_needs
@@ -92,6 +93,38 @@ def test_stages_shrink_where_four_of_the_usual_size_do_not_fit() -> None:
         machine = lower(TOY, Config(), small_target(4, layout.total + room)).machine
         assert (machine.stages, machine.stage_bytes) == (stages, stage_bytes)
     assert isinstance(compile_program(TOY, Config(), small_target(4, layout.total + 8191)), list)
+
+
+@pytest.mark.parametrize(
+    ("asked", "keys"),
+    [
+        ({"stage_bytes": 32768}, ["kernel_knobs.stage_bytes"]),
+        ({"stage_bytes": 32768, "smem_bytes_per_block": 65536}, ["smem_bytes_per_block", "kernel_knobs.stage_bytes"]),
+        ({"stage_bytes": 8192, "smem_bytes_per_block": 65536}, ["smem_bytes_per_block"]),
+        ({"smem_bytes_per_block": 65536}, ["smem_bytes_per_block"]),
+    ],
+)
+def test_where_no_ring_fits_the_rejection_names_what_was_asked_for(asked: dict[str, int], keys: list[str]) -> None:
+    spec = describe("llama-3.2-1b-shape@fp16@int8")
+    result = compile_program(spec, Config(**asked), TARGETS["t4"])  # type: ignore[arg-type]
+    assert isinstance(result, list) and [problem.key for problem in result] == keys
+
+
+@pytest.mark.parametrize(("batch", "prefill"), [(1, False), (8, False), (32, True)])
+def test_stages_too_large_for_the_card_are_rejected_with_the_largest_that_fits(batch: int, prefill: bool) -> None:
+    """Following the advice ends in a program, or in the ring's own rejection where no stage fits at all."""
+    spec, seen = replace(TOY, dtype="bf16"), set()
+    for shared_bytes in range(8192, 81920, 4096):
+        compiled = partial(compile_program, spec, target=small_target(4, shared_bytes), batch=batch, prefill=prefill)
+        found = {size: compiled(config=Config(stage_bytes=size)) for size in STAGE_CHOICES}
+        most = max((size for size, result in found.items() if isinstance(result, Program)), default=0)
+        size = STAGE_CHOICES[-1]
+        while isinstance(result := found[size], list) and result[0].key == "kernel_knobs.stage_bytes":
+            assert (smaller := int(result[0].allowed.split()[2])) < size and (smaller == most or batch > 1)
+            size = smaller
+        assert size == most or (most == 0 and [problem.key for problem in result] == ["smem_bytes_per_block"])
+        seen.add(most)
+    assert seen == {0, *STAGE_CHOICES}
 
 
 @pytest.mark.parametrize(
