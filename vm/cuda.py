@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -342,7 +343,11 @@ class UnprovenCudaVM:
         start()
         end.record()
         if listen is not None:
-            listen(end)
+            try:
+                listen(end)
+            except BaseException:
+                self._cancel()
+                raise
         self.finish()
         return float(begin.elapsed_time(end) * 1e3)
 
@@ -385,6 +390,13 @@ class UnprovenCudaVM:
             actor = f"{ACTORS.get(where >> 8, 'an actor')} {WAITS.get(where & 255, '')}".rstrip()
             where_text = f"{actor} on SM {sm}, task {task} of its queue, step {step}"
             raise LaunchFailed(FAILURES.get(code, "crash"), f"the launch gave up: {where_text}")
+
+    def _cancel(self) -> None:
+        """Ends the launches so far before their time, and waits for their end."""
+        self.host_abort.fill_(1)
+        with suppress(LaunchFailed):
+            self.finish()
+        self.host_abort.zero_()
 
     def arrivals(self) -> list[int]:
         """How much each counter grows in one token: the program's counters, then the ends of token."""

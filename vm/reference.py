@@ -117,7 +117,7 @@ class UnprovenVM:
                 self._run_tasks(launch, epoch)
             else:
                 Launch(self.program, self._weights, self._kv, self._arena, launch, epoch, Scheduler(self.order)).run()
-        except LaunchFailed:
+        except BaseException:  # also one that came from who hears of tokens
             self._arena.zero()
             raise
         if launch.results.ended is not None:

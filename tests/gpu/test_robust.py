@@ -10,7 +10,7 @@ import torch
 from amk.models.model import Model
 from amk.tests.gpu.machines import llama, machine, named
 from amk.vm.abort import Actor
-from amk.vm.cuda import LAST_EPOCH
+from amk.vm.cuda import LAST_EPOCH, NO_TOKEN
 from amk.vm.interface import LaunchFailed
 
 pytestmark = pytest.mark.cuda
@@ -52,6 +52,21 @@ def test_the_host_can_end_a_launch() -> None:
     vm.host_abort.fill_(1)
     with pytest.raises(LaunchFailed):
         vm.decode(TOKENS, 0)
+
+
+def test_who_hears_of_tokens_can_end_the_launch() -> None:
+    class Enough(Exception):
+        pass
+
+    def hear(step: int, token: int) -> None:
+        raise Enough
+
+    vm = machine(model(), context=4096, max_steps=4096)
+    expected = outputs(vm)
+    with pytest.raises(Enough):
+        vm.decode(TOKENS, 0, steps=4096, on_token=hear)
+    assert int(vm.tokens_out[0, 0]) != NO_TOKEN == int(vm.tokens_out[4095, 0])  # ended long before its last token
+    assert torch.equal(outputs(vm), expected)
 
 
 @pytest.mark.parametrize("before", [0, 1, 5, 79, 80, 81, 200])

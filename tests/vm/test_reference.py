@@ -12,6 +12,7 @@ import torch
 from amk.isa.matvec import MatVec
 from amk.vm.interface import LaunchFailed
 from amk.vm.reference import ReferenceVM, UnprovenVM
+from amk.vm.scheduler import Order
 
 FP32_ERROR = 3e-6  # relative: rounding of fp32 sums
 BF16_ERROR = 0.025  # relative: activations rounded to 8 bits a few times a layer, and attention scores of a standard deviation of 4
@@ -135,3 +136,21 @@ def test_unreasonable_launches_are_refused_in_one_sentence(make_spec: Any, make_
     ):
         with pytest.raises(ValueError, match=message):
             refused()
+
+
+@pytest.mark.parametrize("order", [None, Order()])
+def test_who_hears_of_tokens_can_end_the_launch(order: Any, make_spec: Any, make_proven: Any, make_source: Any) -> None:
+    spec = make_spec()
+    program, source = make_proven(spec), make_source(spec)
+    told: list[int] = []
+
+    def hear(step: int, token: int) -> None:
+        told.append(step)
+        if step == 1:
+            raise KeyboardInterrupt
+
+    vm, other = (ReferenceVM(program, source, order=order) for _ in range(2))
+    with pytest.raises(KeyboardInterrupt):
+        vm.decode([1, 2, 3], 0, steps=6, on_token=hear)
+    assert told == [0, 1]
+    assert vm.decode([1, 2, 3], 0, steps=6).tokens == other.decode([1, 2, 3], 0, steps=6).tokens
