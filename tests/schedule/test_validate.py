@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any, ClassVar
 
 import pytest
@@ -17,7 +18,6 @@ from amk.isa.gemv_glu import GemvGlu
 from amk.isa.gemv_head import GemvHead
 from amk.isa.instruction import Access, Instruction, Memory, Publishes
 from amk.isa.machine import Machine
-from amk.isa.matvec import X_NARROW
 from amk.isa.registry import instructions
 from amk.isa.sample import Sample
 from amk.schedule.compile import lower
@@ -27,7 +27,7 @@ from amk.schedule.proven import ValidProgram
 from amk.schedule.resources import shared_layout
 from amk.schedule.targets import small_target
 from amk.schedule.validate import Limits, Rejection, validate
-from amk.tests.schedule.builder import MACHINE, Builder, Sizes, Value, changed, decoder, find, moved
+from amk.tests.schedule.builder import MACHINE, Builder, Sizes, Value, changed, changed_all, decoder, find, moved
 from amk.tests.schedule.configs import random_config
 from amk.tests.schedule.specs import SMALL, random_spec
 
@@ -130,29 +130,6 @@ def test_a_carried_wait_looks_at_the_token_before() -> None:
     assert rejections(changed(DECODER, embed, wait_counter=head.wait_counter, wait_count=head.wait_count)) == ()
     over = changed(DECODER, embed, wait_counter=head.wait_counter, wait_count=head.wait_count + 1)
     assert only(over, "deadlock").tasks == (embed,)
-
-
-def test_tiles_that_wait_for_reduction_slots_behind_a_late_residual_are_a_deadlock() -> None:
-    def program(slots: int) -> Program:
-        b = Builder(replace(SHORT, reduction_slots=slots))
-        token = b.value("token", "u32", 1)
-        x, r, y, z = b.value("x", "f32", 16), b.value("r", "f32", 16), b.value("y", "f32", 16), b.value("z", "f32", 16)
-        b.add(0, Embed(token_buf=token.buffer, token_tag=token.tag, out_buf=x.buffer, out_tag=x.tag, col0=0, cols=16))
-        b.product(Gemv, b.matrix("w0", 16, 16), x, y, 1, lambda _: 0, res_buf=r.buffer, res_tag=r.tag)
-        normed = b.value("normed", "narrow", 8)
-        norm = {"x_buf": x.buffer, "x_tag": x.tag, "out_buf": normed.buffer, "out_tag": normed.tag, "cols": 16, "col0": 0, "count": 16}
-        q = b.value("q", "f32", 16)
-        b.product(Gemv, b.matrix("w1", 16, 16), x, q, 1, lambda _: 0)
-        b.add(0, instructions()["rmsnorm"](gain=b.constant("gain", 16), **norm))
-        b.product(Gemv, b.matrix("w2", 16, 16), normed, r, 1, lambda _: 1, flags=X_NARROW)
-        b.product(Gemv, b.matrix("w3", 16, 16), q, z, 1, lambda _: 1, res_buf=y.buffer, res_tag=y.tag)
-        pairs = b.value("pairs", "u32", 2 * 3)
-        b.product(GemvHead, b.matrix("head", MACHINE.vocab, 16), z, pairs, 1, lambda _: 1)
-        b.add(1, Sample(in_buf=pairs.buffer, in_tag=pairs.tag, out_buf=token.buffer, out_tag=token.tag, count=3))
-        return b.program()
-
-    assert rejections(program(2)) == ()
-    assert only(program(1), "deadlock").tasks
 
 
 def test_a_stream_in_another_order_than_its_queue_is_rejected() -> None:
@@ -365,7 +342,7 @@ def test_a_doubly_written_tile_is_named() -> None:
     found = rejections(changed(DECODER, second, tile0=DECODER.task(first).tile0))
     tiles = [r for r in found if r.kind == "coverage" and "all compute rows" in r.message]
     assert tiles and set(tiles[0].tasks) == {first, second}
-    assert any("both publish" in r.message for r in found)
+    assert any(r.kind == "coverage" and "both publish" in r.message and "with tag" in r.message for r in found)
 
 
 def test_the_last_tile_is_in_bounds_and_the_next_is_not() -> None:
@@ -390,6 +367,32 @@ def test_the_last_packet_is_in_bounds_and_the_next_is_not() -> None:
     assert only(replace(DECODER, arena_packets=DECODER.arena_packets - 1), "bounds").regions[0].name == "candidates"
 
 
+def test_the_first_packet_is_in_bounds_and_the_one_before_is_not() -> None:
+    """y lies first in the arena: nothing else has packets below it."""
+
+    def program(start: int) -> Program:
+        b = Builder(SHORT)
+        y, x, z = (b.value(name, "f32", 16) for name in "yxz")
+        token = b.value("token", "u32", 1)
+        b.add(0, Embed(token_buf=token.buffer, token_tag=token.tag, out_buf=x.buffer, out_tag=x.tag, col0=0, cols=16))
+        b.product(Gemv, b.matrix("w0", 16, 16), x, y, 1, lambda _: 0, out_start=start)
+        b.product(Gemv, b.matrix("w1", 16, 16), y, z, 1, lambda _: 1, x_start=start)
+        head(b, z, token)
+        return b.program()
+
+    assert rejections(program(0)) == ()
+    found = rejections(program(-16))
+    assert {(r.kind, r.regions[0]) for r in found} == {("bounds", ("y", -16, 0))}
+    assert tasks_of(found) == {(0, 1), (1, 0)}
+
+
+def test_a_bias_lies_within_the_constants() -> None:
+    site = find(DECODER, Gemv, rows=DECODER.constants[0].count)[0]
+    assert rejections(changed(DECODER, site, bias=0)) == ()
+    assert "as its bias" in only(changed(DECODER, site, bias=1), "bounds").message
+    assert only(changed(DECODER, site, bias=DECODER.constants[0].count), "bounds").tasks == (site,)
+
+
 def test_a_kv_window_reaches_the_last_row_of_the_cache_and_no_further() -> None:
     assert rejections(replace(DECODER, kv=KvCache(2, 2, 96))) == ()
     assert "past the cache" in only(replace(DECODER, kv=KvCache(2, 2, 80)), "bounds").message
@@ -400,10 +403,17 @@ def test_each_kv_head_has_one_tail_and_every_split_once() -> None:
     second = find(DECODER, Attention, layer=1, kv_head=0, split=1)[0]
     assert "2 among" in only_of(changed(DECODER, second, split=0), "coverage")
     assert "no task takes split 1" in only_of(changed(DECODER, second, kv_head=1, q0=2, k_start=80, v_start=112), "coverage")
-    assert "unit_rows" in only_of(changed(DECODER, second, unit_rows=32), "coverage")
     third = decoder(Sizes(splits=3))
     idle = find(third, Attention, layer=0, kv_head=0, split=2)[0]
     assert "all take split 1" in only_of(changed(third, idle, split=1), "coverage")
+
+
+@pytest.mark.parametrize("word", ["q0", "nq", "window", "unit_rows", "splits", "part_buf", "part_tag", "q_buf", "q_tag"])
+def test_splits_of_a_kv_head_are_alike(word: str) -> None:
+    second = find(DECODER, Attention, layer=1, kv_head=0, split=1)[0]
+    other = {"window": 64, "unit_rows": 32}.get(word, getattr(DECODER.task(second), word) + 1)
+    found = rejections(changed(DECODER, second, **{word: other}))
+    assert any(r.kind == "coverage" and r.message.endswith(f"differ in {word}") for r in found)
 
 
 def test_every_kv_head_is_attended_to() -> None:
@@ -469,6 +479,21 @@ def test_an_fp32_machine_needs_whole_packets_for_each_element() -> None:
 def test_every_candidate_is_sampled() -> None:
     site = find(DECODER, Sample)[0]
     assert "read by no sample" in only_of(changed(DECODER, site, count=DECODER.task(site).count - 1), "coverage")
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_candidates_are_of_one_head(heads: int) -> None:
+    b = Builder(SHORT)
+    token, x = b.value("token", "u32", 1), b.value("x", "f32", 16)
+    b.add(0, Embed(token_buf=token.buffer, token_tag=token.tag, out_buf=x.buffer, out_tag=x.tag, col0=0, cols=16))
+    pairs = b.value("pairs", "u32", 6 * heads)
+    ids = [b.product(GemvHead, b.matrix(f"head{i}", MACHINE.vocab, 16), x, pairs, 1, lambda _: 0) for i in range(heads)]
+    b.add(0, Sample(in_buf=pairs.buffer, in_tag=pairs.tag, out_buf=token.buffer, out_tag=token.tag, count=3 * heads))
+    program = changed_all(b.program(), {at: {"out_start": 2 * i} for i, at in enumerate(chain(*ids))})
+    if heads == 1:
+        assert rejections(program) == ()
+    else:
+        assert "the logits of 2 heads" in only(program, "coverage").message
 
 
 def test_tags_go_up_to_the_machines() -> None:

@@ -16,6 +16,7 @@ from amk.isa.gemm import Gemm
 from amk.isa.matmul import X_KEPT, MatMul
 from amk.schedule.compile import lower
 from amk.schedule.knobs import Config
+from amk.schedule.model import ModelSpec
 from amk.schedule.program import MatVecShape, Program
 from amk.schedule.proven import ValidProgram
 from amk.schedule.targets import small_target
@@ -36,9 +37,9 @@ def without_registers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul, "KEPT_SEAT_WORDS", 0)
 
 
-def program(*, kept: bool) -> Program:
+def program(*, kept: bool, model: ModelSpec = MODEL) -> Program:
     """One SM, so that every product has all its tiles in one task. Values have places of their own."""
-    lowered = lower(MODEL, Config(page_allocation="linear"), small_target(1), batch=8)
+    lowered = lower(model, Config(page_allocation="linear"), small_target(1), batch=8)
     if kept:
         return lowered
     changes = {}
@@ -80,6 +81,21 @@ def test_what_is_read_once_a_tile_may_not_be_overwritten_by_the_first() -> None:
     assert isinstance(verdict, tuple) and verdict[0].kind == "race" and "before it is read" in str(verdict[0])
     for found in (check_traces(wrong, Random(0), orders=2), explore(wrong)):
         assert isinstance(found, Unsafe) and found.kind in ("race", "deadlock")
+
+
+@pytest.mark.usefixtures("without_registers")
+def test_a_product_that_keeps_x_needs_scratch_beside_one_of_its_size_that_does_not() -> None:
+    wide = replace(MODEL, layers=2, windows=(), intermediate=256)  # the products down need more than attention
+    whole = program(kept=False, model=wide)
+    first, second = find(whole, Gemm, cols=wide.intermediate)
+    task = whole.task(second)
+    assert isinstance(task, Gemm)
+    mixed = reshaped(whole, {second: MatVecShape(task.cols, task.flags | X_KEPT)})
+    need = mixed.task(second).shared_bytes(mixed.machine)
+    assert mixed.task(first).shared_bytes(mixed.machine) == 0 < need
+    assert isinstance(validate(replace(mixed, scratch_bytes=need)), ValidProgram)
+    verdict = validate(replace(mixed, scratch_bytes=need - 1))
+    assert isinstance(verdict, tuple) and [(r.kind, r.tasks) for r in verdict] == [("resources", (second,))]
 
 
 @pytest.mark.usefixtures("without_registers")
