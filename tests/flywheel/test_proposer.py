@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
-from amk.flywheel.proposer import MAX_DRAWS, Proposal, Proposer
+from amk.flywheel.proposer import MAX_DRAWS, Proposal, Proposer, draw
 from amk.schedule.config import config_dict, knob_value, neighbours, parse_config
-from amk.schedule.knobs import KNOBS, Config
+from amk.schedule.knobs import KNOBS, Config, Rule
+from amk.schedule.rejection import reject
 
 
 def proposals(proposer: Proposer, count: int, incumbent: Config | None = None) -> list[Proposal]:
@@ -40,6 +43,14 @@ def test_every_value_of_every_knob_is_explored() -> None:
         reached = {choice for value in values for choice in value} if knob.type == "set" else values
         assert reached == set(knob.values), knob.name
         assert knob.type != "set" or any(value == () for value in values)
+
+
+def test_what_is_drawn_breaks_no_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search values of the table's knobs break none of the table's rules, so here is one that most draws break."""
+    narrow = Rule("N_tile is 16", lambda config: None if config.n_tile == 16 else reject("tiling.gemv.N_tile", config.n_tile, "16"))
+    monkeypatch.setattr("amk.flywheel.proposer.RULES", (narrow,))
+    source = random.Random(8)
+    assert {draw(source).n_tile for _ in range(10)} == {16}
 
 
 def test_without_exploring_all_neighbours_of_the_incumbent_are_tried_first() -> None:

@@ -87,6 +87,7 @@ def test_explicit_map_survives_the_round_trip() -> None:
         ([], "config: must be an object with keys of"),
         ({"smem_bytes_per_block": 8191}, "smem_bytes_per_block: must be 0 or at least one stage (8192 bytes), but got 8191"),
         ({"sm_assignment": {"o": [-1]}}, "sm_assignment o: must be a list of SM numbers, one for each tile of the op, but got [-1]"),
+        ({"sm_assignment": {"o": [True]}}, "sm_assignment o: must be a list of SM numbers, one for each tile of the op, but got [True]"),
         ({"fusion_grouping": ["qkv", "qkv"]}, "fusion_grouping: must be a list of distinct entries of ('norm', 'qkv', 'gate_up')"),
     ],
 )
@@ -216,6 +217,17 @@ def test_neighbours_are_valid_and_differ_in_the_one_knob_they_name(seed: int) ->
     for name, other in neighbours(config):
         assert [k.name for k in KNOBS if knob_value(config, k.name) != knob_value(other, k.name)] == [name]
         assert parse_config(config_dict(other)) == other
+
+
+def test_steps_are_to_the_next_value_down_and_up() -> None:
+    depths = [other.pipelining_depth for name, other in neighbours(Config(pipelining_depth=5)) if name == "pipelining_depth"]
+    assert depths == [4, 6]
+
+
+def test_neighbours_that_break_a_rule_are_left_out() -> None:
+    """From a ring of exactly one stage no step is to a larger stage."""
+    full = Config(smem_bytes_per_block=20480, stage_bytes=20480)
+    assert [other.stage_bytes for name, other in neighbours(full) if name == "kernel_knobs.stage_bytes"] == [16384]
 
 
 def test_steps_from_automatic_values_are_steps_from_what_they_came_to_be() -> None:

@@ -15,9 +15,9 @@ from amk.isa.registry import decode, encode
 from amk.schedule.compile import ConfigRejected, compile_program, effective_config, lower, notes
 from amk.schedule.digest import schedule_id
 from amk.schedule.knobs import Config
-from amk.schedule.model import ModelSpec, weight_shapes
+from amk.schedule.model import ModelSpec, matrices_bytes, weight_shapes
 from amk.schedule.program import Program
-from amk.schedule.settings import splits_of
+from amk.schedule.settings import Settings, resolve, splits_of
 from amk.schedule.targets import TARGETS, Target, small_target
 from amk.tests.schedule.configs import GUIDE, config_of, random_config
 from amk.tests.schedule.specs import BIASED, LARGE, LLAMA_1B, NORMED, SMALL, TINY, TOY, WIDE_HEADS, WINDOWED, random_spec
@@ -290,3 +290,14 @@ def test_bf16_is_rejected_where_the_card_has_none() -> None:
 def test_model_that_does_not_fit_the_cards_memory_is_rejected_with_the_sizes() -> None:
     (problem,) = compile_program(LARGE[-1], Config(), TARGETS["a10g"], context=131072)  # type: ignore[misc]
     assert problem.key == "context" and "16.1 GB" in problem.text and "a10g" in problem.text
+
+
+@pytest.mark.parametrize(("batch", "prefill", "sequences"), [(1, False, 1), (8, False, 8), (32, True, 1)])
+def test_memory_for_weights_and_the_kv_rows_of_each_sequence_is_enough_and_a_byte_less_is_not(
+    batch: int, prefill: bool, sequences: int
+) -> None:
+    kv_bytes = sequences * TINY.layers * 304 * TINY.kv_rows * 2 * 2  # K and V, of two bytes each
+    for short in (0, 1):
+        card = replace(small_target(), memory_bytes=matrices_bytes(TINY) + kv_bytes - short)
+        found = resolve(TINY, Config(), card, None, batch, prefill=prefill)
+        assert isinstance(found, Settings) if not short else isinstance(found, list) and [p.key for p in found] == ["context"]

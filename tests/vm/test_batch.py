@@ -154,6 +154,7 @@ def test_unreasonable_launches_are_refused_in_one_sentence(make_spec: Any, make_
         ([[1]], [0, 0], "1 to 8 rows"),
         ([[1], []], [0, 0], "row 1 must have 1 to 1 tokens"),
         ([[1], [spec.vocab]], [0, 0], "row 1: tokens must lie in"),
+        ([[1, spec.vocab]], [0], "row 0: tokens must lie in"),
         ([[1], [1, 2]], [0, vm.context - 1], "row 1 must stay in positions"),
     ):
         with pytest.raises(ValueError, match=message):
