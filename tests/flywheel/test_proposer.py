@@ -47,7 +47,8 @@ def test_every_value_of_every_knob_is_explored() -> None:
 
 def test_what_is_drawn_breaks_no_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     """The search values of the table's knobs break none of the table's rules, so here is one that most draws break."""
-    narrow = Rule("N_tile is 16", lambda config: None if config.n_tile == 16 else reject("tiling.gemv.N_tile", config.n_tile, "16"))
+    name = "tiling.gemv.N_tile"
+    narrow = Rule("N_tile is 16", (name,), lambda config: None if config.n_tile == 16 else reject(name, config.n_tile, "16"))
     monkeypatch.setattr("amk.flywheel.proposer.RULES", (narrow,))
     source = random.Random(8)
     assert {draw(source).n_tile for _ in range(10)} == {16}
