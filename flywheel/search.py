@@ -79,8 +79,9 @@ class Incumbent:
     def _measured_again(self, incumbent: Candidate) -> list[str]:
         again = self._evaluate(incumbent)
         if again["correct"] is not True or again["latency_us"] is None:
-            return [f"the incumbent was measured again after this, but was {again['status']} then"]
-        self._again_us = min(again["latency_us"], self._again_us or again["latency_us"])
+            found = "correct, but without a latency," if again["correct"] else again["status"]
+            return [f"the incumbent was measured again after this, but was {found} then"]
+        self._again_us = again["latency_us"]  # the lowest yet, or the challenger wins: it has beaten the one before
         return [f"the incumbent took {again['latency_us']:.1f} us when it was measured again after this"]
 
 

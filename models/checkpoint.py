@@ -207,14 +207,22 @@ class CheckpointWeights:
         return self._stored(checkpoint_name("embed" if tied else name)).to(device)
 
     def quantised(self, name: str, device: str = "cpu") -> QuantisedMatrix:
-        """The named weight as codes, scales and zeros; KeyError if it is not stored so, `Unsupported` for groups that are permuted."""
+        """The named weight as codes, scales and zeros; KeyError if it is not stored so, `Unsupported` for groups that are permuted.
+
+        `DamagedCheckpoint` where the codes are of another shape than the model's.
+        """
         spec, scheme, module = self._checkpoint.spec, self._checkpoint.scheme, module_name(name)
         form = weight_format(spec, name)
         if scheme is None or form is None:
             raise KeyError(name)
-        names = {part.name: f"{module}.{part.name}" for part in scheme.parts(*weight_shapes(spec)[name])}
+        shape = weight_shapes(spec)[name]
+        names = {part.name: f"{module}.{part.name}" for part in scheme.parts(*shape)}
         present = {part: stored for part, stored in names.items() if stored in self._parts and stored in self._checkpoint.stored}
-        return scheme.read(module, {part: self._stored(stored).to(device) for part, stored in present.items()}, form)
+        matrix = scheme.read(module, {part: self._stored(stored).to(device) for part, stored in present.items()}, form)
+        if tuple(matrix.codes.shape) != shape:
+            what = f"{module} must have codes of shape {list(shape)} by config.json, but has {list(matrix.codes.shape)}"
+            raise DamagedCheckpoint(f"model {spec.name}: {what}; fetch the checkpoint again")
+        return matrix
 
     @property
     def digest(self) -> str:

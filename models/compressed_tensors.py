@@ -102,8 +102,8 @@ class CompressedTensors(Scheme):
         if not self.packed:
             return QuantisedMatrix(weights, _codes(parts["weight"], weights), scales, zeros)
         codes = unpacked(parts["weight_packed"], weights.bits, 1)
-        columns = int(parts["weight_shape"][1]) if "weight_shape" in parts else codes.shape[1]
-        return QuantisedMatrix(weights, codes[:, :columns].contiguous(), scales, zeros)
+        rows, columns = parts["weight_shape"].tolist() if "weight_shape" in parts else codes.shape
+        return QuantisedMatrix(weights, codes[:rows, :columns].contiguous(), scales, zeros)
 
     def _zeros(self, stored: torch.Tensor, rows: int, weights: WeightFormat) -> torch.Tensor:
         return unpacked(stored, weights.bits, 0)[:rows] if self.packed else _codes(stored, weights)

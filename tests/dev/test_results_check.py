@@ -30,11 +30,13 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "samples of another time": (lambda d: d["latency"][0].update(samples_us=[700.0] * 5), "median of its samples"),
     "under the floor": (lambda d: d["latency"].append(row(latency_us=FLOOR - 1)), "under the floor"),
     "a floor of another bandwidth": (lambda d: d["latency"][0].update(floor_us=500.0, pct_of_roofline=50000 / 600), "plain read"),
+    "a floor too high": (lambda d: d["latency"][0].update(floor_us=560.0, pct_of_roofline=56000 / 600), "plain read"),
     "a share of another floor": (lambda d: d["latency"][0].update(pct_of_roofline=99.0), "floor over latency"),
     "a baseline under the floor": (lambda d: d["latency"][0].update(baselines=[baseline("a", 500.0, 500 / 600)]), "under the floor"),
     "a ratio to another time": (lambda d: d["latency"][0]["baselines"][0].update(ratio=5.0), "its time over ours"),
     "a time of a refused baseline": (lambda d: d["latency"][0]["baselines"][0].update(status="refused"), "has no time"),
     "no commit": (lambda d: d["provenance"].update(commit="unknown"), "commit"),
+    "changes to no commit": (lambda d: d["provenance"].update(commit="unknown+changes"), "commit"),
     "no card": (lambda d: d["provenance"].update(cards=[]), "card"),
     "another card than the file's": (lambda d: d["provenance"]["cards"][0].update(name="NVIDIA B200"), "named after"),
     "another card than the one measured": (lambda d: d.update(device_name="NVIDIA B200"), "measured on"),
@@ -42,6 +44,10 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "no plain read": (lambda d: d.update(plain_read_gbs=[]), "plain read"),
     "a slow card": (lambda d: d["plain_read_gbs"].append(2000.0), "must reach"),
     "fewer processes than it says": (lambda d: d["latency"][0].update(process_medians_us=[600.0] * 2), "processes"),
+    "one process of three": (lambda d: d["latency"][0].update(process_medians_us=[600.0]), "processes"),
+    "samples that the latency is not among": (
+        lambda d: d.update(latency=[row(latency_us=650.0, samples_us=[600.0] * 5, process_medians_us=[650.0] * 3)]), "lie among",
+    ),
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +14,11 @@ from typing import Any
 import pytest
 
 from amk.eval import card as live
+from amk.eval import worker as served
 from amk.eval.candidate import prepare
 from amk.eval.card import Card, Place, listed_processes, others
 from amk.eval.shapes import Trace
-from amk.eval.worker import RemoteError, Request, Worker, WorkerDied, unfinished
+from amk.eval.worker import Event, RemoteError, Request, Worker, WorkerDied, unfinished
 from amk.models.registry import describe
 from amk.schedule.targets import TARGETS
 
@@ -133,6 +135,50 @@ def test_a_bug_in_the_worker_is_told_to_the_parent(worker: Worker, capfd: pytest
 )
 def test_a_launch_that_did_not_finish_is_its_workers_last(result: dict[str, Any], expected: bool) -> None:
     assert unfinished(result) == expected
+
+
+@pytest.mark.parametrize(("kind", "goes"), [("result", False), ("error", False), ("last", True), ("failed", True), ("died", True)])
+def test_a_worker_whose_context_may_be_damaged_is_killed_after_its_answer(kind: str, goes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a worker would say after a launch that did not finish is said in its place."""
+    said: list[Event] = [("begun", None), (kind, ("a sentence", 1))]
+    idle = Worker()
+    try:
+        monkeypatch.setattr(idle, "_next", lambda timeout_s: said.pop(0))
+        with suppress(RemoteError, WorkerDied):
+            evaluate(idle)
+        assert idle._process.is_alive() != goes
+    finally:
+        idle.kill()
+
+
+class Asked:
+    """The worker's end of a pipe on which requests lie; `told` is what it sends back."""
+
+    def __init__(self, *requests: Request) -> None:
+        self.requests, self.told = list(requests), list[Event]()
+
+    def poll(self, timeout_s: float) -> bool:
+        return bool(self.requests)
+
+    def recv(self) -> Request:
+        return self.requests.pop(0)
+
+    def send(self, event: Event) -> None:
+        self.told.append(event)
+
+
+def test_a_session_serves_one_model_in_one_place_and_says_when_a_launch_did_not_finish(monkeypatch: pytest.MonkeyPatch) -> None:
+    candidate, elsewhere = prepare(describe("toy"), CPU, {}), replace(CPU, target=TARGETS["b200"])
+    asked = [("toy", CPU), ("toy", CPU), ("toy", elsewhere), ("toy-2L", elsewhere)]
+    sessions: list[tuple[str, Place]] = []
+    status = iter(("correct", "timeout", "crash", "incorrect"))
+    monkeypatch.setattr(served, "Session", lambda model, place, *_: sessions.append((model, place)) or sessions[-1])
+    monkeypatch.setattr(served, "run", lambda session, request, on_token: {"status": next(status), "session": session})
+    pipe: Any = Asked(*(Request("evaluate", model, place, candidate) for model, place in asked))
+    served._serve(pipe, 0.0)
+    ends = [event for event in pipe.told if event[0] != "begun"]
+    assert [kind for kind, _ in ends] == ["result", "last", "last", "result"]
+    assert [result["session"] for _, result in ends] == asked and len(sessions) == 3
 
 
 @pytest.mark.parametrize(("listed", "expected"), [([], []), ([7], []), ([7, 8], [8]), ([9], []), ([9, 8], [8])])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from amk.eval.verdict import from_json
-from amk.flywheel.decide import keeps, noise_us
+from amk.flywheel.decide import is_gain, keeps, noise_us
 from amk.tests.flywheel.examples import crashed, refused, verdict
 
 
@@ -18,6 +18,7 @@ def candidate(latency_us: float, **options: Any) -> dict[str, Any]:
 def test_a_gain_of_one_percent_is_the_least_that_is_kept() -> None:
     assert keeps(candidate(99.0), verdict(100.0))
     assert not keeps(candidate(99.01), verdict(100.0))
+    assert is_gain(99.0, 100.0) and not is_gain(99.005, 100.0)  # a hundredth of the longer time
     assert not keeps(candidate(100.0), verdict(100.0))
     assert not keeps(candidate(150.0), verdict(100.0))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from amk.flywheel.append import append, lines, locked
-from amk.flywheel.log import COLUMNS, HEADER, append_row, escape, format_row, parse_row, read_rows, unescape
+from amk.flywheel.log import COLUMNS, HEADER, append_row, escape, format_row, parse_row, read_rows, unescape, write_rows
 from amk.tests.flywheel.examples import row
 
 WRITERS, EACH = 4, 25
@@ -93,6 +95,42 @@ def test_a_trial_is_logged_once_however_often_it_is_appended(tmp_path: Path) -> 
     assert [r.trial for r in read_rows(path)] == ["1", "", ""]
 
 
+def test_a_row_that_finds_no_room_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, write = tmp_path / "results.tsv", os.pwrite
+    append_row(path, row(trial="1"))
+    before = path.read_bytes()
+
+    def half(file: int, data: bytes, at: int) -> int:
+        write(file, data[: len(data) // 2], at)
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(os, "pwrite", half)
+    with pytest.raises(OSError, match="no space left"):
+        append_row(path, row(trial="2"))
+    assert path.read_bytes() == before
+
+
+def test_a_row_that_is_written_in_pieces_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, at: write(file, data[:7], at))
+    for trial in ("1", "2"):
+        append_row(tmp_path / "results.tsv", row(trial=trial))
+    assert read_rows(tmp_path / "results.tsv") == [row(trial="1"), row(trial="2")]
+
+
+def test_a_file_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "results.tsv"
+    append_row(path, row(trial="1"))
+
+    def lost(handle: int) -> None:
+        raise OSError(errno.EIO, "the disk is gone")
+
+    monkeypatch.setattr(os, "fsync", lost)
+    with pytest.raises(OSError, match="the disk is gone"):
+        write_rows(path, [row(trial="2")])
+    assert read_rows(path) == [row(trial="1")]
+
+
 def test_a_file_with_other_columns_is_refused_and_untouched(tmp_path: Path) -> None:
     path = tmp_path / "results.tsv"
     path.write_text("a\tb\n1\t2\n", encoding="utf-8")
@@ -123,7 +161,7 @@ def test_a_file_that_is_not_there_is_empty(tmp_path: Path) -> None:
         (TIMED | {"latency_us": -1.0}, "latency_us must be a positive number"),
         ({"pct_of_roofline": 90.0}, "needs a latency"),
         ({"tag": "kept", "correctness": "PASS"}, "a kept trial needs"),
-        (TIMED | {"tag": "rejected"}, "cannot have passed"),
+        *((TIMED | {"tag": tag}, "cannot have passed") for tag in ("rejected", "failed", "timeout", "crash")),
         ({"tag": "won"}, "tag must be one of"),
         ({"correctness": "pass"}, "correctness must be"),
         ({"ts": "yesterday"}, "ts must be"),

@@ -13,9 +13,11 @@ import pytest
 
 from amk.dev import provenance as of_results
 from amk.flywheel import origin
+from amk.flywheel import provenance as of_points
 from amk.flywheel.corpus import FIELDS, FROM_VERDICT, record_of
 from amk.flywheel.origin import commit
 from amk.flywheel.provenance import abi_version, ir_version, point_provenance
+from amk.isa.machine import Machine
 from amk.schedule import program
 from amk.tests.flywheel.examples import TS, verdict
 
@@ -109,6 +111,13 @@ def test_a_program_of_other_fields_is_another_ir_with_the_same_abi(monkeypatch: 
     wider = make_dataclass("Buffer", [*own, ("bank", "int")], namespace={"__module__": program.__name__})
     monkeypatch.setattr(program, "Buffer", wider)
     assert abi_version() == versions[0] and ir_version() != versions[1]
+
+
+def test_a_machine_of_other_fields_is_another_ir(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = ir_version()
+    wider = make_dataclass("Machine", [(f.name, f.type) for f in fields(Machine)] + [("banks", "int")])
+    monkeypatch.setattr(of_points, "Machine", wider)
+    assert ir_version() != before
 
 
 def test_cards_that_cuda_may_not_use_are_not_stated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from amk.flywheel.append import locked
 from amk.flywheel.corpus import append_record, read_records
 from amk.flywheel.log import append_row, read_rows
 from amk.flywheel.rebuild import rebuild
-from amk.flywheel.trials import FILE, save_trial
+from amk.flywheel.trials import FILE, Trial, save_trial
 from amk.tests.flywheel.examples import crashed, record, refused, trial, verdict
 
 
@@ -43,6 +46,28 @@ def test_rebuilding_drops_lines_that_no_trial_stands_behind(tmp_path: Path) -> N
     save_trial(tmp_path / "runs", one := trial())
     rebuild(tmp_path / "results.tsv", tmp_path / "runs")
     assert read_rows(tmp_path / "results.tsv") == [one.row]
+
+
+def test_what_others_write_until_a_file_is_locked_stays_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process finishes a trial right before either lock is taken."""
+    results, runs, corpus = tmp_path / "results.tsv", tmp_path / "runs", tmp_path / "corpus.jsonl"
+    written: list[Trial] = []
+
+    @contextmanager
+    def late(path: Path) -> Iterator[None]:
+        latency_us = 100.0 + len(written)
+        one = trial(verdict(latency_us), record=record(latency_us))
+        save_trial(runs, one)
+        append_row(results, one.row)
+        append_record(corpus, record(latency_us))
+        written.append(one)
+        with locked(path):
+            yield
+
+    monkeypatch.setattr("amk.flywheel.rebuild.locked", late)
+    rebuild(results, runs, corpus)
+    assert read_rows(results) == [one.row for one in written] and len(written) == 2
+    assert read_records([corpus]) == [one.record for one in written]
 
 
 def test_a_writer_whose_trial_was_rebuilt_does_not_log_it_twice(tmp_path: Path) -> None:

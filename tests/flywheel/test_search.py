@@ -128,10 +128,13 @@ def test_a_gain_that_stays_when_the_incumbent_is_measured_again_is_kept(tmp_path
 
 
 def test_an_incumbent_that_is_slower_when_it_is_measured_again_is_no_easier_to_beat(tmp_path: Path) -> None:
-    world, _ = answers((100.0, 0.1), (98.5, 0.1), (110.0, 0.1), (99.5, 0.1))
-    assert [row["tag"] for row in run(tmp_path, world, budget=2)["rows"]] == ["kept", "kept"]
-    world, _ = answers((100.0, 0.1), (97.0, 0.1), (97.5, 0.1), (96.9, 0.1), (110.0, 0.1), (96.8, 0.1))
-    assert [row["tag"] for row in run(tmp_path / "twice", world, budget=4)["rows"]] == ["kept"] + 3 * ["revert"]
+    """The 110.0 is the incumbent's each time, right after a challenger that is kept; 99.5 and 97.9, and 95.9, would beat it and no more."""
+    world, asked = answers((100.0, 0.1), (99.5, 0.1), (98.5, 0.1), (110.0, 0.1), (97.9, 0.1))
+    assert [row["tag"] for row in run(tmp_path, world, budget=4)["rows"]] == ["kept", "revert", "kept", "revert"]
+    assert asked[3] is asked[0] and len(asked) == 5
+    world, asked = answers((100.0, 0.1), (97.0, 0.1), (97.5, 0.1), (96.9, 0.1), (96.5, 0.1), (110.0, 0.1), (95.9, 0.1))
+    assert [row["tag"] for row in run(tmp_path / "twice", world, budget=5)["rows"]] == ["kept", "revert", "revert", "kept", "revert"]
+    assert asked[2] is asked[5] is asked[0] and len(asked) == 7
 
 
 def test_one_noisy_repeat_does_not_make_an_incumbent_unbeatable(tmp_path: Path) -> None:
@@ -145,6 +148,12 @@ def test_an_incumbent_that_fails_when_it_is_measured_again_is_beaten_in_the_time
     rows = run(tmp_path, world, budget=2)["rows"]
     assert [row["tag"] for row in rows] == ["kept", "kept"] and asked[2] is asked[0]
     assert f"was {end} then" in rows[1]["notes"][-1]
+
+
+def test_an_incumbent_without_a_latency_when_it_is_measured_again_is_beaten_in_the_time_it_had(tmp_path: Path) -> None:
+    under_floor = (0.005, 0.0)  # the floor of what `measured` makes is 0.01 us
+    world, asked = answers((100.0, 0.1), (50.0, 0.1), under_floor)
+    assert [row["tag"] for row in run(tmp_path, world, budget=2)["rows"]] == ["kept", "kept"] and asked[2] is asked[0]
 
 
 def test_a_challenger_is_not_lost_when_the_incumbent_cannot_be_measured_again(tmp_path: Path) -> None:

@@ -13,9 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from amk.isa.weight_format import FP8, FP8_GROUPS
+from amk.isa.weight_format import FP8, FP8_GROUPS, WeightFormat
+from amk.models.awq import Awq, awq_scheme
+from amk.models.compressed_tensors import CompressedTensors
 from amk.models.errors import DamagedCheckpoint, Unsupported
 from amk.models.fp8_blocks import BlockFloats
+from amk.models.gptq import Gptq, gptq_scheme
 from amk.models.model import Model
 from amk.models.quantise import dequantise
 from amk.models.registry import describe, resolve
@@ -34,6 +37,7 @@ class Written:
         self.codes = rng.integers(0, 1 << bits, (rows, columns))
         self.scales = (rng.uniform(0.16, 0.8, (rows, groups)) / (1 << bits)).astype(np.float16)
         self.zeros = rng.integers(1, 1 << bits, (rows, groups)) if asymmetric else np.full((rows, groups), 1 << (bits - 1))
+        self.zeros[0, 0] = 0 if asymmetric else self.zeros[0, 0]  # stored as the largest code where less one is stored
         spread = [np.repeat(part, columns // groups, axis=1).astype(np.float64) for part in (self.zeros, self.scales)]
         self.values = (self.codes - spread[0]) * spread[1]
 
@@ -145,6 +149,7 @@ CASES: dict[str, Case] = {
     "packed 4 bits g32": (compressed("pack-quantized", 4, 32, False), lambda m: packed_tensors(m, False), 4, 32, False),
     "packed 4 bits g32, zeros": (compressed("pack-quantized", 4, 32, True), lambda m: packed_tensors(m, True), 4, 32, True),
     "packed 8 bits": (compressed("pack-quantized", 8, 0, False), lambda m: packed_tensors(m, False), 8, 0, False),
+    "int4 in bytes, g32": (compressed("int-quantized", 4, 32, False), lambda m: plain_tensors(m, False), 4, 32, False),
     "int8": (compressed("int-quantized", 8, 0, False), lambda m: plain_tensors(m, False), 8, 0, False),
     "int8 g32, zeros": (compressed("int-quantized", 8, 32, True), lambda m: plain_tensors(m, True), 8, 32, True),
 }
@@ -220,6 +225,20 @@ def test_every_layout_is_read_as_it_was_written(name: str, tiny_copy: Folder) ->
     assert form and (form.bits, form.group, form.asymmetric, form.scale) == (bits, group, asymmetric, "fp16")
     assert model.spec.head_weights is None and model.spec.dtype == "fp16" and describe(str(folder)) == model.spec
     check(model, meaning)
+
+
+def test_fields_that_a_config_leaves_out_have_their_writers_defaults() -> None:
+    assert gptq_scheme({"quant_method": "gptq", "bits": 4}) == Gptq(WeightFormat(4), zero_offset=1)
+    assert awq_scheme({"quant_method": "awq"}) == Awq(WeightFormat(4, 128, asymmetric=True))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rows_and_columns_that_fill_no_whole_words_are_cut_to_the_matrix(bits: int) -> None:
+    form = WeightFormat(bits, asymmetric=True, scale="fp16")
+    m = Written(np.random.default_rng(3), 13, 21, bits, 0, True)
+    found = CompressedTensors(form, packed=True).read("m", packed_tensors(m, True), form)
+    assert found.codes.shape == (13, 21) and found.zeros.shape == found.scales.shape == (13, 1)
+    np.testing.assert_array_equal(dequantise(found).double().numpy(), m.values)
 
 
 @pytest.mark.parametrize("activations", [None, BY_TOKEN], ids=["16 bits", "rounded by token"])
@@ -440,6 +459,14 @@ def test_a_missing_or_cut_tensor_is_damage(part: str, tiny_copy: Folder) -> None
     del tensors[name]
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     refused(folder, DamagedCheckpoint, name)
+
+
+@pytest.mark.parametrize("shape", [(64, 56), (56, 64), (64, 0), (-64, 64)])
+def test_a_stored_shape_that_is_not_the_models_is_damage(shape: tuple[int, int], tiny_copy: Folder) -> None:
+    folder, _ = quantised_folder(tiny_copy("llama2"), CASES["packed 8 bits"])
+    change_tensor(folder, "model.layers.0.self_attn.q_proj.weight_shape", lambda _: torch.tensor(shape))
+    with pytest.raises(DamagedCheckpoint, match=r"q_proj must have codes of shape \[64, 64\] by config.json, but has"):
+        resolve(str(folder)).weights.tensor("L0.q")
 
 
 def test_a_matrix_that_is_not_quantised_among_others_that_are_is_named(tiny_copy: Folder) -> None:
