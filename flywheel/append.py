@@ -36,7 +36,8 @@ def locked(path: Path) -> Iterator[None]:
 def append(path: Path, text: str, is_whole: Callable[[str], bool]) -> None:
     """Adds lines (`text` ends in a newline) under the caller's lock, all or none of them.
 
-    A last line without a newline is ended if `is_whole`, and otherwise removed: it is what a killed writer left.
+    A last line without a newline is ended if `is_whole`, and otherwise removed, as what a killed writer left: the caller has made sure
+    that it is no line of somebody else's.
     """
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -87,12 +88,17 @@ def sync_folder(folder: Path) -> None:
 
 def lines(path: Path, is_whole: Callable[[str], bool]) -> list[str]:
     """The lines of the file, none if there is no file; a last one without a newline counts if it `is_whole`."""
+    return lines_and_rest(path, is_whole)[0]
+
+
+def lines_and_rest(path: Path, is_whole: Callable[[str], bool]) -> tuple[list[str], str]:
+    """The same, and what a last line without a newline has that is not whole: what `append` would remove."""
     try:
         *ended, last = path.read_bytes().split(b"\n")
     except FileNotFoundError:
-        return []
-    tail = last.decode(errors="replace")
-    return [line.decode(errors="replace") for line in ended] + ([tail] if tail and is_whole(tail) else [])
+        return [], ""
+    found, tail = [line.decode(errors="replace") for line in ended], last.decode(errors="replace")
+    return ([*found, tail], "") if tail and is_whole(tail) else (found, tail)
 
 
 def _mend(file: int, is_whole: Callable[[str], bool]) -> int:

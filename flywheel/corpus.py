@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from amk.eval.verdict import from_json
-from amk.flywheel.append import append, lines, locked, replace
+from amk.flywheel.append import append, lines, lines_and_rest, locked, replace
 
 
 class Record(TypedDict):
@@ -47,6 +47,7 @@ QUANTILES = ("p10", "p50", "p90", "n")
 FROM_VERDICT = ("model", "gpu", "device_name", "dtype", "latency_us", "latency_kind", "bound_us", "pct_of_roofline")
 DIGESTS = ("program_digest", "binary_digest")
 SHARE_TOLERANCE = 1e-6
+BEGINNING = '{"model":"'  # of every line that is written here
 
 
 def record_of(verdict: Mapping[str, Any], provenance: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,11 +70,23 @@ def check(record: Mapping[str, Any]) -> None:
 
 
 def append_record(path: Path | str, record: Mapping[str, Any]) -> None:
-    """Adds the record, on the disk when this returns; ValueError unless it is of a measured and correct point with all its fields."""
+    """Adds the record, on the disk when this returns.
+
+    ValueError unless it is of a measured and correct point with all its fields, or if the file holds something else than records.
+    """
     check(record)
     path, line = Path(path), _line(record)
     with locked(path):
+        check_records(path)
         append(path, line + "\n", _is_whole)
+
+
+def check_records(path: Path) -> None:
+    """ValueError if the file begins with something else than a record, or ends in something else than one or the beginning of one."""
+    found, rest = lines_and_rest(path, _is_whole)
+    alien = [line for line in found[:1] if not _is_ours(line)] + ([] if _is_beginning(rest) else [rest])
+    if alien:
+        raise ValueError(f"{path} must hold corpus records, but has the line {alien[0][:80]!r}; move it away")
 
 
 def read_records(paths: Iterable[Path | str]) -> list[dict[str, Any]]:
@@ -109,11 +122,24 @@ def _line(record: Mapping[str, Any]) -> str:
     return json.dumps({name: record[name] for name in FIELDS}, allow_nan=False, separators=(",", ":"))
 
 
+def _is_ours(line: str) -> bool:
+    return set(FROM_VERDICT) <= set(_object(line) or {})
+
+
+def _is_beginning(rest: str) -> bool:
+    return rest.startswith(BEGINNING) or BEGINNING.startswith(rest)
+
+
 def _is_whole(line: str) -> bool:
+    return _object(line) is not None
+
+
+def _object(line: str) -> dict[str, Any] | None:
     try:
-        return type(json.loads(line)) is dict
-    except ValueError:
-        return False
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if type(found) is dict else None
 
 
 def _fields(record: Mapping[str, Any]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from amk.eval.candidate import Candidate
 from amk.eval.errors import UsageError
 from amk.eval.writable import require_appendable_file, require_writable_folder
 from amk.flywheel.append import lock_of
-from amk.flywheel.corpus import append_record, record_of
+from amk.flywheel.corpus import append_record, check_records, record_of
 from amk.flywheel.log import append_row, check_columns
 from amk.flywheel.provenance import point_provenance
 from amk.flywheel.trials import Trial, save_trial, tag_of, utc_now
@@ -55,11 +55,16 @@ def open_journal(results: Path | str, corpus: Path | str | None = None) -> Journ
         require_appendable_file(file, option)
         require_appendable_file(lock_of(file), option)
     require_writable_folder(journal.runs, "results")
-    try:
-        check_columns(journal.results)
-    except ValueError as problem:
-        raise UsageError(f"results: {problem}") from problem
+    _require_own(check_columns, journal.results, "results")
+    _require_own(check_records, journal.corpus, "corpus")
     return journal
+
+
+def _require_own(check: Callable[[Path], None], file: Path, option: str) -> None:
+    try:
+        check(file)
+    except ValueError as problem:
+        raise UsageError(f"{option}: {problem}") from problem
 
 
 def trial_of(candidate: Candidate, verdict: dict[str, Any], *, kept: bool | None, loop: str, source: str, experiment: str) -> Trial:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
-from amk.flywheel.append import append, lines, locked, replace
+from amk.flywheel.append import append, lines, lines_and_rest, locked, replace
 
 Tag: TypeAlias = Literal["kept", "tried", "revert", "rejected", "failed", "timeout", "crash"]
 Correctness: TypeAlias = Literal["PASS", "FAIL", ""]
@@ -149,10 +149,11 @@ def _has_header(path: Path) -> bool:
 
 
 def _body(path: Path) -> list[str]:
-    """The lines below the header, which must be ours."""
-    found = lines(path, _is_whole)
-    if found and found[0] != HEADER:
-        raise ValueError(f"{path} must begin with the columns {', '.join(COLUMNS)}, but begins with {found[0][:80]!r}; move it away")
+    """The lines below the header, which must be ours, or the beginning of ours and all that there is."""
+    found, rest = lines_and_rest(path, _is_whole)
+    if found[0] != HEADER if found else not HEADER.startswith(rest):
+        begins = (found or [rest])[0][:80]
+        raise ValueError(f"{path} must begin with the columns {', '.join(COLUMNS)}, but begins with {begins!r}; move it away")
     return found[1:]
 
 

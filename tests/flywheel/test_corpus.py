@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from amk.flywheel.corpus import FIELDS, append_record, read_records, record_of
+from amk.flywheel.corpus import FIELDS, append_record, check_records, read_records, record_of
 from amk.tests.flywheel.examples import provenance, record, refused, verdict
 
 PROMISED = """model shape gpu device_name dtype regime correctness latency_us latency_kind samples bound_us pct_of_roofline schedule
@@ -52,6 +52,36 @@ def test_a_torn_record_is_left_out_and_any_other_bad_line_is_named(tmp_path: Pat
     path.write_bytes(line + b"[1]\n" + line)
     with pytest.raises(ValueError, match="line 2 must be a corpus record"):
         read_records([path])
+
+
+def test_a_record_torn_anywhere_makes_room_for_the_next_one(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    append_record(path, record())
+    line = path.read_bytes()
+    for before in (b"", line):
+        for cut in (*range(20), len(line) // 2, len(line) - 2):
+            path.write_bytes(before + line[:cut])
+            append_record(path, record(90.0))
+            assert read_records([path]) == [*([record()] if before else []), record(90.0)]
+
+
+@pytest.mark.parametrize("text", ["my notes", '{"my": "notes"}', "[1]\n", "{}\nmy notes", "\n", '{"model": 1', "[" * 100_000, '{"my'])
+def test_somebody_elses_file_is_refused_and_untouched(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text(text, encoding="utf-8")
+    for use in (lambda: append_record(path, record()), lambda: check_records(path)):
+        with pytest.raises(ValueError, match="must hold corpus records, but"):
+            use()
+    assert path.read_text(encoding="utf-8") == text
+
+
+def test_a_line_of_somebody_elses_after_records_is_never_removed(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    append_record(path, record())
+    path.write_bytes(found := path.read_bytes() + b"# to do: measure again")
+    with pytest.raises(ValueError, match="# to do"):
+        append_record(path, record())
+    assert path.read_bytes() == found
 
 
 @pytest.mark.parametrize(

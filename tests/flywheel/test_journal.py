@@ -74,6 +74,16 @@ def test_a_corpus_that_cannot_be_written_is_a_usage_error(tmp_path: Path) -> Non
         open_journal(tmp_path / "results.tsv", tmp_path)
 
 
+def test_somebody_elses_files_are_usage_errors_and_untouched(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text('{"my": "notes"}')
+    (tmp_path / "corpus.jsonl").write_text("my notes")
+    with pytest.raises(UsageError, match="^results: .*notes must begin with the columns"):
+        open_journal(tmp_path / "notes", tmp_path / "new.jsonl")
+    with pytest.raises(UsageError, match="^corpus: .*corpus.jsonl must hold corpus records"):
+        open_journal(tmp_path / "results.tsv")
+    assert (tmp_path / "notes").read_text() == '{"my": "notes"}' and (tmp_path / "corpus.jsonl").read_text() == "my notes"
+
+
 def test_opening_a_journal_leaves_no_trace(tmp_path: Path) -> None:
     open_journal(tmp_path / "new" / "results.tsv")
     assert json.dumps(list(map(str, tmp_path.iterdir()))) == "[]"

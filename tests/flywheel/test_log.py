@@ -13,7 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from amk.flywheel.append import append, lines, locked
-from amk.flywheel.log import COLUMNS, HEADER, append_row, escape, format_row, parse_row, read_rows, unescape, write_rows
+from amk.flywheel.log import (
+    COLUMNS,
+    HEADER,
+    append_row,
+    check_columns,
+    escape,
+    format_row,
+    parse_row,
+    read_rows,
+    unescape,
+    write_rows,
+)
 from amk.tests.flywheel.examples import row
 
 WRITERS, EACH = 4, 25
@@ -137,6 +148,16 @@ def test_a_file_with_other_columns_is_refused_and_untouched(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="must begin with the columns"):
         append_row(path, row())
     assert path.read_text(encoding="utf-8") == "a\tb\n1\t2\n"
+
+
+@pytest.mark.parametrize("text", ['{"my": "notes"}', HEADER[:-1] + "?", "experiment\ttags", f"\n{HEADER}", "\ufeff" + HEADER[:9]])
+def test_somebody_elses_file_without_a_newline_is_refused_and_untouched(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "results.tsv"
+    path.write_text(text, encoding="utf-8")
+    for use in (lambda: append_row(path, row()), lambda: read_rows(path), lambda: check_columns(path)):
+        with pytest.raises(ValueError, match="must begin with the columns"):
+            use()
+    assert path.read_text(encoding="utf-8") == text
 
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:
