@@ -102,7 +102,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path} is not valid JSON: {error}; fetch the checkpoint again") from error
     if not isinstance(value, dict):
-        raise DamagedCheckpoint(f"{path} must hold a JSON object, but holds a {type(value).__name__}")
+        raise DamagedCheckpoint(f"{path} must hold a JSON object, but holds a {type(value).__name__}; fetch the checkpoint again")
     return value
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from amk.isa.weight_format import WeightFormat
-from amk.models.checkpoint import Checkpoint, CheckpointWeights
+from amk.models.checkpoint import Checkpoint, CheckpointWeights, read_json
 from amk.models.config import spec_from_config
 from amk.models.converted_weights import ConvertedWeights, with_dtype
 from amk.models.eager import build_eager, load_eager
@@ -18,6 +19,7 @@ from amk.models.random_weights import RandomWeights
 from amk.schedule.model import DType, ModelSpec
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_TOKENIZER_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,12 +37,17 @@ class Model:
         return self.weights.digest
 
     def tokenizer(self) -> Any:
-        """The transformers tokenizer, or None when the model has none."""
+        """The transformers tokenizer, or None when the model has none; `DamagedCheckpoint` names the file that cannot be read."""
         if self.checkpoint is None or not any((self.checkpoint.folder / file).exists() for file in _TOKENIZER_FILES):
             return None
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(str(self.checkpoint.folder), local_files_only=True)
+        try:
+            return AutoTokenizer.from_pretrained(str(self.checkpoint.folder), local_files_only=True)
+        except (ImportError, MemoryError):
+            raise
+        except Exception as error:  # of any class, among them Exception itself: a file is damaged, and none is looked at before
+            raise _damaged_tokenizer(self.checkpoint.folder, error) from error
 
     def eager(self, dtype: DType = "fp32", device: str = "cpu") -> Any:
         """The source model: the transformers class with eager attention and the same weights, in eval mode, no gradients.
@@ -54,6 +61,19 @@ class Model:
             return load_eager(self.checkpoint.folder, dtype, device)
         except (OSError, ValueError, KeyError) as error:
             raise DamagedCheckpoint(f"transformers cannot load {self.checkpoint.folder}: {error}") from error
+
+
+def _damaged_tokenizer(folder: Path, error: Exception) -> DamagedCheckpoint:
+    """What is wrong with a tokenizer that transformers did not load."""
+    try:
+        for file in _TOKENIZER_JSON:
+            if (folder / file).is_file():
+                read_json(folder / file)
+    except DamagedCheckpoint as damage:
+        return damage
+    files = ", ".join(file for file in _TOKENIZER_FILES if (folder / file).exists())
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    return DamagedCheckpoint(f"transformers cannot load the tokenizer of {folder} ({files}): {reason}; fetch the checkpoint again")
 
 
 def random_model(name: str, config: Mapping[str, Any], seed: int = 0) -> Model:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 
 from amk.models.errors import DamagedCheckpoint, ModelError, UnknownModel, Unsupported
 from amk.models.registry import describe, resolve
@@ -117,6 +118,29 @@ def test_broken_json_is_damage_and_a_bare_folder_is_no_model(tiny_copy: Folder, 
     fails(str(folder), DamagedCheckpoint, "key 'hidden_size' stands there twice")
     (tmp_path / "bare").mkdir()
     fails(str(tmp_path / "bare"), UnknownModel, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("tokenizer.json", b"", ("tokenizer.json", "not valid JSON")),
+        ("tokenizer.json", b'{"version": "1.0", "mod', ("tokenizer.json", "not valid JSON")),
+        ("tokenizer.json", b"{}", ("tokenizer.json", "transformers cannot load")),
+        ("tokenizer_config.json", b"\xff", ("tokenizer_config.json", "not valid JSON")),
+        ("tokenizer_config.json", b"[]", ("tokenizer_config.json", "must hold a JSON object, but holds a list")),
+        ("special_tokens_map.json", b"[]", ("special_tokens_map.json", "must hold a JSON object, but holds a list")),
+    ],
+)
+def test_a_damaged_tokenizer_is_damage_and_named(tiny_copy: Folder, file: str, content: bytes, words: tuple[str, ...]) -> None:
+    folder = tiny_copy("llama2")
+    Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(folder / "tokenizer.json"))
+    model = resolve(str(folder))
+    assert model.tokenizer()("b")["input_ids"] == [1]
+    (folder / file).write_bytes(content)
+    with pytest.raises(DamagedCheckpoint) as caught:
+        model.tokenizer()
+    said = str(caught.value)
+    assert [word for word in (*words, str(folder), "fetch the checkpoint again") if word not in said] == [] and "\n" not in said
 
 
 def test_folder_without_weights_is_damage_and_pickles_are_not_read(tiny_copy: Folder) -> None:
