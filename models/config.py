@@ -109,9 +109,9 @@ class _Reader:
 
     def eps(self) -> float:
         value = self.value("rms_norm_eps")
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1:
-            return float(value)
-        self.reject("rms_norm_eps", "a number in [0, 1)")
+        if type(value) is float and 0 <= value < 1:  # transformers takes no integer 0 for it
+            return value
+        self.reject("rms_norm_eps", "a float in [0, 1)")
         return 0.0
 
     def token(self, name: str, vocab: int) -> int | None:

@@ -15,6 +15,34 @@ if TYPE_CHECKING:
     import torch
 
 
+def source_config(config: Mapping[str, Any]) -> Any:
+    """The transformers config of the model with ordinary weights. It may raise anything: `config_problem` says what is wrong."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[config["model_type"]](**copy.deepcopy(without_quantization(config)))
+
+
+def config_problem(config: Mapping[str, Any]) -> str | None:
+    """Why transformers refuses the config, None where it takes it: the one field without which it would, else its own words."""
+    reason = _refusal(config)
+    if reason is None:
+        return None
+    for field, value in config.items():
+        if field != "model_type" and _refusal({name: other for name, other in config.items() if name != field}) is None:
+            return f"config field {field}: must be what transformers takes, but got {value!r:.60} ({reason})"
+    return f"config must be what transformers takes, but: {reason}"
+
+
+def _refusal(config: Mapping[str, Any]) -> str | None:
+    try:
+        source_config(config)
+    except ImportError:
+        raise
+    except Exception as error:  # of any class: what of its values transformers looks at, and how, changes with its version
+        return " ".join(str(error.__cause__ or error).split())[:200]
+    return None
+
+
 def load_eager(folder: Path, dtype: DType, device: str) -> Any:
     """The model that transformers itself loads from a checkpoint folder, in eval mode and without gradients."""
     from transformers import AutoModelForCausalLM
@@ -31,21 +59,20 @@ def build_eager(config: Mapping[str, Any], spec: ModelSpec, weights: WeightSourc
     """
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     auto_model: Any = AutoModelForCausalLM
-    source_config: Any = CONFIG_MAPPING[config["model_type"]](**copy.deepcopy(without_quantization(config)))
+    built_from = source_config(config)
     tied = spec.tied_head and spec.head_weights is None
-    source_config.tie_word_embeddings = tied
+    built_from.tie_word_embeddings = tied
     with torch.device("meta"):
-        model = auto_model.from_config(source_config, dtype=torch_dtype(dtype), attn_implementation="eager")
+        model = auto_model.from_config(built_from, dtype=torch_dtype(dtype), attn_implementation="eager")
     for name in weight_shapes(spec):
         if not (tied and name == "head"):
             _assign(model, checkpoint_name(name), weights.tensor(name, device).to(torch_dtype(dtype)))
     model.tie_weights()
     # Its frequencies are computed, not loaded, and on the CPU, so that every device gets the same bits.
     rotary = type(model.model.rotary_emb)
-    model.model.rotary_emb = rotary(config=source_config).to(device)
+    model.model.rotary_emb = rotary(config=built_from).to(device)
     return model.eval().requires_grad_(False)
 
 

@@ -34,6 +34,16 @@ HARMLESS = frozenset({
     "begin_suppress_tokens",
 })  # fmt: skip
 
+# What a class in transformers insists on in fields of no meaning here, which it checks by their exact types.
+TYPES: Mapping[str, tuple[str, tuple[type, ...]]] = MappingProxyType({
+    "initializer_range": ("a float", (float,)),
+    "attention_dropout": ("a number or null", (int, float, type(None))),
+    "use_cache": ("true or false", (bool,)),
+    "pad_token_id": ("an integer or null", (int, type(None))),
+    "pretraining_tp": ("an integer or null", (int, type(None))),
+})  # fmt: skip
+_LLAMA_ALONE = frozenset({"pretraining_tp"})
+
 # Fields that would change the model's meaning, with the values at which they do not.
 DEFAULT_ONLY: Mapping[str, tuple[Any, ...]] = MappingProxyType({
     "partial_rotary_factor": (1.0, None), "rope_interleaved": (False,), "auto_map": (None,),
@@ -95,10 +105,13 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
 
 
 def unaccounted(family: Family, config: Mapping[str, Any]) -> list[str]:
-    """One sentence for each field that is not understood, or has a value that changes what the model means."""
+    """One sentence for each field that is not understood, or has a value that changes what the model means or is of a wrong type."""
     problems = []
     for name, value in config.items():
         if name in family.used or name in HARMLESS:
+            must, types = TYPES.get(name, ("", (object,)))
+            if must and type(value) not in types and (family.model_type == "llama" or name not in _LLAMA_ALONE):
+                problems.append(f"config field {name}: must be {must}, but got {_short(value)}")
             continue
         allowed = family.allowed(name)
         if allowed is None:

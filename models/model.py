@@ -12,8 +12,8 @@ from amk.isa.weight_format import WeightFormat
 from amk.models.checkpoint import Checkpoint, CheckpointWeights, read_json
 from amk.models.config import spec_from_config
 from amk.models.converted_weights import ConvertedWeights, with_dtype
-from amk.models.eager import build_eager, load_eager
-from amk.models.errors import DamagedCheckpoint
+from amk.models.eager import build_eager, config_problem, load_eager
+from amk.models.errors import DamagedCheckpoint, Unsupported
 from amk.models.quantised_weights import ModelWeights, QuantisedWeights, with_weights
 from amk.models.random_weights import RandomWeights
 from amk.schedule.model import DType, ModelSpec
@@ -83,7 +83,9 @@ def random_model(name: str, config: Mapping[str, Any], seed: int = 0) -> Model:
 
 
 def checkpoint_model(checkpoint: Checkpoint) -> Model:
-    """A model whose weights are those of a checkpoint folder."""
+    """A model whose weights are those of a checkpoint folder; `Unsupported` where transformers itself refuses its config."""
+    if problem := config_problem(checkpoint.config):
+        raise Unsupported(checkpoint.spec.name, [problem])
     return Model(checkpoint.spec, CheckpointWeights(checkpoint), checkpoint.config, checkpoint)
 
 

@@ -143,6 +143,23 @@ def test_a_damaged_tokenizer_is_damage_and_named(tiny_copy: Folder, file: str, c
     assert [word for word in (*words, str(folder), "fetch the checkpoint again") if word not in said] == [] and "\n" not in said
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_labels": "x"}, "config field num_labels: must be what transformers takes, but got 'x'"),
+        ({"max_window_layers": True}, "config field max_window_layers: must be what transformers takes, but got True"),
+        ({"num_labels": "x", "max_window_layers": True}, "config must be what transformers takes, but"),
+    ],
+)
+def test_a_config_that_transformers_refuses_is_rejected_before_any_weight_is_read(
+    tiny_copy: Folder, change: dict[str, object], words: str
+) -> None:
+    folder = tiny_copy("qwen3")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    fails(str(folder), Unsupported, words)
+
+
 def test_folder_without_weights_is_damage_and_pickles_are_not_read(tiny_copy: Folder) -> None:
     folder = tiny_copy("llama2")
     (folder / "model.safetensors").unlink()

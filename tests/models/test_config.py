@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from amk.models.config import spec_from_config
 from amk.models.errors import Unsupported
-from amk.models.fields import DEFAULT_ONLY, FAMILIES, HARMLESS
+from amk.models.fields import DEFAULT_ONLY, FAMILIES, HARMLESS, TYPES
 
 LLAMA_2 = {
     "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096,
@@ -143,6 +144,12 @@ def test_other_architectures_are_named_with_each_field_of_theirs(model_type: str
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings: must be true or false"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps: must be a float in [0, 1), but got 0"),
+        ({"initializer_range": 1}, "initializer_range: must be a float, but got 1"),
+        ({"pretraining_tp": 1.0}, "pretraining_tp: must be an integer or null, but got 1.0"),
+        ({"use_cache": "yes"}, "use_cache: must be true or false, but got 'yes'"),
+        ({"attention_dropout": "x"}, "attention_dropout: must be a number or null, but got 'x'"),
+        ({"pad_token_id": [2]}, "pad_token_id: must be an integer or null, but got [2]"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"sliding_window": 4096}, "sliding_window"),
@@ -160,6 +167,23 @@ def test_other_architectures_are_named_with_each_field_of_theirs(model_type: str
 )
 def test_a_llama_that_would_be_computed_wrongly_is_rejected(change: dict[str, Any], words: str) -> None:
     assert words in "; ".join(rejection(LLAMA_2 | change))
+
+
+def test_a_harmless_field_that_the_class_does_not_have_may_be_anything() -> None:
+    assert spec_from_config(QWEN_3 | {"pretraining_tp": 1.0}, "m") == spec_from_config(QWEN_3, "m")
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_what_is_said_of_harmless_fields_is_what_the_class_in_transformers_takes(model_type: str) -> None:
+    """Nothing is refused here that transformers would take."""
+    source = {"llama": LLAMA_2, "mistral": MISTRAL, "qwen2": QWEN_25, "qwen3": QWEN_3}[model_type]
+    for field in TYPES:
+        for value in (True, 2, 0.5, "x", [1], {"a": 1}):
+            try:
+                spec_from_config(source | {field: value}, "m")
+            except Unsupported:
+                with pytest.raises(Exception, match=field):
+                    CONFIG_MAPPING[model_type](**source | {field: value})
 
 
 def test_all_problems_are_reported_at_once() -> None:
