@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 TOKENS_A_LAUNCH = 256
 TOKENS_BETWEEN_TEXTS = 16  # of a launch where the host looks for texts to stop at: what comes after them is made in vain
 INCOMPLETE = "\ufffd"  # what a tokenizer writes for the bytes of half a character
+SURROGATE = re.compile("[\ud800-\udfff]")  # what Python makes of a byte that is not UTF-8, and no tokenizer takes
 OnToken = Callable[[int, int, str], None]
 
 
@@ -46,6 +48,9 @@ def check_request(
         raise UsageError(f"stop: must be a list of texts, but got {show(stop)}")
     if "" in stop:
         raise UsageError("stop: must be a text, but got an empty one, which is everywhere")
+    for name, text in (("prompt", prompt or ""), *(("stop", text) for text in stop)):
+        if SURROGATE.search(text):
+            raise UsageError(f"{name}: must be Unicode text, which a surrogate alone is not, but got {show(text)}")
     problems = list(sampling.problems())
     if problems:
         raise UsageError("; ".join(problems))

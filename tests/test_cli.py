@@ -100,6 +100,8 @@ def feed_stdin(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
         (("generate", "toy", "--prompt-ids", "1", "--prompt", "a", *CPU), ("prompt", "once")),
         (("generate", "toy", "--prompt", "", *CPU), ("prompt", "no tokenizer")),
         (("generate", "toy", "--prompt-ids", "1", "--stop", "", *CPU), ("stop", "empty")),
+        (("generate", "toy", "--prompt", "a\udcff", *CPU), ("prompt", "Unicode", "'a\\udcff'")),
+        (("generate", "toy", "--prompt-ids", "1", "--stop", "\udcff", *CPU), ("stop", "Unicode", "'\\udcff'")),
         (("generate", "toy", "--prompt-ids", "1", "--stop", "x", *CPU), ("stop", "no tokenizer")),
         (("generate", "toy", "--prompt-ids", "1", "--temperature", "-1", *CPU), ("temperature", "0 (greedy)", "got -1.0")),
         (("generate", "toy", "--prompt-ids", "1", "--top-p", "0", "--min-p", "2", *CPU), ("top_p", "above 0", "min_p", "got 2.0")),

@@ -132,6 +132,8 @@ def test_where_a_program_is_needed_a_refused_config_is_judged_and_failed_not_mis
         (lambda: harness.generate(**TOY, prompt_ids="12"), "^prompt_ids"),
         (lambda: harness.generate(**TOY, prompt_ids=5), "^prompt_ids"),
         (lambda: harness.generate(**TOY, prompt=5), "^prompt"),
+        (lambda: harness.generate(**TOY, prompt="\ud800"), "^prompt: must be Unicode text"),
+        (lambda: harness.generate(**TOY, prompt_ids=[1], stop=["a", "\ud800"]), "^stop: must be Unicode text"),
         (lambda: harness.generate(**TOY, prompt_ids=[1], max_tokens=2.5), "^max_tokens"),
         (lambda: harness.generate(**TOY, prompt_ids=[1], on_token="print"), "^on_token"),
         (lambda: harness.generate(**TOY, prompt_ids=[1], temperature="1"), "^temperature"),
