@@ -59,7 +59,7 @@ class _Subject:
 
 
 def _subject(model_id: str, gpu: str | None, device: str, token: str | None, progress: Progress | None = None) -> _Subject:
-    arguments.text("model", model_id)
+    model_id = arguments.text("model", model_id)
     place = choose(gpu, device)
     return _Subject(model_id, describe(model_id, token=token), place, token, progress or (lambda _: None))
 
@@ -186,7 +186,7 @@ def generate(
     """
     ids = None if prompt_ids is None else arguments.wholes("prompt_ids", prompt_ids)
     if prompt is not None:
-        arguments.text("prompt", prompt)
+        prompt = arguments.text("prompt", prompt)
     if on_token is not None:
         arguments.function("on_token", on_token)
     max_tokens = arguments.whole("max_tokens", max_tokens)
@@ -197,7 +197,8 @@ def generate(
     subject = _subject(model_id, gpu, device, token, progress)
     candidate = subject.prepare(config_dict, chooser_for(sampling))
     require_program(candidate)
-    options = {"prompt": prompt, "prompt_ids": ids, "max_tokens": max_tokens, "stop": list(stop), "verify": verify}
+    stops = [arguments.text("stop", text) for text in stop]
+    options = {"prompt": prompt, "prompt_ids": ids, "max_tokens": max_tokens, "stop": stops, "verify": verify}
     heard = on_token is not None
     result: dict[str, Any] = _answer(subject, "generate", candidate, on_token, stream=heard, sampling=sampling, **options)
     return result

@@ -41,9 +41,10 @@ def one_of(name: str, value: Any, allowed: tuple[int, ...]) -> int:
 
 
 def text(name: str, value: Any) -> str:
+    """A plain text, whatever class of texts it was of: a worker process may not know that."""
     if not isinstance(value, str):
         raise UsageError(f"{name}: must be a text, but got {show(value)}")
-    return value
+    return str.__str__(value)
 
 
 def function(name: str, value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from amk.eval.card import Place
 from amk.eval.card_lock import live_card_lock
 from amk.eval.errors import EvalError
 from amk.eval.generation import generate
+from amk.eval.processes import own_context
 from amk.eval.session import Session
 from amk.eval.trace import trace
 from amk.models.errors import ModelError
@@ -74,7 +74,7 @@ class Worker:
         self._start()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = own_context()
         self._pipe, other = context.Pipe()
         self._process = context.Process(target=_serve, args=(other, self._idle_s), daemon=True)
         self._process.start()

@@ -10,12 +10,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
-from multiprocessing import get_context, parent_process
+from multiprocessing import parent_process
 from random import Random
 from threading import Thread, current_thread, main_thread
 from time import monotonic
 from typing import Any, Literal, TypeAlias
 
+from amk.eval.processes import own_context
 from amk.eval.soundness.explorer import explore
 from amk.eval.soundness.findings import TooLarge, Unsafe
 from amk.eval.soundness.lowerings import random_lowering
@@ -169,7 +170,7 @@ def _judged(batches: Iterator[tuple[Case, ...]], processes: int, deadline: float
     if processes == 1:
         yield from map(judge_all, in_time)
         return
-    with ProcessPoolExecutor(processes, get_context("spawn"), _end_with_parent) as pool:
+    with ProcessPoolExecutor(processes, own_context(), _end_with_parent) as pool:
         running: set[Future[list[Outcome]]] = set()
         for batch in in_time:
             with _interrupts_ignored():  # a worker that starts takes this over: what interrupts the terminal is for its parent
