@@ -133,10 +133,12 @@ class _Reader:
 
     def stop_tokens(self, generation: Mapping[str, Any], vocab: int) -> tuple[int, ...]:
         """Those in the vocabulary: no other can be made."""
-        value = generation.get("eos_token_id", self.value("eos_token_id"))
+        file, value = "config", self.value("eos_token_id")
+        if "eos_token_id" in generation:
+            file, value = "generation_config.json", generation["eos_token_id"]
         tokens = [] if value is None else value if isinstance(value, list) else [value]
         if any(not isinstance(token, int) or isinstance(token, bool) for token in tokens):
-            self.reject("eos_token_id", "a token id, a list of them or null")
+            self.problems.append(f"{file} field eos_token_id: must be a token id, a list of them or null, but got {value!r}")
             return ()
         return tuple(token for token in tokens if token in range(vocab))
 

@@ -207,6 +207,16 @@ def test_head_dim_is_independent_of_the_hidden_size() -> None:
     assert "head_dim" in rejection(QWEN_3 | {"head_dim": None})[0]
 
 
+@pytest.mark.parametrize(
+    ("config", "generation", "file"),
+    [({"eos_token_id": 2}, {"eos_token_id": "</s>"}, "generation_config.json"), ({"eos_token_id": "</s>"}, {}, "config")],
+)
+def test_stop_tokens_that_are_none_are_named_with_their_file(config: dict[str, Any], generation: dict[str, Any], file: str) -> None:
+    with pytest.raises(Unsupported) as caught:
+        spec_from_config(LLAMA_3 | config, "m", generation=generation)
+    assert caught.value.problems == (f"{file} field eos_token_id: must be a token id, a list of them or null, but got '</s>'",)
+
+
 def test_generation_config_decides_the_stop_tokens() -> None:
     assert spec_from_config(LLAMA_3, "m", generation={"eos_token_id": [128001, 128009]}).stop_tokens == (128001, 128009)
     assert spec_from_config(LLAMA_3, "m", generation={}).stop_tokens == (128001,)
