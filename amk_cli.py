@@ -232,10 +232,12 @@ def verify(
     seed: Annotated[int, typer.Option(help="seed of the programs")] = 0,
     minutes: Annotated[float | None, typer.Option(help="stop after this time", show_default=False)] = None,
 ) -> int:
-    """Measures the validator against what programs really do; exits 1 for any false accept, or too many false rejects."""
+    """Measures the validator against what programs really do; exits 1 for any false accept, too many false rejects, or no case at all."""
     with _answers() as answer:
         result = harness.verify(programs=programs, mutants=mutants, seed=seed, minutes=minutes, progress=_tenths())
         answer(result)
+    if not (result["programs"]["cases"] or result["mutants"]["cases"]):
+        _say("no case was judged" + ("" if minutes is None else f" in {minutes:g} minutes: give more of them"))
     return OK if result["passed"] else FAILED
 
 

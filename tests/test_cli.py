@@ -327,6 +327,12 @@ def test_verify_finds_no_false_accept(capsys: Capture) -> None:
     assert answer(capsys, "verify", "--programs", "10", "--mutants", "0")[0] == 0
 
 
+def test_verify_without_the_time_for_a_case_says_that_none_was_judged(capsys: Capture) -> None:
+    code, result, err = answer(capsys, "verify", "--minutes", "1e-9")
+    assert (code, result["passed"], result["programs"]["cases"]) == (1, False, 0)
+    assert err.splitlines()[-1] == "no case was judged in 1e-09 minutes: give more of them"
+
+
 def test_people_get_tables_and_programs_json(capsys: Capture) -> None:
     code, table, _ = answer(capsys, "knobs", "--json")
     assert code == 0
