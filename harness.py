@@ -60,6 +60,7 @@ class _Subject:
 
 def _subject(model_id: str, gpu: str | None, device: str, token: str | None, progress: Progress | None = None) -> _Subject:
     model_id = arguments.text("model", model_id)
+    arguments.function("progress", progress)
     place = choose(gpu, device)
     return _Subject(model_id, describe(model_id, token=token), place, token, progress or (lambda _: None))
 
@@ -187,8 +188,7 @@ def generate(
     ids = None if prompt_ids is None else arguments.wholes("prompt_ids", prompt_ids)
     if prompt is not None:
         prompt = arguments.text("prompt", prompt)
-    if on_token is not None:
-        arguments.function("on_token", on_token)
+    arguments.function("on_token", on_token)
     max_tokens = arguments.whole("max_tokens", max_tokens)
     numbers = (arguments.number(name, value) for name, value in (("temperature", temperature), ("top_p", top_p), ("min_p", min_p)))
     temperature, top_p, min_p = numbers
@@ -338,6 +338,7 @@ def loop(
             raise UsageError(f"{name}: must be at least {least}, but got {value}")
     if not 0 <= arguments.number("explore_fraction", explore_fraction) <= 1:
         raise UsageError(f"explore_fraction: must be from 0 to 1, but got {explore_fraction}")
+    arguments.function("on_trial", on_trial)
     journal = _journal(results_path, corpus_path)
     subject = _subject(model_id, gpu, device, token, progress)
     return run_loop(
@@ -424,4 +425,5 @@ def verify(
         raise UsageError("programs and mutants: must be at least one case together, but got none")
     if minutes is not None and not 0 < arguments.number("minutes", minutes) < math.inf:
         raise UsageError(f"minutes: must be a positive number, but got {minutes}")
-    return run_verify(programs, mutants, seed, minutes, progress)
+    arguments.function("progress", progress)
+    return run_verify(programs, mutants, seed, None if minutes is None else float(minutes), progress)

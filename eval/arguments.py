@@ -30,6 +30,10 @@ def number(name: str, value: Any) -> float:
     """A number, numpy's too; a whole one stays whole."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise UsageError(f"{name}: must be a number, but got {show(value)}")
+    try:
+        float(value)
+    except OverflowError as problem:
+        raise UsageError(f"{name}: must be a number that a float can hold, but got {show(value)}") from problem
     return value  # type: ignore[return-value]  # typeshed does not know that a Real compares with floats
 
 
@@ -48,15 +52,18 @@ def text(name: str, value: Any) -> str:
 
 
 def function(name: str, value: Any) -> Any:
-    """Something that can be called."""
-    if not callable(value):
+    """Something that can be called, or None where nobody listens."""
+    if value is not None and not callable(value):
         raise UsageError(f"{name}: must be a function, but got {show(value)}")
     return value
 
 
 def path(name: str, value: Any) -> Path:
-    if not isinstance(value, str | os.PathLike):
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str):
         raise UsageError(f"{name}: must be a path, but got {show(value)}")
-    if not os.fspath(value):
+    if not text:
         raise UsageError(f"{name}: must be a path, but got an empty text")
-    return Path(value)
+    if "\0" in text:
+        raise UsageError(f"{name}: must be a path without zero bytes, but got {show(text)}")
+    return Path(text)

@@ -44,12 +44,21 @@ def _require_file(path: Path, option: str, what: str) -> None:
 
 
 def _problem(path: Path) -> str:
-    if not os.path.lexists(path):
+    if not _is_there(path):
         return "its name is too long" if len(os.fsencode(path.name)) > LONGEST_NAME_BYTES else ""
     if not stat.S_ISREG(path.stat().st_mode):
         return "it is no regular file"
     os.close(os.open(path, os.O_RDWR))
     return ""
+
+
+def _is_there(path: Path) -> bool:
+    """As os.path.lexists, which hides what is wrong with a name that no file can have."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _reason(problem: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,6 +52,7 @@ def journal_at(results: Path, corpus: Path | None = None) -> Journal:
 def open_journal(results: Path | str, corpus: Path | str | None = None) -> Journal:
     """`journal_at` the paths. UsageError unless all of it can be written."""
     journal = journal_at(Path(results), None if corpus is None else Path(corpus))
+    _require_apart(journal)
     for file, option in ((journal.results, "results"), (journal.corpus, "corpus")):
         require_appendable_file(file, option)
         require_appendable_file(lock_of(file), option)
@@ -58,6 +60,16 @@ def open_journal(results: Path | str, corpus: Path | str | None = None) -> Journ
     _require_own(check_columns, journal.results, "results")
     _require_own(check_records, journal.corpus, "corpus")
     return journal
+
+
+def _require_apart(journal: Journal) -> None:
+    """UsageError unless log, corpus and the folder of trials are three places."""
+    results, corpus, runs = map(os.path.realpath, (journal.results, journal.corpus, journal.runs))
+    if results == corpus:
+        raise UsageError(f"corpus: must be another file than the results, but both are {journal.results}")
+    for place, option in ((results, "results"), (corpus, "corpus")):
+        if place == runs:
+            raise UsageError(f"{option}: must be another place than the folder of trials, but both are {journal.runs}")
 
 
 def _require_own(check: Callable[[Path], None], file: Path, option: str) -> None:

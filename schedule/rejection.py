@@ -37,6 +37,6 @@ def show(value: Any) -> str:
     """`value` in at most 80 characters; never raises, whatever the value is."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # a number of 5000 digits, 10,000 nested lists
+    except Exception:  # a number of 5000 digits, 10,000 nested lists, or whatever a class of the caller's raises
         text = f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."

@@ -26,6 +26,12 @@ TOY: dict[str, Any] = {"model_id": "toy", "gpu": "h200", "device": "cpu"}
 WRITERS, EACH = 4, 5
 TOKEN = "hf_ThisIsNobodysToken"
 
+
+class Unshown:
+    def __repr__(self) -> str:
+        raise RuntimeError("no")
+
+
 VERBS: dict[str, Callable[..., Any]] = {
     "evaluate": harness.evaluate,
     "bench": lambda **options: harness.bench(positions=[3, 100], **options),
@@ -148,6 +154,24 @@ def test_where_a_program_is_needed_a_refused_config_is_judged_and_failed_not_mis
         (lambda: harness.compile_model(**TOY, out=5), "^out"),
         (lambda: harness.verify(programs=1.5), "^programs"),  # type: ignore[arg-type]
         (lambda: harness.verify(minutes="5"), "^minutes"),  # type: ignore[arg-type]
+        (lambda: harness.verify(programs=1, minutes=-(10**300)), "^minutes: must be a positive"),
+        (lambda: harness.verify(programs=1, mutants=0, minutes=10**400), "^minutes: must be a number that a float can hold, but got 1000"),
+        (lambda: harness.generate(**TOY, prompt_ids=[1], temperature=10**400), "^temperature: must be a number that a float can hold"),
+        (lambda: harness.verify(progress=3), "^progress: must be a function, but got 3"),  # type: ignore[arg-type]
+        (lambda: harness.evaluate(**TOY, progress=3), "^progress: must be a function, but got 3"),
+        (lambda: harness.evaluate(**TOY, progress=0), "^progress: must be a function, but got 0"),
+        (lambda: harness.loop("toy", "h200", 1, "cpu", progress="print"), "^progress"),  # type: ignore[arg-type]
+        (lambda: harness.loop("toy", "h200", 1, "cpu", on_trial=3), "^on_trial: must be a function, but got 3"),  # type: ignore[arg-type]
+        (lambda: harness.evaluate(**TOY, results_path="a\0b"), r"^results: must be a path without zero bytes, but got 'a\\x00b'"),
+        (lambda: harness.evaluate(**TOY, results_path="x", corpus_path="a\0b"), r"^corpus: must be a path without zero bytes, but got 'a"),
+        (
+            lambda: harness.evaluate(**TOY, results_path="x", corpus_path="./x"),
+            "^corpus: must be another file than the results, but both are x",
+        ),
+        (lambda: harness.evaluate(**TOY, results_path="corpus.jsonl"), "^corpus: must be another file than the results"),
+        (lambda: harness.evaluate(**TOY, results_path="runs"), "^results: must be another place than the folder of trials"),
+        (lambda: harness.evaluate(**TOY, results_path="x", corpus_path="runs"), "^corpus: must be another place than the folder of trials"),
+        (lambda: harness.evaluate(Unshown()), "^model: must be a text, but got a Unshown that cannot be shown"),  # type: ignore[arg-type]
     ],
 )
 def test_a_misuse_is_named_before_anything_is_judged(call: Callable[[], Any], words: str) -> None:

@@ -43,7 +43,7 @@ def test_a_folder_that_cannot_be_is_a_usage_error_that_names_it(tmp_path: Path, 
 def test_a_file_that_is_no_plain_file_is_a_usage_error(tmp_path: Path, require: Callable[[Path, str], None]) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
-    for path in (tmp_path / "pipe", tmp_path / "folder", Path("/dev/null"), Path(""), tmp_path / ("x" * 250)):
+    for path in (tmp_path / "pipe", tmp_path / "folder", Path("/dev/null"), Path(""), tmp_path / ("x" * 250), tmp_path / "nul\0"):
         with pytest.raises(UsageError, match="^results: must be a"):
             require(path, "results")
 
