@@ -19,7 +19,7 @@ from amk.flywheel.provenance import point_provenance
 from amk.flywheel.trials import Trial, save_trial, tag_of, utc_now
 from amk.schedule.config import config_dict
 from amk.schedule.knobs import Config
-from amk.schedule.rejection import show
+from amk.schedule.rejection import show, show_name
 
 REGIME = "single-stream"
 MOST_NESTED, MOST_BITS = 16, 1024  # far beyond any config; Python raises on much deeper data and on much longer numbers
@@ -130,5 +130,5 @@ def changes(config: Any, default: Any = None, at: str = "") -> str:
         if isinstance(value, Mapping) and isinstance(known, Mapping):
             parts.append(changes(value, known, f"{at}{key}."))
         elif value != known or type(value) is not type(known):  # 3.0 and true are refused where 3 and 1 are not
-            parts.append(f"{at}{key}={show(value)}" if isinstance(key, str) else f"{at}{show(key)}")
+            parts.append(f"{at}{show_name(key)}={show(value)}" if isinstance(key, str) else f"{at}{show(key)}")
     return ", ".join(filter(None, parts)) or ("" if at else "default")

@@ -28,8 +28,8 @@ def label(key: str) -> str:
 
 
 def reject(key: str, value: Any, allowed: str) -> Rejection:
-    """`key: must be ALLOWED, but got VALUE`."""
-    shown = show(value)
+    """`key: must be ALLOWED, but got VALUE`; of a key, too, only what `show_name` shows."""
+    key, shown = show_name(key), show(value)
     return Rejection(key, shown, allowed, f"{label(key)}: must be {allowed}, but got {shown}")
 
 
@@ -39,4 +39,10 @@ def show(value: Any) -> str:
         text = repr(value)
     except Exception:  # a number of 5000 digits, 10,000 nested lists, or whatever a class of the caller's raises
         text = f"a {type(value).__name__} that cannot be shown"
-    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
+    return show_name(text)
+
+
+def show_name(text: str) -> str:
+    """The same of a text that needs no quotes: on one line, without what a terminal would act on."""
+    plain = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: SHOWN_CHARACTERS + 1])
+    return plain if len(plain) <= SHOWN_CHARACTERS else plain[: SHOWN_CHARACTERS - 3] + "..."

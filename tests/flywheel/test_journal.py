@@ -51,6 +51,7 @@ def test_a_config_that_is_no_json_is_written_down_as_it_looks(tmp_path: Path, co
         ({"tiling": {"gemv": {"N_tile": 512}}, "bogus": 1}, "tiling.gemv.N_tile=512, bogus=1"),
         ({"pipelining_depth": 3.0, "fusion_grouping": ["norm", "qkv", "gate_up"]}, "pipelining_depth=3.0"),
         ([], "no config: a list"),
+        ({"k" * 500: 1, "a\nb": 2}, "k" * 77 + "...=1, a\\nb=2"),
     ],
 )
 def test_a_trial_is_described_by_what_it_changes(config: Any, words: str) -> None:

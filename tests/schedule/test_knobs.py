@@ -96,6 +96,27 @@ def test_problem_is_one_sentence_with_what_is_allowed(obj: Any, text: str) -> No
     assert found.startswith(text)
 
 
+@pytest.mark.parametrize("op", ["a\x1b[31m\nb", "o" * 5000, "\ud800", "L0." + "\t" * 5000])
+@pytest.mark.parametrize("sms", [[1], "x"])
+def test_a_name_of_the_callers_is_shown_as_values_are(op: str, sms: Any) -> None:
+    """Whether the map is refused as it is read or where its ops are looked up."""
+    config = parse_config({"sm_assignment": {op: sms}})
+    problems = compile_program(TOY, config, TARGETS["h200"]) if isinstance(config, Config) else config
+    assert isinstance(problems, list) and problems
+    for problem in problems:
+        assert problem.text.startswith("sm_assignment ") and problem.key.startswith("sm_assignment.")
+        assert all(text.isprintable() and len(text) < 600 for text in (problem.text, problem.key))
+
+
+def test_what_a_class_of_the_callers_looks_like_stays_on_a_line() -> None:
+    class Strange:
+        def __repr__(self) -> str:
+            return "\x1b[31m\n"
+
+    (found,) = texts({"sm_assignment": Strange()})
+    assert found.endswith("but got \\x1b[31m\\n")
+
+
 def test_all_problems_are_reported_at_once() -> None:
     found = parse_config(
         {"tiling": {"gemv": {"N_tile": 7, "M": 1}}, "pipelining_depth": "4", "colour": 1, "kernel_knobs": {"release_early": 3}}
