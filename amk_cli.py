@@ -11,21 +11,22 @@ if __name__ == "__main__" and not __package__:
 
     amk_bootstrap.register()
 
-import json
-import math
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
-from pathlib import Path
-from typing import Annotated, Any, NoReturn, TextIO
 
-import typer
-from rich.console import Console
-from rich.table import Table
+try:  # starting takes a second, most of it the harness: an interrupt may come before there is a verb to end
+    import json
+    import math
+    import os
+    from collections.abc import Callable, Iterator, Sequence
+    from contextlib import contextmanager, nullcontext, redirect_stdout
+    from pathlib import Path
+    from typing import Annotated, Any, NoReturn, TextIO
 
-try:
-    from amk import harness  # most of what starting takes: an interrupt may come before there is a verb to end
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+
+    from amk import harness
     from amk.models.cache import cache_root
     from amk.schedule.strict_json import unique_keys
 except KeyboardInterrupt:

@@ -425,6 +425,22 @@ def test_interrupted_command_says_so_and_exits_130(tmp_path: Path) -> None:
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("module", ["dataclasses", "json", "typer", "rich.table", "amk.harness", "amk.models.cache"])
+def test_a_command_interrupted_while_it_starts_says_so(module: str) -> None:
+    """As if the interrupt came when this module is loaded."""
+    hook = f"""
+import sys
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+sys.modules.pop({module!r}, None)
+sys.meta_path.insert(0, Interrupt())
+"""
+    ran = python(f"{hook}\n{AMK}")
+    assert (ran.returncode, ran.stderr, json.loads(ran.stdout)) == (130, "interrupted\n", {"error": "interrupted"})
+
+
 @pytest.mark.parametrize(("given", "found"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
 def test_threads_of_a_command_sleep_while_they_wait_unless_told_otherwise(given: dict[str, str], found: str) -> None:
     installed = "import os, amk.amk_cli as cli; cli.run = lambda: print(os.environ['OMP_WAIT_POLICY']) or 0; cli.main()"
