@@ -53,7 +53,7 @@ ConfigFile = Annotated[
     str | None, typer.Option("--config", metavar="FILE|-", help="the ScheduleConfig as JSON; - reads stdin", show_default=False)
 ]
 Batch = Annotated[int, typer.Option(help="rows that are decoded side by side, each at a position of its own: 1, 8 or 16")]
-Results = Annotated[Path, typer.Option("--results", help="results.tsv to add to; trials and corpus lie beside it")]
+Results = Annotated[str, typer.Option("--results", metavar="FILE", help="results.tsv to add to; trials and corpus lie beside it")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
 
 
@@ -72,7 +72,7 @@ def evaluate(
     config: ConfigFile = None,
     device: Device = "auto",
     batch: Batch = 1,
-    results: Results = Path(harness.RESULTS_PATH),
+    results: Results = harness.RESULTS_PATH,
 ) -> int:
     """One verdict, of a single stream also written down as a trial; exits 0 only for a program that is valid and correct."""
     data = _read_config(config)
@@ -89,7 +89,7 @@ def loop(
     budget: Annotated[int, typer.Option(help="configs to try")] = 8,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="seed of the search")] = 0,
-    results: Results = Path(harness.RESULTS_PATH),
+    results: Results = harness.RESULTS_PATH,
 ) -> int:
     """Keep or revert over several configs; exits 0 if any of them is correct."""
     with _answers() as answer:
@@ -187,7 +187,7 @@ def bench(
 @app.command()
 def trace(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", dir_okay=False, help="the timeline, for ui.perfetto.dev", show_default=False)],
+    out: Annotated[str, typer.Option("--out", "-o", metavar="FILE", help="the timeline, for ui.perfetto.dev", show_default=False)],
     position: Annotated[int, typer.Option(min=0, help="position of the token that is traced")] = 128,
     gpu: Gpu = None,
     config: ConfigFile = None,

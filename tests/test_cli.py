@@ -94,6 +94,8 @@ def feed_stdin(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
         (("generate", "toy", "--prompt-ids", "9" * 5000, *CPU), ("--prompt-ids", "5000 digits")),
         (("eval", "toy", "--batch", "3", *CPU), ("batch", "1, 8, 16")),
         (("compile", "toy", "-o", "", *CPU), ("out", "empty")),
+        (("eval", "toy", "--results", "", *CPU), ("results: must be a path, but got an empty text",)),
+        (("trace", "toy", "-o", ""), ("out: must be a path, but got an empty text",)),
         (("generate", "toy", "--prompt-ids", "1,99999", *CPU), ("99999", "256")),
         (("generate", "toy", "--prompt-ids", "1", "--max-tokens", "0", *CPU), ("max_tokens", "got 0")),
         (("generate", "toy", "--prompt-ids", "1", "--max-tokens", "9" * 30, *CPU), ("context", "2048")),
