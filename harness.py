@@ -355,8 +355,8 @@ def loop(
 
 
 def doctor() -> dict[str, Any]:
-    """What this machine offers: Python, packages, compiler, card."""
-    card = live_card()
+    """What this machine offers: Python, packages, compiler, card, and the cache, with what keeps it from being used where anything does."""
+    card, cache_problem = live_card(), _cache_problem()
     packages = ("torch", "transformers", "numpy", "cuda-core", "cuda-bindings", "cuda-toolkit", "safetensors", "gguf", "typer")
     return {
         "python": platform.python_version(),
@@ -365,8 +365,9 @@ def doctor() -> dict[str, Any]:
         "packages": {name: _version(name) for name in packages},
         "nvrtc": _nvrtc(),
         "card": None if card is None else {"device_name": card.device_name, **_facts(card.target)},
-        "cache": str(_cache()),
-        "ready": {"cpu": _version("torch") is not None, "cuda": card is not None and _nvrtc() is not None},
+        "cache": str(cache_root()),
+        "cache_problem": cache_problem,
+        "ready": {"cpu": _version("torch") is not None, "cuda": card is not None and _nvrtc() is not None and cache_problem is None},
     }
 
 
@@ -389,8 +390,13 @@ def _nvrtc() -> str | None:
         return None
 
 
-def _cache() -> Path:
-    return cache_root()
+def _cache_problem() -> str | None:
+    """Kernels that are built and models that are fetched are kept there."""
+    try:
+        require_writable_folder(cache_root(), "cache")
+    except UsageError as problem:
+        return f"{problem}; set AMK_CACHE to one"
+    return None
 
 
 def knobs() -> list[dict[str, Any]]:

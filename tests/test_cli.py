@@ -471,3 +471,13 @@ def test_a_cache_that_cannot_be_used_is_named_with_what_to_do(capsys: Capture, t
     monkeypatch.setenv("AMK_CACHE", str(tmp_path / "file"))
     said = refused(capsys, 3, "compile", "toy", "-o", str(tmp_path / "out"), *CPU)
     assert "set AMK_CACHE" in said and str(tmp_path / "file") in said
+    code, facts, _ = answer(capsys, "doctor", "--json")
+    assert code == 0 and facts["cache"] == str(tmp_path / "file") and not facts["ready"]["cuda"]
+    why = f"{tmp_path / 'file'} is not: Not a directory; set AMK_CACHE to one"
+    assert facts["cache_problem"] == f"cache: must be a folder to write into, but {why}"
+    assert run(["doctor"]) == 0 and "cache_problem" in capsys.readouterr().out
+
+
+def test_a_cache_that_can_be_used_is_no_problem(capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AMK_CACHE", str(tmp_path / "new"))
+    assert answer(capsys, "doctor", "--json")[1]["cache_problem"] is None and list(tmp_path.iterdir()) == []
