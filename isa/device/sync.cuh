@@ -1,6 +1,6 @@
 // Every fence, atomic and spin by which actors wait for each other, each with the order it makes; those of a block's barriers are the
-// weight feed's (sync_mbarrier.cuh, sync_words.cuh). Three others order nothing: the claim of an SM (kernel.cu), the count of traced
-// events (trace.cuh) and the look at the host's abort word (actors.cuh).
+// weight feed's (sync_mbarrier.cuh, sync_words.cuh). Two others order nothing: the claim of an SM (kernel.cu) and the look at the
+// host's abort word (actors.cuh).
 #pragma once
 #include "isa/device/types.cuh"
 #include "isa/device/trace.cuh"
