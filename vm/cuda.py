@@ -203,7 +203,8 @@ class UnprovenCudaVM:
         self.counters = torch.zeros(len(program.counters) + 1, dtype=torch.int32, device="cuda")
         self.claims = torch.zeros(m.sms, dtype=torch.int32, device="cuda")
         self.abort = torch.zeros(8, dtype=torch.int32, device="cuda")
-        self.host_abort = torch.zeros(1, dtype=torch.int32).pin_memory()
+        # In the card's memory: a running launch was measured not to see what the host writes into its own.
+        self.host_abort = torch.zeros(1, dtype=torch.int32, device="cuda")
         self.tokens_in = torch.zeros((max_steps, m.batch), dtype=torch.int32, device="cuda")
         self.tokens_out = torch.full((max_steps, m.batch), NO_TOKEN, dtype=torch.int32).pin_memory()  # the host looks while the launch runs
         self.stops = torch.zeros(STOP_TOKENS, dtype=torch.int32, device="cuda")
@@ -392,8 +393,12 @@ class UnprovenCudaVM:
             raise LaunchFailed(FAILURES.get(code, "crash"), f"the launch gave up: {where_text}")
 
     def _cancel(self) -> None:
-        """Ends the launches so far before their time, and waits for their end."""
-        self.host_abort.fill_(1)
+        """Ends the launches so far before their time, and waits for their end. The word is copied beside them: their SMs are taken."""
+        import torch
+
+        word = torch.ones(1, dtype=torch.int32).pin_memory()
+        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+            self.host_abort.copy_(word, non_blocking=True)
         with suppress(LaunchFailed):
             self.finish()
         self.host_abort.zero_()

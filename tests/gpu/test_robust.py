@@ -65,7 +65,8 @@ def test_who_hears_of_tokens_can_end_the_launch() -> None:
     expected = outputs(vm)
     with pytest.raises(Enough):
         vm.decode(TOKENS, 0, steps=4096, on_token=hear)
-    assert int(vm.tokens_out[0, 0]) != NO_TOKEN == int(vm.tokens_out[4095, 0])  # ended long before its last token
+    written = int((vm.tokens_out[:, 0] != NO_TOKEN).sum())
+    assert 1 <= written < 4096  # some 120 of them, while the word is on its way
     assert torch.equal(outputs(vm), expected)
 
 
