@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -203,8 +202,8 @@ class UnprovenCudaVM:
         self.counters = torch.zeros(len(program.counters) + 1, dtype=torch.int32, device="cuda")
         self.claims = torch.zeros(m.sms, dtype=torch.int32, device="cuda")
         self.abort = torch.zeros(8, dtype=torch.int32, device="cuda")
-        # In the card's memory: a running launch was measured not to see what the host writes into its own.
-        self.host_abort = torch.zeros(1, dtype=torch.int32, device="cuda")
+        # Ends a launch whose actors wait: who waits looks up at every 256th poll. One that runs smoothly is not ended by it.
+        self.host_abort = torch.zeros(1, dtype=torch.int32).pin_memory()
         self.tokens_in = torch.zeros((max_steps, m.batch), dtype=torch.int32, device="cuda")
         self.tokens_out = torch.full((max_steps, m.batch), NO_TOKEN, dtype=torch.int32).pin_memory()  # the host looks while the launch runs
         self.stops = torch.zeros(STOP_TOKENS, dtype=torch.int32, device="cuda")
@@ -343,13 +342,11 @@ class UnprovenCudaVM:
         begin.record()
         start()
         end.record()
-        if listen is not None:
-            try:
+        try:
+            if listen is not None:
                 listen(end)
-            except BaseException:
-                self._cancel()
-                raise
-        self.finish()
+        finally:  # nothing of ours may be written to while the launch runs, whatever became of who listens
+            self.finish()
         return float(begin.elapsed_time(end) * 1e3)
 
     def _listen(self, steps: int, end: Any, on_token: OnStep) -> None:
@@ -391,17 +388,6 @@ class UnprovenCudaVM:
             actor = f"{ACTORS.get(where >> 8, 'an actor')} {WAITS.get(where & 255, '')}".rstrip()
             where_text = f"{actor} on SM {sm}, task {task} of its queue, step {step}"
             raise LaunchFailed(FAILURES.get(code, "crash"), f"the launch gave up: {where_text}")
-
-    def _cancel(self) -> None:
-        """Ends the launches so far before their time, and waits for their end. The word is copied beside them: their SMs are taken."""
-        import torch
-
-        word = torch.ones(1, dtype=torch.int32).pin_memory()
-        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
-            self.host_abort.copy_(word, non_blocking=True)
-        with suppress(LaunchFailed):
-            self.finish()
-        self.host_abort.zero_()
 
     def arrivals(self) -> list[int]:
         """How much each counter grows in one token: the program's counters, then the ends of token."""

@@ -156,8 +156,8 @@ class DecodeMachine(Protocol):
     ) -> Decoded:
         """One launch: step i takes tokens[i] where it exists, later steps take the machine's own choice, made as `sampling` says.
 
-        `on_token` hears of each step's token while the launch runs, in order; what it raises ends the launch and comes through, and the
-        machine can decode again. The launch ends early with the first stop token that no
+        `on_token` hears of each step's token while the launch runs, in order; what it raises comes through when the launch has
+        ended, and the machine can decode again. The launch ends early with the first stop token that no
         token of the host follows.
 
         Step i runs at `position + i` and needs KV rows before it. `steps` defaults to len(tokens), which must be at least 1.

@@ -139,7 +139,7 @@ def test_unreasonable_launches_are_refused_in_one_sentence(make_spec: Any, make_
 
 
 @pytest.mark.parametrize("order", [None, Order()])
-def test_who_hears_of_tokens_can_end_the_launch(order: Any, make_spec: Any, make_proven: Any, make_source: Any) -> None:
+def test_a_machine_works_again_after_who_hears_of_tokens_raised(order: Any, make_spec: Any, make_proven: Any, make_source: Any) -> None:
     spec = make_spec()
     program, source = make_proven(spec), make_source(spec)
     told: list[int] = []
