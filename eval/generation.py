@@ -12,10 +12,11 @@ import numpy as np
 
 from amk.eval.candidate import Candidate, require_program
 from amk.eval.errors import UsageError
-from amk.eval.oracle import relative_error, rounding_points
+from amk.eval.oracle import relative_error, rms, rounding_points
 from amk.eval.prefill import prefill
 from amk.eval.session import Session
-from amk.eval.tolerance import FP32_ERROR, TIE
+from amk.eval.ties import tie_gap
+from amk.eval.tolerance import FP32_ERROR
 from amk.isa.sampling import F32, GREEDY, STOP_TOKENS, Sampling, kept_tokens, perturbed, scores_of
 from amk.models.rounded import rounded
 from amk.models.source import SourceRun
@@ -227,8 +228,6 @@ def compare(session: Session, program: Program, prompt: list[int], new: list[int
 
     Near ties (eval.tolerance) are excused: of a greedy choice those of logits, of a draw also those with the edge of a filter.
     """
-    import torch
-
     if not new:
         return {"divergence_index": None, "matches_eager": True, "near_tie": False}
     eager = session.model.eager("fp32", session.place.device)
@@ -237,8 +236,8 @@ def compare(session: Session, program: Program, prompt: list[int], new: list[int
     logits = SourceRun(eager).feed(tokens, judged)
     with rounded(eager, rounding_points(program)):
         moved = SourceRun(eager).feed(tokens, judged)
-    expected = torch.tensor([max(FP32_ERROR, relative_error(m, r)) for m, r in zip(moved, logits, strict=True)])
-    ties = tie_gaps(logits, expected).tolist()
+    expected = [max(FP32_ERROR, relative_error(m, r)) for m, r in zip(moved, logits, strict=True)]
+    ties = tie_gaps(logits, expected)
     gaps = [_gaps(row.numpy(), token, sampling, first + i, tie) for i, (row, token, tie) in enumerate(zip(logits, new, ties, strict=True))]
     wrong = [i for i, ((_, excusable), tie) in enumerate(zip(gaps, ties, strict=True)) if excusable >= tie and excusable > 0]
     return {
@@ -248,13 +247,10 @@ def compare(session: Session, program: Program, prompt: list[int], new: list[int
     }
 
 
-def tie_gaps(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """How far below the source's best logit a near tie begins, for each row of `logits` [steps, vocab], whose expected errors are given.
-
-    As the oracle has it: by the row's own expected error, or by what is usual for the steps, whichever is larger.
-    """
-    usual = expected.square().mean().sqrt()
-    return TIE * expected.clamp(min=float(usual)) * logits.std(dim=1)
+def tie_gaps(logits: torch.Tensor, expected: Sequence[float]) -> list[float]:
+    """`tie_gap` of each row of `logits` [steps, vocab], whose expected errors are given; usual is what they are together."""
+    usual = rms(expected)
+    return [tie_gap(row, own, usual) for row, own in zip(logits, expected, strict=True)]
 
 
 def _gaps(logits: F32, token: int, sampling: Sampling, position: int, tie: float) -> tuple[float, float]:

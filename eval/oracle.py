@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from amk.eval.kv_rows import ReadRows, Rows, expected_errors, relative_errors, typical_ratios
-from amk.eval.ties import change_chance, most_changes
-from amk.eval.tolerance import FP32_ERROR, LATE, MAX_EXPECTED, ROWS, TIE, TYPICAL, WORST
+from amk.eval.ties import change_chance, most_changes, tie_gap
+from amk.eval.tolerance import FP32_ERROR, LATE, MAX_EXPECTED, ROWS, TYPICAL, WORST
 from amk.isa.attention import TWO_PART_GROUP, Attention
 from amk.isa.matmul import MatMul
 from amk.isa.matvec import X_NORM
@@ -214,7 +214,7 @@ def compare(position: int, token: int, logits: torch.Tensor, reference: torch.Te
         expected=expected,
         max_abs_err=float((logits - reference).abs().max()) if math.isfinite(error) else math.inf,
         agrees=gap == 0,
-        near_tie=gap < TIE * max(expected, usual) * float(reference.std()),
+        near_tie=gap < tie_gap(reference, expected, usual),
         consistent=math.isfinite(error) and token == int(logits.argmax()),
         change_chance=change_chance(reference, expected),
     )

@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from amk.eval.tolerance import TIE_RARITY
+from amk.eval.tolerance import TIE, TIE_RARITY
 
 if TYPE_CHECKING:
     import torch
+
+
+def tie_gap(reference: torch.Tensor, expected: float, usual: float = 0.0) -> float:
+    """How far below the best of the source's logits [vocab] a near tie ends: by the error expected there, or `usual` around, if larger."""
+    return TIE * max(expected, usual) * float(reference.std())
 
 
 def change_chance(reference: torch.Tensor, expected: float) -> float:

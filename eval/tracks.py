@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from amk.eval.oracle import relative_error
-from amk.eval.tolerance import FP32_ERROR, TIE
+from amk.eval.ties import tie_gap
+from amk.eval.tolerance import FP32_ERROR
 from amk.models.source import SourceRun
 from amk.models.static_decoder import StaticDecoder
 
@@ -101,7 +102,7 @@ def _token_failures(forced: Sequence[tuple[torch.Tensor, int]], track: Track, li
         where = f"position {track.start + i}"
         if not float(logits[token]) == float(logits.max()):
             return [f"its token must have the largest of its own logits, but has not at {where}"]
-        if not float(reference.max() - reference[token]) < TIE * limit * float(reference.std()):
+        if not float(reference.max() - reference[token]) < tie_gap(reference, limit):
             return [f"its greedy tokens must be the source model's but for near ties, but differ at {where}"]
     return []
 

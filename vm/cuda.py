@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -202,7 +203,6 @@ class UnprovenCudaVM:
         self.counters = torch.zeros(len(program.counters) + 1, dtype=torch.int32, device="cuda")
         self.claims = torch.zeros(m.sms, dtype=torch.int32, device="cuda")
         self.abort = torch.zeros(8, dtype=torch.int32, device="cuda")
-        # Ends a launch whose actors wait: who waits looks up at every 256th poll. One that runs smoothly is not ended by it.
         self.host_abort = torch.zeros(1, dtype=torch.int32).pin_memory()
         self.tokens_in = torch.zeros((max_steps, m.batch), dtype=torch.int32, device="cuda")
         self.tokens_out = torch.full((max_steps, m.batch), NO_TOKEN, dtype=torch.int32).pin_memory()  # the host looks while the launch runs
@@ -342,11 +342,13 @@ class UnprovenCudaVM:
         begin.record()
         start()
         end.record()
-        try:
-            if listen is not None:
+        if listen is not None:
+            try:
                 listen(end)
-        finally:  # nothing of ours may be written to while the launch runs, whatever became of who listens
-            self.finish()
+            except BaseException:
+                self._cancel()
+                raise
+        self.finish()
         return float(begin.elapsed_time(end) * 1e3)
 
     def _listen(self, steps: int, end: Any, on_token: OnStep) -> None:
@@ -388,6 +390,13 @@ class UnprovenCudaVM:
             actor = f"{ACTORS.get(where >> 8, 'an actor')} {WAITS.get(where & 255, '')}".rstrip()
             where_text = f"{actor} on SM {sm}, task {task} of its queue, step {step}"
             raise LaunchFailed(FAILURES.get(code, "crash"), f"the launch gave up: {where_text}")
+
+    def _cancel(self) -> None:
+        """Ends the launches so far before their time, and waits for their end."""
+        self.host_abort.fill_(1)
+        with suppress(LaunchFailed):
+            self.finish()
+        self.host_abort.zero_()
 
     def arrivals(self) -> list[int]:
         """How much each counter grows in one token: the program's counters, then the ends of token."""

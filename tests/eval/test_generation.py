@@ -30,9 +30,9 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\uff
 
 def test_near_ties_are_by_what_rounding_usually_moves_where_it_happened_to_move_little() -> None:
     """As the oracle has it: `generate --verify` must excuse what a correct program may do."""
-    logits, expected = torch.randn(3, 50), torch.tensor([0.01, 0.02, 0.04])
-    usual = math.sqrt(sum(e * e for e in expected.tolist()) / 3)
-    for row, gap, own in zip(logits, tie_gaps(logits, expected).tolist(), expected.tolist(), strict=True):
+    logits, expected = torch.randn(3, 50), [0.01, 0.02, 0.04]
+    usual = math.sqrt(sum(e * e for e in expected) / 3)
+    for row, gap, own in zip(logits, tie_gaps(logits, expected), expected, strict=True):
         assert gap == pytest.approx(TIE * max(own, usual) * float(row.std()), rel=1e-4)
 
 
