@@ -392,7 +392,7 @@ class UnprovenCudaVM:
             raise LaunchFailed(FAILURES.get(code, "crash"), f"the launch gave up: {where_text}")
 
     def _cancel(self) -> None:
-        """Ends the launches so far before their time, and waits for their end."""
+        """Asks the launches so far to end, and waits for it. Who waits looks up at every 256th poll: one that runs smoothly ends late."""
         self.host_abort.fill_(1)
         with suppress(LaunchFailed):
             self.finish()
